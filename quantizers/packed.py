@@ -1,0 +1,145 @@
+"""Packed tensors: a weight as the exact bytes that are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import Format
+from .grid import FLOAT_DTYPES, Grid, decode, encode, grid_rows, row_chunks
+
+_LANES = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # one byte of codes, spread to bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A weight [rows, cols] in one format, stored without a wasted byte.
+
+    Attributes:
+        fmt: The format.
+        shape: (rows, cols) of the weight.
+        tensors: The stored parts, exactly those of ``fmt.tensors(shape)``.
+
+    Raises:
+        ValueError: If a part is missing, unknown, or has the wrong shape or dtype.
+    """
+
+    fmt: Format
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        expected = self.fmt.tensors(self.shape)
+        if self.tensors.keys() != expected.keys():
+            raise ValueError(
+                f"A {self.fmt} weight {list(self.shape)} consists of {', '.join(expected)}, "
+                f"but {', '.join(self.tensors) or 'nothing'} was given."
+            )
+        for name, (shape, dtype) in expected.items():
+            part = self.tensors[name]
+            found = str(part.dtype).removeprefix("torch.")
+            if tuple(part.shape) != shape or found != dtype:
+                raise ValueError(
+                    f"{name!r} of a {self.fmt} weight {list(self.shape)} must be "
+                    f"{dtype} {list(shape)}, but is {found} {list(part.shape)}."
+                )
+
+    @staticmethod
+    def pack(weight: Tensor, fmt: Format, grid: Grid | None) -> PackedTensor:
+        """Store ``weight`` [rows, cols], rounded to ``grid`` (None for a float format)."""
+        rows, cols = weight.shape
+        if grid is None:
+            parts = {"weight": weight.detach().to(FLOAT_DTYPES[fmt.name]).contiguous()}
+            return PackedTensor(fmt, (rows, cols), parts)
+        chunks = (
+            pack_bits(encode(weight[some], fmt, _some_rows(grid, some)), fmt.bits)
+            for some in row_chunks(weight.shape)
+        )
+        parts = {"codes": torch.cat(list(chunks)), "scale": grid.scale.contiguous()}
+        if grid.zero is not None:
+            parts["zero"] = pack_bits(grid.zero.reshape(1, -1), fmt.bits)[0]
+        return PackedTensor(fmt, (rows, cols), parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored parts; equal to ``fmt.stored_bytes(shape)``."""
+        return sum(part.nbytes for part in self.tensors.values())
+
+    def grid(self) -> Grid | None:
+        """The scales and zero points; None for a float format."""
+        if self.fmt.kind == "float":
+            return None
+        scale = self.tensors["scale"]
+        if self.fmt.symmetric:
+            return Grid(scale, None)
+        zero = unpack_bits(self.tensors["zero"].view(1, -1), self.fmt.bits, scale.numel())
+        return Grid(scale, zero.view(scale.shape))
+
+    def dequantize(
+        self, rows: slice | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The weight [rows, cols], or some of its rows, as a plain tensor of ``dtype``."""
+        some = slice(None) if rows is None else rows
+        if self.fmt.kind == "float":
+            return self.tensors["weight"][some].to(dtype)
+        grid = self.grid()
+        assert grid is not None
+        part = self.tensors["codes"][some]
+        codes = unpack_bits(part, self.fmt.bits, self.shape[1])
+        return decode(codes, self.fmt, _some_rows(grid, some)).to(dtype)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack b-bit codes LSB-first: code i of a row fills the bits i*b ... i*b + b - 1 of that row.
+
+    Args:
+        codes: Codes below 2^b [rows, count], uint8.
+        bits: b, from 1 to 8.
+
+    Returns:
+        Bytes [rows, ceil(count * b / 8)], uint8; unused bits of the last byte are 0.
+    """
+    rows, count = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    words = _pad(codes, 8).view(torch.int64)
+    packed = torch.zeros_like(words)
+    for i in range(8):
+        packed |= ((words >> (8 * i)) & (2**bits - 1)) << (bits * i)
+    stream = packed.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, -1)
+    return stream[:, : -(-count * bits // 8)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Invert ``pack_bits``: bytes [rows, ceil(count * b / 8)] to codes [rows, count], uint8."""
+    if bits == 8:
+        return packed
+    if bits in _LANES:  # a byte holds 8/b whole codes: spread it over as many bytes
+        spread = packed.to(_LANES[bits])
+        codes = spread.clone()
+        for i in range(1, 8 // bits):
+            codes |= spread << ((8 - bits) * i)
+        codes &= sum((2**bits - 1) << (8 * i) for i in range(8 // bits))
+        return codes.view(torch.uint8)[:, :count]
+    rows = packed.shape[0]
+    stream = _pad(packed, bits).view(rows, -1, bits)  # b bytes hold eight codes
+    words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64)
+    codes = torch.zeros_like(words)
+    for i in range(8):
+        codes |= ((words >> (bits * i)) & (2**bits - 1)) << (8 * i)
+    return codes.view(torch.uint8).view(rows, -1)[:, :count]
+
+
+def _pad(matrix: Tensor, multiple: int) -> Tensor:
+    """``matrix``, contiguous, with zero columns up to a multiple of ``multiple``."""
+    missing = -matrix.shape[1] % multiple
+    return torch.nn.functional.pad(matrix, (0, missing)).contiguous()
+
+
+def _some_rows(grid: Grid, rows: slice) -> Grid:
+    part = grid_rows(grid, rows)
+    assert part is not None
+    return part

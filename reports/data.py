@@ -1,0 +1,251 @@
+"""The numbers of a report, without any drawing: tests check these, never pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantizers.format import Format
+from ..search.frontier import Frontier
+from ..search.plan import Plan
+from ..sensitivity.table import SensitivityTable, UnitInfo
+
+BOUND_SAMPLES = 512
+REFERENCE_BPW = 4.3  # where formats start to hurt, and where most plans live
+MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What a run folder holds: the plan, the frontier it lies on and the prices behind both."""
+
+    plan: Plan
+    frontier: Frontier
+    table: SensitivityTable
+
+    def __post_init__(self) -> None:
+        """Check that the plan is for the units of the table."""
+        for unit in self.table.units:
+            for module in unit.modules:
+                if module not in self.plan.assignments:
+                    raise ValueError(
+                        f"The plan has no format for {module!r}, which is in the profile: they are "
+                        "from different runs. Solve this profile again, or report the plan's run."
+                    )
+
+    @classmethod
+    def load(cls, run_dir: Path) -> RunData:
+        """Read ``plan.json``, ``frontier.json`` and ``profile.safetensors`` of a run.
+
+        Raises:
+            ValueError: If a file is missing or invalid, or they do not belong together.
+        """
+        return cls(
+            plan=Plan.load(run_dir / "plan.json"),
+            frontier=Frontier.load(run_dir / "frontier.json"),
+            table=SensitivityTable.load(run_dir / "profile.safetensors"),
+        )
+
+    def format_of(self, unit: UnitInfo) -> str:
+        """The format the plan gives to a unit: its modules share one."""
+        return self.plan.assignments[unit.modules[0]]
+
+
+class Curve(NamedTuple):
+    """KL in nats per token against size, ascending in size; every array is [P]."""
+
+    megabytes: NDArray[np.float64]
+    bpw: NDArray[np.float64]
+    kl: NDArray[np.float64]
+
+
+class Point(NamedTuple):
+    """One plan in the frontier figure; ``stderr`` is None for a prediction."""
+
+    name: str
+    megabytes: float
+    bpw: float
+    kl: float
+    stderr: float | None = None
+
+
+class FrontierData(NamedTuple):
+    """What ``frontier.png`` shows.
+
+    Attributes:
+        frontier: The predicted frontier: one point per plan.
+        bound: The lower bound of the linear-programming relaxation at evenly spaced budgets.
+        uniform: Predicted KL of giving every unit the same format.
+        measured: Measured uniform plans and other baselines.
+        plan: The plan, predicted.
+        plan_measured: The plan, measured; None before validation.
+        budget_megabytes: The budget the plan was made for.
+        weights: Weights in scope; ``bpw = 8e6 * megabytes / weights``.
+    """
+
+    frontier: Curve
+    bound: Curve
+    uniform: tuple[Point, ...]
+    measured: tuple[Point, ...]
+    plan: Point
+    plan_measured: Point | None
+    budget_megabytes: float
+    weights: int
+
+
+def frontier_data(run: RunData) -> FrontierData:
+    """Predicted frontier, lower bound, uniform plans and measurements of a run."""
+    plan, weights = run.plan, run.table.weights
+
+    def curve(nbytes: NDArray[np.int64], kl: NDArray[np.float64]) -> Curve:
+        return Curve(nbytes / 1e6, 8 * nbytes / weights, kl)
+
+    def point(name: str, nbytes: int, kl: float, stderr: float | None = None) -> Point:
+        return Point(name, nbytes / 1e6, 8 * nbytes / weights, kl, stderr)
+
+    nbytes, kl = run.frontier.points()
+    budgets = np.linspace(nbytes[0], nbytes[-1], BOUND_SAMPLES).astype(np.int64)
+    bound = np.array([run.frontier.lower_bound(int(budget)) for budget in budgets])
+    measured = plan.measured
+    return FrontierData(
+        frontier=curve(nbytes, kl),
+        bound=curve(budgets, bound),
+        uniform=tuple(point(*entry) for entry in run.frontier.uniform),
+        measured=tuple(point(b.name, b.bytes, b.kl, b.kl_stderr) for b in plan.baselines),
+        plan=point("plan", plan.bytes, plan.predicted_kl),
+        plan_measured=measured and point("plan", plan.bytes, measured.kl, measured.kl_stderr),
+        budget_megabytes=plan.budget.bytes / 1e6,
+        weights=weights,
+    )
+
+
+class UnitValue(NamedTuple):
+    """One number of one unit that lies outside the repeated layers."""
+
+    name: str
+    format: str
+    value: float
+    stderr: float = 0.0
+
+
+class UnitGrid(NamedTuple):
+    """A number for every matrix kind (rows) in every layer (columns), and for the other units.
+
+    Attributes:
+        layers: Layer indices, ascending, [L].
+        kinds: Matrix kinds in the order of the model, [K].
+        values: float64 [K, L]; NaN where there is no unit, or none with a price.
+        formats: Format of each cell, K tuples of L; "" where there is no unit, ``mixed`` where
+            several units share a cell (experts) and differ.
+        others: Units without a layer, in the order of the model.
+    """
+
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    values: NDArray[np.float64]
+    formats: tuple[tuple[str, ...], ...]
+    others: tuple[UnitValue, ...]
+
+
+def allocation_data(run: RunData) -> UnitGrid:
+    """Bits per weight of everything stored, 8 * bytes / weights, and the format, per unit."""
+
+    def bits(rows: Sequence[int]) -> float:
+        units = [run.table.units[row] for row in rows]
+        return 8 * sum(unit_bytes(run, unit) for unit in units) / sum(u.weights for u in units)
+
+    formats = [run.format_of(unit) for unit in run.table.units]
+    return _unit_grid(run.table.units, formats, bits)
+
+
+class SensitivityData(NamedTuple):
+    """What ``sensitivity.png`` shows.
+
+    Attributes:
+        format: The format all units are compared in.
+        kl: Predicted KL of storing only this unit in ``format``, nats per token.
+        density: The same per million weights of the unit.
+    """
+
+    format: str
+    kl: UnitGrid
+    density: UnitGrid
+
+
+def sensitivity_data(run: RunData) -> SensitivityData:
+    """Predicted KL of every unit in one reference format, whole and per million weights."""
+    table, reference = run.table, reference_format(run.table)
+    column = table.formats.index(reference)
+    kl, stderr = table.kl[:, column], table.stderr[:, column]
+    millions = np.array([unit.weights for unit in table.units]) / 1e6
+
+    def total(rows: Sequence[int]) -> float:
+        return float(kl[rows].sum())
+
+    def density(rows: Sequence[int]) -> float:
+        return float(kl[rows].sum() / millions[rows].sum())
+
+    formats = [reference] * len(table.units)
+    return SensitivityData(
+        format=reference,
+        kl=_unit_grid(table.units, formats, total, stderr),
+        density=_unit_grid(table.units, formats, density, stderr / millions),
+    )
+
+
+def reference_format(table: SensitivityTable) -> str:
+    """The format nearest to 4.3 bits per weight among those priced for the most units."""
+    priced = (~np.isnan(table.kl)).sum(axis=0)
+
+    def distance(name: str) -> float:
+        return abs(8 * table.uniform_bytes(name) / table.weights - REFERENCE_BPW)
+
+    everywhere = [n for n, count in zip(table.formats, priced, strict=True) if count == max(priced)]
+    return min(everywhere, key=distance)
+
+
+def unit_bytes(run: RunData, unit: UnitInfo) -> int:
+    """Bytes the plan stores a unit in."""
+    fmt = Format.parse(run.format_of(unit))
+    return sum(fmt.stored_bytes(shape) for shape in unit.shapes)
+
+
+def _unit_grid(
+    units: Sequence[UnitInfo],
+    formats: Sequence[str],
+    value: Callable[[Sequence[int]], float],
+    stderr: NDArray[np.float64] | None = None,
+) -> UnitGrid:
+    """Arrange ``value(rows of the units in a cell)`` by kind and layer."""
+    cells: dict[tuple[str, int], list[int]] = {}
+    others = []
+    for row, unit in enumerate(units):
+        if unit.layer is None:
+            error = 0.0 if stderr is None else float(stderr[row])
+            others.append(UnitValue(unit.name, formats[row], value([row]), error))
+        else:
+            cells.setdefault((unit.kind, unit.layer), []).append(row)
+    kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
+    layers = tuple(sorted({layer for _, layer in cells}))
+
+    def cell_format(rows: Sequence[int]) -> str:
+        names = {formats[row] for row in rows}
+        return MIXED if len(names) > 1 else "".join(names)
+
+    def cell_value(rows: Sequence[int]) -> float:
+        return value(rows) if rows else math.nan
+
+    grid = [[cells.get((kind, layer), []) for layer in layers] for kind in kinds]
+    return UnitGrid(
+        layers=layers,
+        kinds=kinds,
+        values=np.array([[cell_value(rows) for rows in line] for line in grid], dtype=np.float64),
+        formats=tuple(tuple(cell_format(rows) for rows in line) for line in grid),
+        others=tuple(others),
+    )

@@ -1,0 +1,191 @@
+"""The figures of a run.  Each draws the numbers of ``data.py``, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ..quantizers.format import Format
+from .canvas import GREEN, INK, LIGHT_BLUE, PLAIN, RED, Label, drawing, marker_box, place_labels
+from .data import MIXED, FrontierData, Point, SensitivityData, UnitGrid
+from .panels import (
+    MAX_BARS,
+    annotate_cells,
+    bar_panel,
+    bits_norm,
+    dot_panel,
+    grid_panel,
+    heights,
+    log_norm,
+    total_height,
+)
+from .words import UNIFORM, number, short_names, with_error
+
+_BITS_TICKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+
+
+def plot_frontier(data: FrontierData, path: Path) -> None:
+    """Draw KL against size: frontier, lower bound, uniform plans, and the plan."""
+    unit, megabytes = _size_unit(max(data.frontier.megabytes[-1], data.plan.megabytes))
+
+    def predicted(points: Sequence[Point], marker: str, color: str, size: float) -> Artist:
+        x, y = [p.megabytes / megabytes for p in points], [p.kl for p in points]
+        (line,) = axes.plot(x, y, marker, mec=color, mfc="none", mew=1.5, ms=size, zorder=4)
+        return line
+
+    def measured(points: Sequence[Point], marker: str, color: str, size: float) -> Artist:
+        x, y = [p.megabytes / megabytes for p in points], [p.kl for p in points]
+        errors = [p.stderr or 0.0 for p in points]
+        return axes.errorbar(x, y, errors, fmt=marker, color=color, ms=size, capsize=4, zorder=5)
+
+    with drawing(path, height=5.8) as figure:
+        axes = figure.add_subplot()
+        x, y = data.bound.megabytes / megabytes, data.bound.kl
+        (bound,) = axes.plot(x, y, color=INK, lw=1.1, zorder=3)
+        x, y = data.frontier.megabytes / megabytes, data.frontier.kl
+        (frontier,) = axes.plot(x, y, "o", color=LIGHT_BLUE, ms=6)
+        budget = axes.axvline(data.budget_megabytes / megabytes, color=GREEN, lw=1.3, ls=":")
+        legend: dict[str, Artist] = {
+            "optimal plans, predicted": frontier,
+            "lower bound for every plan, predicted": bound,
+            "budget": budget,
+            "this plan, predicted": predicted([data.plan], "D", GREEN, 11),
+        }
+        if data.plan_measured:
+            legend["this plan, measured"] = measured([data.plan_measured], "D", GREEN, 5)
+        if data.uniform:
+            legend["one format everywhere, predicted"] = predicted(data.uniform, "s", RED, 8)
+        if data.measured:
+            legend["one format everywhere, measured"] = measured(data.measured, "o", RED, 4.5)
+        axes.legend(legend.values(), legend.keys(), loc="upper right", fontsize=9.5)
+        _frontier_axes(axes, data, unit, megabytes)
+        _frontier_labels(figure, axes, data, megabytes)
+
+
+def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) -> None:
+    """Scales, limits, titles and legend of the frontier figure."""
+    points = [p for p in _points(data) if p.kl > 0]
+    axes.set_yscale("log")
+    if points:
+        low = min(p.kl for p in points)
+        high = max(*(p.kl for p in points), data.frontier.kl[0])
+        axes.set_ylim(low / 2.5, high * 2)
+        left = float(min(*(p.megabytes for p in points), data.frontier.megabytes[0]))
+        right = max(*(p.megabytes for p in points), data.budget_megabytes)
+        margin = 0.04 * (right - left) + 0.005 * right
+        axes.set_xlim((left - margin) / megabytes, (right + 2 * margin) / megabytes)
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(True, which="major")
+    axes.set_xlabel(f"stored size ({unit})")
+    axes.set_ylabel("KL to the original model (nats per token)")
+    bpw = 8e6 * megabytes / data.weights
+    top = axes.secondary_xaxis("top", functions=(lambda x: x * bpw, lambda x: x / bpw))
+    top.spines["top"].set_visible(True)
+    top.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
+    top.set_xlabel("bits per weight, scales and zero points included")
+
+
+def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: float) -> None:
+    """Name the plan and as many uniform plans as there is room for, measured ones first."""
+    figure.draw_without_rendering()
+    best = data.plan_measured or data.plan
+    kind = "predicted" if best.stderr is None else "measured"
+    words = (
+        f"this plan, {kind}\n{best.bpw:.2f} bits per weight\nKL {with_error(best.kl, best.stderr)}"
+    )
+    measured = {p.name.removeprefix(UNIFORM) for p in data.measured}
+    named = [*data.measured, *(p for p in data.uniform if p.name not in measured)]
+    names = short_names([p.name for p in named])
+
+    legend = axes.get_legend()
+    taken = [marker_box(axes, p.megabytes / megabytes, p.kl) for p in _points(data) if p.kl > 0]
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    taken += [
+        marker_box(axes, size / megabytes, kl, radius=2)
+        for size, kl in zip(data.bound.megabytes, data.bound.kl, strict=True)
+        if kl > 0
+    ]
+    labels = [Label(words, best.megabytes / megabytes, best.kl, GREEN, ("SW", "S", "far S"), True)]
+    labels += [Label(names[p.name], p.megabytes / megabytes, p.kl, RED) for p in named]
+    place_labels(axes, [label for label in labels if label.y > 0], taken)
+
+
+def _points(data: FrontierData) -> list[Point]:
+    """Every marker of the frontier figure."""
+    return [*data.uniform, *data.measured, data.plan, *filter(None, [data.plan_measured])]
+
+
+def _size_unit(megabytes: float) -> tuple[str, float]:
+    """The unit in which a size reads well, and its megabytes."""
+    units = (("GB", 1e3), ("MB", 1.0), ("kB", 1e-3), ("B", 1e-6))
+    return next((unit for unit in units if megabytes >= 2 * unit[1]), units[-1])
+
+
+def plot_allocation(grid: UnitGrid, path: Path) -> None:
+    """Draw bits per weight by layer and kind of matrix, and of the units outside the layers."""
+    norm = bits_norm(_all_values(grid))
+    areas = heights(grid, heat_maps=1)
+    with drawing(path, total_height(areas)) as figure:
+        layout = figure.add_gridspec(len(areas), 1, height_ratios=areas)
+        if grid.kinds:
+            axes = figure.add_subplot(layout[0])
+            ticks = [b for b in _BITS_TICKS if (norm.vmin or 0) <= b <= (norm.vmax or 0)]
+            grid_panel(figure, axes, grid, norm, "viridis", "bits per weight", ticks)
+            annotate_cells(axes, grid, norm, _bit_width)
+            axes.set_title("Bits per weight by layer and kind of matrix")
+        if grid.others:
+            axes = figure.add_subplot(layout[-1])
+            units = grid.others[:MAX_BARS]
+            bar_panel(axes, units, norm, "viridis", lambda u: f"{u.value:.2f}   {u.format}")
+            axes.set_title(_others_title("Bits per weight", grid))
+            axes.set_xlabel("bits per weight")
+
+
+def plot_sensitivity(data: SensitivityData, path: Path) -> None:
+    """Draw the predicted KL of every unit in one format: per unit, and per million weights."""
+    panels = (
+        (data.kl, f"Predicted KL when only this is stored in {data.format}", "nats per token"),
+        (data.density, "The same per million weights", "nats per token / million weights"),
+    )
+    areas = heights(data.kl, heat_maps=2)
+    with drawing(path, total_height(areas)) as figure:
+        layout = figure.add_gridspec(len(areas), 2, height_ratios=areas)
+        for index, (grid, title, unit) in enumerate(panels):
+            norm = log_norm(_all_values(grid))
+            if grid.kinds:
+                axes = figure.add_subplot(layout[index, :])
+                grid_panel(figure, axes, grid, norm, "magma_r", unit)
+                axes.set_title(title)
+            if grid.others:
+                axes = figure.add_subplot(layout[-1, index])
+                dot_panel(axes, grid.others[:MAX_BARS], norm, "magma_r", lambda u: number(u.value))
+                alone = _others_title(f"KL in {data.format}", grid)
+                axes.set_title("Per million weights" if index else alone)
+                axes.set_xlabel(unit)
+                axes.tick_params(labelleft=index == 0)
+
+
+def _all_values(grid: UnitGrid) -> NDArray[np.float64]:
+    return np.array([*grid.values.flat, *(unit.value for unit in grid.others)])
+
+
+def _bit_width(name: str) -> str:
+    return "~" if name == MIXED else str(Format.parse(name).bits)
+
+
+def _others_title(what: str, grid: UnitGrid) -> str:
+    where = "outside the layers" if grid.kinds else "of every unit"
+    more = len(grid.others) - MAX_BARS
+    return f"{what} {where}" + (
+        f" (the first {MAX_BARS} of {len(grid.others)})" if more > 0 else ""
+    )

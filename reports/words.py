@@ -1,0 +1,62 @@
+"""Numbers as people read them: values with errors, gaps, short format names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+UNIFORM = "uniform "
+
+
+def number(value: float) -> str:
+    """Three significant digits.
+
+    >>> number(0.18634), number(38.52), number(30412.0), number(0.0)
+    ('0.186', '38.5', '30400', '0')
+    """
+    if not math.isfinite(value) or value == 0 or abs(value) < 1e-4:
+        return f"{value:.3g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    rounded = round(value, 2 - math.floor(math.log10(abs(value))))
+    return f"{rounded:.{decimals}f}"
+
+
+def with_error(value: float, stderr: float | None, sign: bool = False) -> str:
+    """A value and its standard error, both to the first digit of the error (two if it is 1).
+
+    >>> with_error(0.18634, 0.0041), with_error(0.002131, 0.000123), with_error(0.5, None)
+    ('0.186 ± 0.004', '0.00213 ± 0.00012', '0.500')
+    """
+    if stderr is None or not math.isfinite(stderr) or stderr <= 0:
+        return f"{'+' if sign and value > 0 else ''}{number(value)}"
+    leading = math.floor(math.log10(stderr))
+    decimals = max(0, -leading + (stderr < 2 * 10**leading))
+    return f"{value:{'+' if sign else ''}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def gap(fraction: float) -> str:
+    """How far from the proven optimum a plan can be, from its relative gap.
+
+    >>> gap(0.0), gap(0.00012), gap(1.0)
+    ('proven optimal', 'at most 0.012 % from optimal', 'no proof of optimality')
+    """
+    if fraction > 0.99 or not math.isfinite(fraction):
+        return "no proof of optimality"
+    if fraction < 1e-9:
+        return "proven optimal"
+    return f"at most {100 * fraction:.2g} % from optimal"
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Labels for plans: without ``uniform``, and without ``-asym`` where that stays unique.
+
+    >>> short_names(["uniform int4-g64-asym", "int8-gc", "int8-gc-asym"])
+    {'uniform int4-g64-asym': 'int4-g64', 'int8-gc': 'int8-gc', 'int8-gc-asym': 'int8-gc-asym'}
+    """
+    bare = {name: name.removeprefix(UNIFORM) for name in names}
+    shared = Counter(label.removesuffix("-asym") for label in set(bare.values()))
+    return {
+        name: short if shared[short := label.removesuffix("-asym")] == 1 else label
+        for name, label in bare.items()
+    }

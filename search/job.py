@@ -1,0 +1,351 @@
+"""A search job: profile, solve, validate, report. The one place that wires a model to solvers.
+
+Every stage leaves a complete file in the run's folder before the next begins, so a run that was
+interrupted goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..quantizers.files import write_json
+from ..quantizers.format import resolve_formats
+from ..sensitivity.calibration import (
+    BUILTIN,
+    Samples,
+    calibration_samples,
+    evaluation_samples,
+)
+from ..sensitivity.evaluate import Measurement, measure, plan_runner
+from ..sensitivity.metrics import METRICS
+from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.profile import DEFAULT_FORMATS, profile, provenance
+from ..sensitivity.progress import Reporter
+from ..sensitivity.rendering import Renderer
+from ..sensitivity.table import SensitivityTable
+from ..sensitivity.units import find_units
+from .budget import Budget
+from .frontier import Frontier
+from .materialize import assignment_formats, load_packed, planned_units
+from .plan import Baseline, Measured, Plan
+from .problem import Problem
+from .solve import plan_from_choice, solve
+from .solvers import SOLVERS
+
+PROFILE_FILE = "profile.safetensors"
+PLAN_FILE = "plan.json"
+FRONTIER_FILE = "frontier.json"
+MEASUREMENTS_FILE = "measurements.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """Everything that determines a sensitivity table."""
+
+    model: str
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    metric: str = "fisher"
+    rounding: str = "rtn"
+    calibration: str = BUILTIN
+    sequences: int = 96
+    length: int = 128
+    batch_tokens: int = 768
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """A budget, how to solve for it and what to validate on."""
+
+    budget: str
+    solver: str = "certified"
+    pins: Mapping[str, str] | None = None
+    evaluation: str = BUILTIN
+    eval_tokens: int = 16384
+    command: str | None = None
+
+
+def run_profile(
+    settings: ProfileSettings, run: Path, reporter: Reporter
+) -> tuple[SensitivityTable, LoadedModel]:
+    """Profile a model into a run folder, or take the finished profile that is there.
+
+    Raises:
+        ValueError: If a name is unknown, or the folder holds a profile made with other settings.
+    """
+    METRICS.get(settings.metric)  # unknown names fail before the model is loaded
+    resolve_formats(settings.formats, "float32")
+    reporter.say(f"Loading {settings.model}")
+    model = load_model(settings.model, settings.device)
+    samples = calibration_samples(
+        model,
+        settings.calibration,
+        settings.sequences,
+        settings.length,
+        settings.seed,
+        settings.batch_tokens,
+    )
+    path = run / PROFILE_FILE
+    if path.exists():
+        table = SensitivityTable.load(path)
+        _check_same(table, settings, model, samples, path)
+        reporter.say(f"Profile found in {path}, not computed again")
+        return table, model
+    table = profile(
+        model,
+        samples,
+        settings.formats,
+        metric=settings.metric,
+        rounding=settings.rounding,
+        include=settings.include,
+        exclude=settings.exclude,
+        groups=settings.groups,
+        seed=settings.seed,
+        reporter=reporter,
+    )
+    table.save(path)
+    return table, model
+
+
+def run_search(
+    settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
+) -> Plan:
+    """The main job: profile, solve, validate against every uniform plan, save.
+
+    Returns:
+        The plan that measured best among the solver's and every uniform plan that fits the same
+        bytes; the others are its baselines.
+
+    Raises:
+        ValueError: On bad input; nothing is left half-written.
+    """
+    Budget.parse(search.budget)
+    SOLVERS.get(search.solver)
+    table, model = run_profile(settings, run, reporter)
+    plan = solve(
+        table,
+        search.budget,
+        solver=search.solver,
+        pins=search.pins,
+        seed=settings.seed,
+        command=search.command,
+    )
+    problem = Problem.from_table(table, search.pins)
+    frontier = Frontier.from_problem(problem, plan.model)
+    frontier.save(run / FRONTIER_FILE)
+    samples = evaluation_samples(model, search.evaluation, search.eval_tokens, settings.length)
+    plan = validate(plan, table, problem, model, samples, run / MEASUREMENTS_FILE, reporter)
+    plan.save(run / PLAN_FILE)
+    return plan
+
+
+def validate(
+    plan: Plan,
+    table: SensitivityTable,
+    problem: Problem,
+    model: LoadedModel,
+    samples: Samples,
+    cache: Path,
+    reporter: Reporter,
+) -> Plan:
+    """Measure a plan and its uniform rivals on held-out sequences, paired, and pick the best.
+
+    Rivals are all uniform plans within the plan's budget, and for reference the next larger one.
+
+    Returns:
+        The plan with the least measured KL among those within the budget, with ``measured`` and
+        ``baselines`` filled in.
+    """
+    rivals = _uniform_plans(plan, table, problem)
+    plans = {f"{plan.solver} plan": plan} | rivals
+    measured, ppl_original = _measure_plans(plans, model, table, samples, cache, reporter)
+    fitting = [name for name, p in plans.items() if p.bytes <= plan.budget.bytes]
+    best = min(fitting, key=lambda name: measured[name].mean_kl)
+    winner, result = plans[best], measured[best]
+    return winner.model_copy(
+        update={
+            "measured": Measured(
+                kl=result.mean_kl,
+                kl_stderr=result.kl_stderr,
+                ppl=result.perplexity,
+                ppl_original=ppl_original,
+                tokens=result.tokens,
+                length=samples.length,
+                text=samples.source,
+                text_sha256=samples.sha256,
+            ),
+            "baselines": [
+                _baseline(name, plans[name], measured[name], result)
+                for name in plans
+                if name != best
+            ],
+        }
+    )
+
+
+def run_eval(
+    target: Path, text: str, tokens: int | None, device: str, reporter: Reporter
+) -> tuple[Plan, Measurement, float | None]:
+    """Measure a plan, or the packed model in a folder, against the original model.
+
+    Args:
+        target: A plan.json, or a folder written by ``bitplan quantize``.
+        text: Held-out text: ``builtin`` or a file.
+        tokens: Tokens to measure on; None for as many as the plan was measured on.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        reporter: Where progress is shown.
+
+    Returns:
+        The plan, the measurement, and the original's perplexity (None without text).
+
+    Raises:
+        ValueError: If the target is neither, or does not match the model.
+    """
+    packed = target.is_dir()
+    plan = Plan.load(target / PLAN_FILE if packed else target)
+    reporter.say(f"Loading {plan.model.id}")
+    model = load_model(plan.model.id, device)
+    units = planned_units(model.module, plan)
+    if packed:
+        run = load_packed(target).logits
+    else:
+        renderer = Renderer(model.module, units, plan.rounding)
+        run = plan_runner(model, renderer, assignment_formats(plan))
+    before = plan.measured
+    samples = evaluation_samples(
+        model,
+        text,
+        tokens or (before.tokens if before else 16384),
+        (before.length if before else None) or plan.calibration.get("length") or 128,
+    )
+    with reporter.bar("Measuring", 2 * len(samples.batches)) as advance:
+        measured, ppl = measure(model, {"plan": run}, samples, lambda: advance(1))
+    return plan, measured["plan"], ppl
+
+
+def _uniform_plans(plan: Plan, table: SensitivityTable, problem: Problem) -> dict[str, Plan]:
+    """Uniform plans within the budget and the smallest one above it, by name."""
+    fitting: dict[str, Plan] = {}
+    larger: list[Plan] = []
+    for f, name in enumerate(table.formats):
+        choice = problem.uniform_choice(f)
+        if choice is None:
+            continue
+        uniform = plan_from_choice(
+            table,
+            choice,
+            "uniform",
+            lower_bound=plan.lower_bound_kl,
+            budget=plan.budget,
+            command=plan.command,
+        )
+        if uniform.bytes <= plan.budget.bytes:
+            fitting[f"uniform {name}"] = uniform
+        else:
+            larger.append(uniform)
+    if larger:
+        nearest = min(larger, key=lambda p: (p.bytes, p.predicted_kl))
+        spec = next(iter(nearest.assignments.values()))
+        fitting[f"uniform {spec}"] = nearest
+    return fitting
+
+
+def _measure_plans(
+    plans: Mapping[str, Plan],
+    model: LoadedModel,
+    table: SensitivityTable,
+    samples: Samples,
+    cache: Path,
+    reporter: Reporter,
+) -> tuple[dict[str, Measurement], float | None]:
+    """Measure plans, taking those already measured on the same text from ``cache``."""
+    known = _read_measurements(cache, samples)
+    keys = {name: _plan_key(plan) for name, plan in plans.items()}
+    todo = {name: plans[name] for name, key in keys.items() if key not in known["plans"]}
+    if todo:
+        renderer = Renderer(model.module, table.units, next(iter(plans.values())).rounding)
+        runs = {
+            name: plan_runner(model, renderer, assignment_formats(p)) for name, p in todo.items()
+        }
+        steps = len(samples.batches) * (1 + len(runs))
+        with reporter.bar(f"Validating {len(runs)} plans", steps) as advance:
+            fresh, known["ppl_original"] = measure(model, runs, samples, lambda: advance(1))
+        for name, m in fresh.items():
+            known["plans"][keys[name]] = {
+                "kl": m.kl.tolist(),
+                "nll": None if m.nll is None else m.nll.tolist(),
+                "tokens": m.tokens,
+            }
+        write_json(cache, known)
+    measured = {name: _measurement(known["plans"][key]) for name, key in keys.items()}
+    return measured, known["ppl_original"]
+
+
+def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
+    if cache.is_file():
+        known: dict[str, Any] = json.loads(cache.read_text())
+        if known["text_sha256"] == samples.sha256:
+            return known
+    return {"text_sha256": samples.sha256, "ppl_original": None, "plans": {}}
+
+
+def _measurement(entry: dict[str, Any]) -> Measurement:
+    nll = None if entry["nll"] is None else np.array(entry["nll"])
+    return Measurement(np.array(entry["kl"]), nll, entry["tokens"])
+
+
+def _plan_key(plan: Plan) -> str:
+    parts = [plan.model.sha256, plan.rounding, sorted(plan.assignments.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement) -> Baseline:
+    difference, stderr = measured.minus(shipped)
+    return Baseline(
+        name=name,
+        bytes=plan.bytes,
+        predicted_kl=plan.predicted_kl,
+        kl=measured.mean_kl,
+        kl_stderr=measured.kl_stderr,
+        ppl=measured.perplexity,
+        difference=difference,
+        difference_stderr=stderr,
+    )
+
+
+def _check_same(
+    table: SensitivityTable,
+    settings: ProfileSettings,
+    model: LoadedModel,
+    samples: Samples,
+    path: Path,
+) -> None:
+    """Raise if a finished profile was made with other settings than those asked for."""
+    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
+    formats = [f.name for f in resolve_formats(settings.formats, model.source_dtype)]
+    asked = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
+    wanted = {"units": [u.name for u in units], "formats": formats} | asked
+    found = {"units": [u.name for u in table.units], "formats": list(table.formats)}
+    found |= table.provenance
+    for key, value in wanted.items():
+        if key != "versions" and found.get(key) != value:
+            raise ValueError(
+                f"{path} was made with other settings ({key}: {_short(found.get(key))}, now "
+                f"{_short(value)}). Choose another --out, or delete that file to profile again."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

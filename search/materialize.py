@@ -1,0 +1,217 @@
+"""From a plan to weights: packed folders, packed models, and plans applied in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.linear import replace
+from ..quantizers.checkpoint import read_checkpoint, write_checkpoint
+from ..quantizers.files import atomic_path
+from ..quantizers.format import Format
+from ..quantizers.packed import PackedTensor
+from ..sensitivity.models import LoadedModel, Workload, load_model, state_sha256
+from ..sensitivity.progress import Reporter
+from ..sensitivity.rendering import Renderer
+from ..sensitivity.table import UnitInfo
+from ..sensitivity.units import find_units, unplanned_tensors
+from .plan import Plan
+
+PLAN_FILE = "plan.json"
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the planned layers of a model by packed ones, in place.
+
+    The model's other layers stay as they are; the original weights of the replaced ones are
+    released. Its outputs equal those of the dequantized weights to float32 rounding.
+
+    Args:
+        model: The very model the plan was made for (its weights are compared by hash).
+        plan: The plan.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If the plan does not match the model; the first mismatch is named.
+    """
+    units = planned_units(model, plan)
+    packed = dict(_pack(model, units, plan, Reporter(quiet=True)))
+    replace(model, packed, _aliases(units))
+    return model
+
+
+def quantize(
+    plan: Plan | Path | str,
+    out: Path | str,
+    model: LoadedModel | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write the packed weights a plan describes as a folder.
+
+    The folder holds ``model.safetensors`` (codes, scales and zero points; other tensors in the
+    checkpoint's own dtype), ``plan.json`` and, for a Hugging Face model, its configuration and
+    tokenizer. It appears whole or not at all.
+
+    Args:
+        plan: A plan or its path.
+        out: The folder to make.
+        model: The original model, when it is loaded already.
+        reporter: Where progress is shown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    out = Path(out)
+    if out.exists() and not (out / PLAN_FILE).is_file():
+        raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
+    reporter = reporter or Reporter(quiet=True)
+    model = model or load_model(plan.model.id, device="cpu")
+    units = planned_units(model.module, plan)
+    packed = dict(_pack(model.module, units, plan, reporter))
+    dtype = getattr(torch, model.source_dtype)
+    others = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in unplanned_tensors(model.module, units).items()
+    }
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        header = {"aliases": dict(_aliases(units))}
+        write_checkpoint(folder, packed, others, header)
+        plan.save(folder / PLAN_FILE)
+        _save_hugging_face_files(model, folder)
+    return out
+
+
+def load(folder: Path | str) -> nn.Module:
+    """Load a packed folder: the model, ready to call, its planned layers packed.
+
+    Nothing is dequantized at load time: layers unpack their weights when they are called.
+
+    Args:
+        folder: What :func:`quantize` wrote.
+
+    Raises:
+        ValueError: If the folder is missing, truncated or does not fit the model's architecture.
+    """
+    return load_packed(Path(folder)).module
+
+
+def load_packed(folder: Path) -> LoadedModel:
+    """:func:`load` with tokenizer and identity."""
+    plan = Plan.load(folder / PLAN_FILE)
+    packed, others, header = read_checkpoint(folder)
+    skeleton, workload = _skeleton(folder, plan)
+    replace(skeleton, packed, header["aliases"])
+    others = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in others.items()
+    }
+    result = skeleton.load_state_dict(others, strict=False, assign=True)
+    if hasattr(skeleton, "tie_weights"):
+        skeleton.tie_weights()
+    missing = [name for name, p in skeleton.named_parameters() if p.is_meta]
+    if missing or result.unexpected_keys:
+        culprit = (missing or result.unexpected_keys)[0]
+        raise ValueError(
+            f"{folder}/model.safetensors does not fit the architecture: tensor {culprit!r} is "
+            f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
+        )
+    skeleton.requires_grad_(False).eval()
+    return LoadedModel(
+        str(folder),
+        skeleton,
+        "float32",
+        Workload(
+            skeleton, workload.calibration, workload.evaluation, workload.logits, workload.tokenizer
+        ),
+    )
+
+
+def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
+    """The units a plan assigns, one per matrix.
+
+    Raises:
+        ValueError: If a planned module is not in the model, or the weights are other weights.
+    """
+    units = find_units(model)
+    names = {unit.name for unit in units}
+    for name in plan.assignments:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f" The nearest is {near[0]!r}." if near else ""
+            raise ValueError(
+                f"The plan does not match the model: it assigns {name!r} a format, but the model "
+                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+            )
+    actual = state_sha256(model)
+    if actual != plan.model.sha256:
+        raise ValueError(
+            f"The plan was made for other weights of {plan.model.id!r} (sha256 "
+            f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
+        )
+    return tuple(unit for unit in units if unit.name in plan.assignments)
+
+
+def assignment_formats(plan: Plan) -> dict[str, Format]:
+    """Canonical module name -> parsed format of a plan."""
+    return {name: Format.parse(spec) for name, spec in plan.assignments.items()}
+
+
+def _pack(
+    model: nn.Module, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
+) -> Iterator[tuple[str, PackedTensor]]:
+    renderer = Renderer(model, units, plan.rounding)
+    formats = assignment_formats(plan)
+    with reporter.bar("Packing", len(units)) as advance:
+        for unit in units:
+            fmt = formats[unit.name]
+            weight = renderer.weight(unit.name)
+            yield unit.name, PackedTensor.pack(weight, fmt, renderer.grid(unit.name, fmt))
+            advance(1)
+
+
+def _aliases(units: tuple[UnitInfo, ...]) -> Mapping[str, str]:
+    """Alias -> canonical module name."""
+    return {alias: unit.name for unit in units for alias in unit.aliases}
+
+
+def _save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
+    config = getattr(model.module, "config", None)
+    if config is None or not hasattr(config, "save_pretrained"):
+        return
+    if hasattr(config, "quantization_config"):  # how the source file was stored
+        del config.quantization_config
+    config.save_pretrained(folder)
+    generation = getattr(model.module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if model.workload.tokenizer is not None:
+        model.workload.tokenizer.save_pretrained(folder)
+
+
+def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Any]:
+    """The architecture without weights, and the workload that feeds it."""
+    if not (folder / "config.json").is_file():
+        original = load_model(plan.model.id, device="cpu")
+        return original.module, original.workload
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return module, Workload(module, tokenizer=tokenizer)

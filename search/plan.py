@@ -1,0 +1,118 @@
+"""A plan: unit -> format, with exact bytes, predicted and measured KL, bound and gap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..quantizers.files import write_json
+
+SCHEMA = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRef(_Strict):
+    """Which model a plan is for."""
+
+    id: str
+    revision: str | None = None
+    sha256: str
+
+
+class BudgetRef(_Strict):
+    """The budget as the user wrote it and the bytes it meant."""
+
+    text: str
+    bytes: int
+
+
+class Measured(_Strict):
+    """Held-out measurement of a plan: KL in nats per token against the original model."""
+
+    kl: float
+    kl_stderr: float
+    ppl: float | None = None
+    ppl_original: float | None = None
+    tokens: int
+    length: int | None
+    text: str
+    text_sha256: str
+
+
+class Baseline(_Strict):
+    """A plan measured on the same tokens, for comparison.
+
+    ``difference`` is its KL minus the shipped plan's, paired over sequences.
+    """
+
+    name: str
+    bytes: int
+    predicted_kl: float
+    kl: float
+    kl_stderr: float
+    ppl: float | None = None
+    difference: float
+    difference_stderr: float
+
+
+class Plan(_Strict):
+    """Unit -> format with everything needed to check, reproduce and apply it.
+
+    Attributes:
+        assignments: Canonical module name -> format name; fused modules appear one by one.
+        bytes: Exact serialized bytes of the assigned weights.
+        weights: Number of weights assigned; ``bpw = 8 * bytes / weights``.
+        predicted_kl: Predicted KL increase, nats per token.
+        lower_bound_kl: No plan within the budget can be predicted below this (nats per token).
+        gap: ``(predicted_kl - lower_bound_kl) / predicted_kl``.
+    """
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    model: ModelRef
+    assignments: dict[str, str]
+    budget: BudgetRef
+    bytes: int
+    weights: int
+    bpw: float
+    predicted_kl: float
+    predicted_kl_stderr: float
+    lower_bound_kl: float
+    gap: float
+    measured: Measured | None = None
+    baselines: list[Baseline] = []
+    metric: str
+    solver: str
+    rounding: str
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    command: str | None = None
+    created: str
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically, keys in declaration order."""
+        write_json(path, self.model_dump(by_alias=True))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read and validate a plan.
+
+        Raises:
+            ValueError: If the file is missing, is not JSON, or breaks the schema.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"No plan at {path}. `bitplan search MODEL --budget 4.3bpw` makes one."
+            )
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ValueError(f"{path} is not a valid plan: {where}: {first['msg']}.") from error

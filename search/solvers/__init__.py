@@ -1,0 +1,23 @@
+"""Solvers of the multiple-choice knapsack, one file each; the file name is the solver's name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..._registry import Registry
+from ..problem import Problem, Solution
+
+
+class Solver(Protocol):
+    """Picks one format per unit within ``max_bytes``, for the least loss it can find.
+
+    A solver raises ValueError when nothing fits (``Problem.check_feasible``), gives the same
+    answer for the same arguments, and reports a lower bound that holds for every choice.
+    """
+
+    def __call__(self, problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
+        """Solve ``problem``; ``seed`` is for solvers that draw random numbers."""
+        ...
+
+
+SOLVERS: Registry[Solver] = Registry("solver", __name__)

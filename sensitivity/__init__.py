@@ -1,0 +1,1 @@
+"""Sensitivity: what every unit of a model costs in every format."""

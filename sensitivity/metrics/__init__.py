@@ -1,0 +1,64 @@
+"""Sensitivity metrics: what a rendering error costs, one file per published score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..._registry import Registry
+from ...quantizers.format import Format
+from ..calibration import Samples
+from ..models import LoadedModel
+from ..rendering import Renderer
+from ..table import UnitInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Everything a metric may look at.
+
+    Attributes:
+        model: The original model.
+        units: The U units.
+        formats: The F candidate formats.
+        renderer: Renders their matrices.
+        samples: Calibration batches.
+        seed: Seed of every random draw.
+        advance: Called with a number of finished samples, for the progress bar.
+    """
+
+    model: LoadedModel
+    units: Sequence[UnitInfo]
+    formats: Sequence[Format]
+    renderer: Renderer
+    samples: Samples
+    seed: int
+    advance: Callable[[int], None]
+
+    def unit_index(self) -> dict[str, int]:
+        """Canonical module name -> index of its unit."""
+        return {name: i for i, unit in enumerate(self.units) for name in unit.modules}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a metric returns.
+
+    Attributes:
+        values: [N, U, F] one value per sample, or [1, U, F] for a metric without samples.
+        signed: Whether a price is the mean of ``values**2`` (an inner product per sample) or
+            the mean of ``values``.
+        in_nats: Whether prices are nats per token of KL. If not, a scale is fitted to a few
+            measured plans before the table is used.
+    """
+
+    values: NDArray[np.float32]
+    signed: bool
+    in_nats: bool
+
+
+Metric = Callable[[Task], Scores]
+METRICS: Registry[Metric] = Registry("metric", __name__)

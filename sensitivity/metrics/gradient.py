@@ -1,0 +1,27 @@
+"""Diagonal of the empirical Fisher matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from ..probes import data_upstream
+from . import METRICS, Scores, Task
+from ._gradient_scores import gradient_scores
+
+
+@METRICS.register("gradient")
+def gradient(task: Task) -> Scores:
+    """``sum_rc E[g_rc^2] dW_rc^2 / 2`` per token, g from the labels of the text itself.
+
+    Keeps the diagonal only and takes data labels for model labels, so it is in nats only as far
+    as both hold; errors of a tied weight's uses are added without their cross term.
+
+    Returns:
+        Non-negative scores [N, U, F] in nats per token.
+
+    References:
+        Kim et al. (2023), SqueezeLLM, Sec. 4.1; Guo et al. (2024), LQ-LoRA, Sec. 3.2.
+    """
+    generator = torch.Generator().manual_seed(task.seed)
+    upstream = data_upstream(generator, task.model.is_language_model)
+    return Scores(gradient_scores(task, upstream, squared=True), signed=False, in_nats=True)

@@ -1,0 +1,88 @@
+"""Hutchinson trace of the Hessian times the squared weight error (HAWQ-V2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..models import Batch, samples_in
+from ..rendering import squared_errors
+from . import METRICS, Scores, Task
+
+_PROBE_SAMPLES = 2  # samples per probe: double backward keeps the whole graph of each
+
+
+@METRICS.register("hessian_trace")
+def hessian_trace(task: Task) -> Scores:
+    r"""``tr(H_u) / (2 D_u) * ||dW_uf||^2`` with the trace estimated by Hutchinson's probe.
+
+    H is the Hessian of KL(p_original || p_W) per token at the original weights, where it equals
+    the Fisher matrix. One probe draws Rademacher signs v for all units at once: ``v_u' (H v)_u``
+    is unbiased for ``tr(H_uu)``, as the off-diagonal blocks vanish in expectation. Each pair of
+    samples gets its own probe, so the scores carry a standard error. Assumes the curvature of a
+    unit is isotropic; needs weight-sized vectors for all units at once.
+
+    Returns:
+        Scores [probes, U, F] in nats per token under the isotropic assumption.
+
+    References:
+        Hutchinson (1989); Dong et al. (2020), HAWQ-V2, Sec. 3.2.
+    """
+    names = task.renderer.names
+    index = task.unit_index()
+    parameters = _parameters(task)
+    generator = torch.Generator().manual_seed(task.seed)
+    traces = []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for batch in task.samples.batches:
+            for part in _parts(batch):
+                traces.append(_probe(task, part, parameters, generator))
+                task.advance(samples_in(part))
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    values = np.zeros((len(traces), len(task.units), len(task.formats)))
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        errors = squared_errors(task.renderer, name, task.formats) / (2 * parameter.numel())
+        values[:, index[name]] += np.array([trace[i] for trace in traces])[:, None] * errors
+    return Scores(values.astype(np.float32), signed=False, in_nats=True)
+
+
+def _parameters(task: Task) -> list[Tensor]:
+    owner: dict[str, Tensor] = {}
+    for name, module in task.renderer.hooked_modules():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        owner.setdefault(name, weight)
+    return [owner[name] for name in task.renderer.names]
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    if isinstance(batch, Tensor):
+        return list(batch.split(_PROBE_SAMPLES))
+    return [batch]
+
+
+def _probe(
+    task: Task, batch: Batch, parameters: list[Tensor], generator: torch.Generator
+) -> NDArray[np.float64]:
+    """``v_u' (H v)_u`` of every matrix for one draw of signs: float64 [matrices]."""
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # flash has no double backward
+        log_q = nn.functional.log_softmax(task.model.logits(batch), dim=-1)
+        p = log_q.detach().exp()
+        tokens = log_q.shape[0] * log_q.shape[1]
+        kl = (p * (log_q.detach() - log_q)).sum() / tokens
+        gradients = torch.autograd.grad(kl, parameters, create_graph=True)
+        signs = [
+            (torch.randint(0, 2, g.shape, generator=generator).float() * 2 - 1).to(g.device)
+            for g in gradients
+        ]
+        products = torch.autograd.grad(gradients, parameters, grad_outputs=signs)
+    return np.array(
+        [(v * hv).sum().item() for v, hv in zip(signs, products, strict=True)], dtype=np.float64
+    )

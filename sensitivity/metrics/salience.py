@@ -1,0 +1,86 @@
+"""Layer-output error under the second moment of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models import samples_in
+from ..probes import module_input, positions_in
+from ..rendering import rendering_errors
+from . import METRICS, Scores, Task
+
+
+@METRICS.register("salience")
+def salience(task: Task) -> Scores:
+    """``tr(dW H dW')`` with ``H = E[x x']``: the squared error of the layer's output.
+
+    One forward pass collects H [cols, cols] per matrix (counts per token for an embedding); the
+    errors are priced afterwards. Blind to what the rest of the network does with the output.
+
+    Returns:
+        Scores [1, U, F], squared output error per position; not in nats.
+
+    References:
+        Frantar et al. (2023), GPTQ, Eq. 1; Nagel et al. (2020), AdaRound, Sec. 3.
+    """
+    moments, positions = _second_moments(task)
+    values = np.zeros((1, len(task.units), len(task.formats)))
+    index = task.unit_index()
+    for (name, _), moment in moments.items():
+        count = task.renderer.weight(name).shape[0]
+        for rows, errors in rendering_errors(task.renderer, name, task.formats):
+            error = _output_error(errors, moment, rows, count)
+            values[0, index[name]] += error.double().cpu().numpy()
+    return Scores((values / positions).astype(np.float32), signed=False, in_nats=False)
+
+
+def _output_error(errors: Tensor, moment: Tensor, rows: slice, count: int) -> Tensor:
+    """``tr(dW H dW')`` for the errors [F, rows, cols] of some of ``count`` rows: [F].
+
+    H is [channel_groups, cols, cols], or one count per row for an embedding.
+    """
+    if moment.dim() == 1:
+        return torch.einsum("frc,frc,r->f", errors, errors, moment[rows])
+    if len(moment) == 1:
+        return ((errors @ moment[0]) * errors).sum((1, 2))
+    group = torch.arange(rows.start, rows.stop, device=errors.device) // (count // len(moment))
+    return torch.einsum("frc,rcd,frd->f", errors, moment[group], errors)
+
+
+def _second_moments(task: Task) -> tuple[dict[tuple[str, type], Tensor], int]:
+    """Sum of x x' over all positions per matrix and kind of use, and the number of positions."""
+    moments: dict[tuple[str, type], Tensor] = {}
+
+    def collect(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+            x = module_input(module, args[0], samples=1)[0]
+            if x.is_floating_point():
+                moment = torch.einsum("pgc,pgd->gcd", x, x)
+            else:
+                vocabulary = task.renderer.weight(name).shape[0]
+                moment = torch.bincount(x, minlength=vocabulary).float()
+            key = (name, type(module))
+            moments[key] = moments[key] + moment if key in moments else moment
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(collect(name))
+        for name, module in task.renderer.hooked_modules()
+    ]
+    positions = 0
+    try:
+        with torch.no_grad():
+            for batch in task.samples.batches:
+                logits = task.model.logits(batch)
+                positions += logits.shape[0] * positions_in(logits)
+                task.advance(samples_in(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments, positions

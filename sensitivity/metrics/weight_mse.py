@@ -1,0 +1,23 @@
+"""Squared weight error, the data-free baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..rendering import squared_errors
+from . import METRICS, Scores, Task
+
+
+@METRICS.register("weight_mse")
+def weight_mse(task: Task) -> Scores:
+    """``||dW||^2`` per unit: every weight matters alike. Needs no data.
+
+    Returns:
+        Scores [1, U, F], not in nats.
+    """
+    values = np.zeros((1, len(task.units), len(task.formats)), dtype=np.float32)
+    for i, unit in enumerate(task.units):
+        for name in unit.modules:
+            values[0, i] += squared_errors(task.renderer, name, task.formats)
+    task.advance(task.samples.count)
+    return Scores(values, signed=False, in_nats=False)

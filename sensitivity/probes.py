@@ -1,0 +1,219 @@
+"""The one streaming forward + backward pass that every gradient metric reads.
+
+Weights need no gradients. Every unit's module contributes two factors per sample, its input x
+and the gradient delta at its output; the weight gradient G = sum_t delta_t x_t^T is formed block
+by block while it is consumed and never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .models import Batch, LoadedModel, samples_in
+from .rendering import Renderer
+
+# Gradient with respect to the logits [samples, positions, classes], from the logits themselves.
+Upstream = Callable[[Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Per-sample factors of a weight gradient.
+
+    Attributes:
+        x: Inputs [samples, positions, channel_groups, cols]; token ids [samples, positions]
+            for an embedding.
+        delta: Output gradients [samples, positions, channel_groups, rows / channel_groups].
+    """
+
+    x: Tensor
+    delta: Tensor
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the module is an embedding, whose input is one-hot."""
+        return not self.x.is_floating_point()
+
+    def gradient(self, rows: slice) -> Tensor:
+        """Gradient of some rows of the weight, per sample: [samples, rows, cols]."""
+        if self.is_lookup:
+            return self._lookup_gradient(rows)
+        if self.delta.shape[2] == 1:
+            return self.delta[:, :, 0, rows].transpose(1, 2) @ self.x[:, :, 0]
+        per_group = torch.einsum("npgr,npgc->ngrc", self.delta, self.x)
+        return per_group.flatten(1, 2)[:, rows]
+
+    def _lookup_gradient(self, rows: slice) -> Tensor:
+        samples, _, _, cols = self.delta.shape
+        count = rows.stop - rows.start
+        result = self.delta.new_zeros(samples, count, cols)
+        sample, position = ((self.x >= rows.start) & (self.x < rows.stop)).nonzero(as_tuple=True)
+        row = self.x[sample, position] - rows.start
+        result.index_put_((sample, row), self.delta[sample, position, 0], accumulate=True)
+        return result
+
+
+Visitor = Callable[[str, Factors], None]
+
+
+def stream(
+    model: LoadedModel,
+    renderer: Renderer,
+    batch: Batch,
+    upstream: Upstream,
+    visit: Visitor,
+) -> Tensor:
+    """One forward and backward pass; ``visit`` gets each module's factors during the backward.
+
+    Args:
+        model: The model; its parameters must not require gradients.
+        renderer: Says which modules are units.
+        batch: Model inputs.
+        upstream: Gives the gradient at the logits, for example p - onehot(y).
+        visit: Called with the canonical module name and the factors, last module first. A
+            module used twice, or tied to another, is visited once per use.
+
+    Returns:
+        The logits [samples, positions, classes].
+
+    Raises:
+        ValueError: If a unit's module takes no part in the forward pass.
+    """
+    samples = samples_in(batch)
+    used: set[str] = set()
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            used.add(name)
+            if not output.requires_grad:
+                # Nothing before this module needs gradients, so the graph starts here; the
+                # view lets a following in-place operation work.
+                output = output.requires_grad_().view_as(output).clone()
+            x = args[0].detach()
+            output.register_hook(lambda delta: visit(name, _factors(module, x, delta, samples)))
+            return output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name)) for name, module in renderer.hooked_modules()
+    ]
+    try:
+        with torch.enable_grad():
+            logits = model.logits(batch)
+            missing = [name for name in renderer.names if name not in used]
+            if missing:
+                raise ValueError(
+                    f"Unit {missing[0]!r} took no part in the forward pass, so it cannot be "
+                    f"profiled. Leave it out with --exclude {missing[0]!r}."
+                )
+            logits.backward(upstream(logits.detach(), batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits.detach()
+
+
+def _factors(module: nn.Module, x: Tensor, delta: Tensor, samples: int) -> Factors:
+    if isinstance(module, nn.Conv2d):
+        delta = delta.flatten(2).unflatten(1, (module.groups, -1)).permute(0, 3, 1, 2)
+    else:
+        delta = delta.unsqueeze(-2)
+    return Factors(
+        module_input(module, x, samples), delta.reshape(samples, -1, *delta.shape[-2:]).detach()
+    )
+
+
+def module_input(module: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """What multiplies the weight matrix [rows, cols] of a module, per sample.
+
+    Returns:
+        [samples, positions, channel_groups, cols]; a Conv2d's input is unfolded to patches, an
+        embedding's token ids stay as they are, [samples, positions].
+    """
+    if isinstance(module, nn.Embedding):
+        return x.reshape(samples, -1)
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(samples, -1, 1, x.shape[-1])
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0, 0)
+    patches = F.unfold(
+        x,
+        (module.kernel_size[0], module.kernel_size[1]),
+        (module.dilation[0], module.dilation[1]),
+        (int(padding[0]), int(padding[1])),
+        (module.stride[0], module.stride[1]),
+    )
+    patches = patches.unflatten(1, (module.groups, -1)).permute(0, 3, 1, 2)
+    return patches.reshape(samples, -1, *patches.shape[-2:])
+
+
+def label_upstream(generator: torch.Generator) -> Upstream:
+    """p - onehot(y) with y sampled from the model's own softmax at every position.
+
+    The gradient of sum_t -log p(y_t | x_<t); its expectation is zero and its covariance the
+    Fisher matrix of the logits, diag(p) - p p^T, independent across positions.
+    """
+
+    def upstream(logits: Tensor, _batch: Batch) -> Tensor:
+        p = logits.softmax(-1)
+        for sample in p:  # one at a time: the cumulative sums are as large as the logits
+            cumulative = sample.cumsum(-1)
+            uniform = torch.rand((len(sample), 1), generator=generator).to(p.device)
+            label = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+            label.clamp_(max=p.shape[-1] - 1)
+            sample.scatter_add_(-1, label, p.new_tensor(-1.0).expand(label.shape))
+        return p
+
+    return upstream
+
+
+def gaussian_upstream(generator: torch.Generator) -> Upstream:
+    """r = sqrt(p) * n - p * sum_v sqrt(p_v) n_v with n ~ N(0, I).
+
+    Same covariance diag(p) - p p^T as the label probe, without its heavy tails.
+    """
+
+    def upstream(logits: Tensor, _batch: Batch) -> Tensor:
+        p = logits.softmax(-1)
+        for sample in p:  # one at a time: the noise is as large as the logits
+            noise = torch.randn(sample.shape, generator=generator).to(p.device)
+            noise.mul_(sample.sqrt())
+            sample.mul_(-noise.sum(-1, keepdim=True)).add_(noise)
+        return p
+
+    return upstream
+
+
+def data_upstream(generator: torch.Generator, is_language_model: bool) -> Upstream:
+    """p - onehot(y) with y the next token of the text; the last position has no label.
+
+    Models that read no text have no labels in their batches: labels are sampled instead.
+    """
+    if not is_language_model:
+        return label_upstream(generator)
+
+    def upstream(logits: Tensor, batch: Batch) -> Tensor:
+        assert isinstance(batch, Tensor)
+        p = logits.softmax(-1)
+        p[:, -1] = 0
+        label = batch[:, 1:].unsqueeze(-1)
+        p[:, :-1].scatter_add_(-1, label, p.new_tensor(-1.0).expand(label.shape))
+        return p
+
+    return upstream
+
+
+def positions_in(logits: Tensor) -> int:
+    """Positions T per sample of logits [samples, T, classes]."""
+    return math.prod(logits.shape[1:-1])

@@ -1,0 +1,191 @@
+"""Profile a model: one sensitivity table from one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..quantizers.format import Format, resolve_formats
+from .calibration import Samples, calibration_samples, samples_from_batches
+from .evaluate import measure, plan_runner
+from .metrics import METRICS, Scores, Task
+from .models import Batch, LoadedModel, Workload, load_model, state_sha256
+from .progress import Reporter
+from .rendering import Renderer
+from .table import SensitivityTable, UnitInfo
+from .units import find_units, unplanned_tensors
+
+DEFAULT_FORMATS = (
+    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
+    *(f"int{bits}-g32-asym" for bits in (2, 3, 4)),
+    *(f"int{bits}-g128-asym" for bits in (3, 4)),
+    "bf16",
+)
+_HEADER_BYTES = 200  # a safetensors header entry: name, dtype, shape, offsets, bitplan's own
+_SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
+
+
+def profile(
+    model: str | nn.Module | LoadedModel,
+    batches: Samples | Sequence[Batch] | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    *,
+    metric: str = "fisher",
+    rounding: str = "rtn",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> SensitivityTable:
+    """Price every unit of a model in every format.
+
+    Args:
+        model: A model name (see :func:`load_model`), any module, or a loaded model.
+        batches: Calibration batches; None takes the built-in prose (language models) or the
+            batches the model's own function yields.
+        formats: Candidate formats.
+        metric: Name of the sensitivity metric; see ``bitplan metrics``.
+        rounding: Name of the rounding method whose errors are priced.
+        include: Globs on module names; empty means every quantizable module.
+        exclude: Globs on module names to leave as they are.
+        groups: Fusion rules such as ``q_proj,k_proj,v_proj``.
+        seed: Seed of calibration and probes.
+        reporter: Where progress is shown; silent by default.
+
+    Returns:
+        The table: bytes, predicted KL increase (nats per token) and its standard error.
+
+    Raises:
+        ValueError: If a name is unknown, the model is not finite, or nothing matches.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    loaded = as_loaded_model(model)
+    score = METRICS.get(metric)
+    candidates = resolve_formats(formats, loaded.source_dtype)
+    units = find_units(loaded.module, include, exclude, groups)
+    samples = _as_samples(loaded, batches, seed)
+    renderer = Renderer(loaded.module, units, rounding)
+    with reporter.bar("Fitting scales", len(renderer.names)) as advance:
+        renderer.fit(candidates, lambda: advance(1))
+    with reporter.bar(f"Profiling ({metric})", samples.count) as advance:
+        task = Task(loaded, units, candidates, renderer, samples, seed, advance)
+        scores = score(task)
+    kl, stderr = _prices(scores)
+    scale = 1.0 if scores.in_nats else _fitted_scale(task, kl, reporter)
+    return SensitivityTable(
+        units=units,
+        formats=tuple(fmt.name for fmt in candidates),
+        bytes=_stored_bytes(units, candidates),
+        kl=kl * scale,
+        stderr=stderr * scale,
+        scores=scores.values * np.float32(scale**0.5) if scores.signed else None,
+        provenance=provenance(loaded, units, samples, metric, rounding, seed),
+    )
+
+
+def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
+    """Accept a name, a module or a loaded model; a bare module is frozen and kept in place."""
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str):
+        return load_model(model)
+    source = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.requires_grad_(False).eval()
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return LoadedModel(name, model, source, Workload(model))
+
+
+def provenance(
+    model: LoadedModel,
+    units: Sequence[UnitInfo],
+    samples: Samples,
+    metric: str,
+    rounding: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What produced a table; equal provenance of two runs means equal tables."""
+    return {
+        "model": {
+            "id": model.id,
+            "revision": model.revision,
+            "sha256": state_sha256(model.module),
+        },
+        "metric": metric,
+        "rounding": rounding,
+        "calibration": samples.describe(),
+        "seed": seed,
+        "outside_bytes": _outside_bytes(model, units),
+        "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
+    }
+
+
+def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:
+    """Bytes of a written model file that are not units, header included (rounded up)."""
+    others = unplanned_tensors(model.module, units)
+    item = getattr(torch, model.source_dtype).itemsize
+    tensors = sum(
+        t.numel() * (item if t.is_floating_point() else t.element_size()) for t in others.values()
+    )
+    matrices = sum(len(unit.modules) for unit in units)
+    return tensors + _HEADER_BYTES * (len(others) + 3 * matrices)
+
+
+def _as_samples(
+    model: LoadedModel, batches: Samples | Sequence[Batch] | None, seed: int
+) -> Samples:
+    if isinstance(batches, Samples):
+        return batches
+    if batches is None:
+        return calibration_samples(model, seed=seed)
+    return samples_from_batches(batches, model, "batches", seed)
+
+
+def _stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
+    return np.array(
+        [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
+        dtype=np.int64,
+    )
+
+
+def _prices(scores: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean price and standard error [U, F] of the per-sample scores."""
+    values = scores.values.astype(np.float64)
+    if scores.signed:
+        values = values**2
+    count = len(values)
+    stderr = np.zeros(values.shape[1:])
+    if count > 1:
+        stderr = values.std(axis=0, ddof=1) / count**0.5
+    return np.maximum(values.mean(axis=0), 0.0), stderr
+
+
+def _fitted_scale(task: Task, kl: NDArray[np.float64], reporter: Reporter) -> float:
+    """Nats per unit of score, from uniform plans measured on a few calibration samples.
+
+    The geometric mean of measured KL over summed score, for the formats in the middle of the
+    range: the largest errors saturate and the smallest drown in rounding.
+    """
+    totals = kl.sum(axis=0)
+    order = [i for i in np.argsort(totals) if totals[i] > 0]
+    chosen = order[len(order) // 4 : -(len(order) // 4) or None][:4] or order[:1]
+    if not chosen:
+        raise ValueError("Every format reproduces every weight exactly: there is nothing to price.")
+    samples = task.samples.head(_SCALE_SAMPLES)
+    runs = {
+        str(i): plan_runner(
+            task.model, task.renderer, dict.fromkeys(task.renderer.names, task.formats[i])
+        )
+        for i in chosen
+    }
+    passes = len(samples.batches) * (1 + len(runs))
+    with reporter.bar("Fitting the metric's scale to measured KL", passes) as advance:
+        measured, _ = measure(task.model, runs, samples, lambda: advance(1))
+    ratios = [measured[str(i)].mean_kl / totals[i] for i in chosen]
+    return float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-30)))))

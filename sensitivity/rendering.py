@@ -1,0 +1,213 @@
+"""Renderings: the weights each format really produces, recomputed on demand from small grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..quantizers.format import Format
+from ..quantizers.grid import Grid, grid_rows, render
+from ..quantizers.methods import METHODS
+from .table import UnitInfo
+from .units import is_conv1d, weight_matrix
+
+Assignment = Mapping[str, Format]  # canonical module name -> format
+
+
+class Renderer:
+    """Renders any unit's matrix in any format without keeping rendered weights.
+
+    Only scales and zero points are cached (3 bytes per weight group and format); codes are
+    recomputed by rounding, so the memory is independent of the number of formats.
+
+    Args:
+        model: The module that holds the original weights.
+        units: The units; only their matrices are rendered.
+        rounding: Name of the method that fits the grids.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[UnitInfo], rounding: str = "rtn") -> None:
+        self.rounding = rounding
+        self._fit = METHODS.get(rounding)
+        modules = dict(model.named_modules())
+        self._modules: dict[str, list[nn.Module]] = {}
+        self._canonical: dict[nn.Module, str] = {}
+        for unit in units:
+            for name in (*unit.modules, *unit.aliases):
+                module = modules[name]
+                owner = name if name in unit.modules else _owner(unit, module, modules)
+                self._modules.setdefault(owner, []).append(module)
+                self._canonical[module] = owner
+        self._grids: dict[tuple[str, str], Grid | None] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the matrices, in unit order."""
+        return list(self._modules)
+
+    def hooked_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Pairs of canonical name and module; tied modules appear under one name."""
+        for module, name in self._canonical.items():
+            yield name, module
+
+    def weight(self, name: str) -> Tensor:
+        """The original weight of a matrix [rows, cols], a view where possible."""
+        matrix = weight_matrix(self._modules[name][0])
+        assert matrix is not None
+        return matrix.detach()
+
+    def grid(self, name: str, fmt: Format) -> Grid | None:
+        """Scales and zero points of a matrix in a format, fitted once."""
+        key = (name, fmt.name)
+        if key not in self._grids:
+            self._grids[key] = self._fit(self.weight(name), fmt)
+        return self._grids[key]
+
+    def fit(self, formats: Sequence[Format], advance: Callable[[], None]) -> None:
+        """Fit the grids of all matrices in all formats; ``advance`` is called per matrix."""
+        for name in self.names:
+            for fmt in formats:
+                self.grid(name, fmt)
+            advance()
+
+    def render(
+        self,
+        name: str,
+        fmt: Format,
+        rows: slice | Tensor = slice(None),
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
+        return render(self.weight(name)[rows], fmt, grid_rows(self.grid(name, fmt), rows), out)
+
+    @contextmanager
+    def applied(self, assignment: Assignment) -> Iterator[None]:
+        """Run the model with rendered weights inside the block.
+
+        Each module renders its weight just before its own forward pass and forgets it right
+        after, so only one rendered matrix exists at a time.
+        """
+        handles: list[Any] = []
+        for name, module in self.hooked_modules():
+            if name not in assignment:
+                continue
+            swap = _WeightSwap(self, name, assignment[name])
+            if type(module) is nn.Embedding:
+                handles.append(module.register_forward_hook(swap.look_up))
+            else:
+                handles.append(module.register_forward_pre_hook(swap.enter))
+                handles.append(module.register_forward_hook(swap.leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _WeightSwap:
+    """Forward hooks that put a rendered weight in a module for the time of one call."""
+
+    def __init__(self, renderer: Renderer, name: str, fmt: Format) -> None:
+        self.renderer, self.name, self.fmt = renderer, name, fmt
+        self.original: Tensor | None = None
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        assert isinstance(module.weight, Tensor)
+        matrix = self.renderer.render(self.name, self.fmt)
+        shaped = matrix.T if is_conv1d(module) else matrix.view(module.weight.shape)
+        self.original = module.weight.data
+        module.weight.data = shaped
+
+    def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if self.original is not None:
+            assert isinstance(module.weight, Tensor)
+            module.weight.data, self.original = self.original, None
+
+    def look_up(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> Tensor:
+        """Render only the rows an embedding looks up."""
+        rows, where = args[0].unique(return_inverse=True)
+        return F.embedding(where, self.renderer.render(self.name, self.fmt, rows))
+
+
+def _owner(unit: UnitInfo, alias: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """The unit's module whose weight the alias shares."""
+    pointer = weight_matrix(alias)
+    assert pointer is not None
+    for name in unit.modules:
+        matrix = weight_matrix(modules[name])
+        if matrix is not None and matrix.data_ptr() == pointer.data_ptr():
+            return name
+    raise AssertionError(f"alias of {unit.name} shares no weight with it")
+
+
+def rendering_errors(
+    renderer: Renderer, name: str, formats: Sequence[Format], chunk: int = 1 << 17
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rendering errors of all formats, a block of rows at a time.
+
+    Whatever the size of the matrix, only one block of errors per format exists at a time.
+
+    Args:
+        renderer: Source of the renderings.
+        name: Canonical module name.
+        formats: The F formats.
+        chunk: Weights per block and format.
+
+    Yields:
+        The rows, and their errors ``rendering - W`` [F, rows, cols], overwritten by the next.
+    """
+    weight = renderer.weight(name)
+    rows, cols = weight.shape
+    step = min(rows, max(1, chunk // cols))
+    errors = torch.empty(len(formats), step, cols, device=weight.device)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        part = errors[:, : block.stop - start]
+        for i, fmt in enumerate(formats):
+            renderer.render(name, fmt, block, out=part[i]).sub_(weight[block])
+        yield block, part
+
+
+def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:
+    """``||dW_f||^2`` of one matrix in every format: float64 [F]."""
+    total = np.zeros(len(formats))
+    for _, errors in rendering_errors(renderer, name, formats):
+        total += errors.flatten(1).square_().sum(1, dtype=torch.float64).cpu().numpy()
+    return total
+
+
+def inner_products(
+    gradient: Callable[[slice], Tensor],
+    renderer: Renderer,
+    name: str,
+    formats: Sequence[Format],
+    squared: bool = False,
+) -> NDArray[np.float64]:
+    """Inner products of per-sample gradients with the rendering errors of all formats.
+
+    Args:
+        gradient: Maps a slice of rows to per-sample gradients [samples, rows, cols].
+        renderer: Source of the renderings.
+        name: Canonical module name.
+        formats: The F formats.
+        squared: Square both sides elementwise first: sum of G^2 * dW^2.
+
+    Returns:
+        ``<G_i, dW_f>``: float64 [samples, F].
+    """
+    total: NDArray[np.float64] | None = None
+    for block, errors in rendering_errors(renderer, name, formats):
+        left, right = gradient(block).flatten(1), errors.flatten(1)
+        if squared:
+            left, right = left.square_(), right.square_()
+        product = (left @ right.T).double().cpu().numpy()
+        total = product if total is None else total + product
+    assert total is not None
+    return total

@@ -1,0 +1,167 @@
+"""The sensitivity table: what every unit costs in every format. The only thing solvers see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..quantizers.files import atomic_path, write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class UnitInfo:
+    """The torch-free description of a unit: one or more matrices that share one format.
+
+    Attributes:
+        name: Unique name; the module's name, or ``parent.{a,b}`` for a fused group.
+        modules: Canonical module names, one per distinct weight matrix.
+        shapes: ``(rows, cols)`` of each matrix, rows = output features.
+        kind: Matrix type, the part of the name shared across layers (``mlp.up_proj``).
+        layer: Index of the layer the unit belongs to, or None outside the repeated stack.
+        aliases: Other module names tied to the same weight (``lm_head``), stored once.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    kind: str
+    layer: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, counted once when tied."""
+        return sum(rows * cols for rows, cols in self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityTable:
+    """Units x formats: exact bytes, predicted KL increase and its standard error.
+
+    Attributes:
+        units: The U units.
+        formats: Canonical names of the F candidate formats.
+        bytes: int64 [U, F], ``Format.stored_bytes`` summed over a unit's matrices.
+        kl: float64 [U, F], predicted KL increase in nats per token; NaN = not allowed.
+        stderr: float64 [U, F], standard error of ``kl`` (0 where the metric is deterministic).
+        scores: float32 [N, U, F] per-sequence scores ``s`` with ``kl = mean(s**2)``, in
+            sqrt(nats per token); None for metrics without such a decomposition.
+        provenance: Model, calibration, metric, rounding, versions and fingerprint.
+    """
+
+    units: tuple[UnitInfo, ...]
+    formats: tuple[str, ...]
+    bytes: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    scores: NDArray[np.float32] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that every array has the shape the names say."""
+        shape = (len(self.units), len(self.formats))
+        for name, array in (("bytes", self.bytes), ("kl", self.kl), ("stderr", self.stderr)):
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
+        if self.scores is not None and self.scores.shape[1:] != shape:
+            raise ValueError(f"scores has shape {self.scores.shape}, expected (N, {shape}).")
+        if np.isnan(self.kl).all(axis=1).any():
+            bad = self.units[int(np.isnan(self.kl).all(axis=1).argmax())].name
+            raise ValueError(f"Unit {bad!r} has no measured format; add one it can be stored in.")
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in scope: the denominator of bits per weight."""
+        return sum(unit.weights for unit in self.units)
+
+    def uniform_bytes(self, fmt: str) -> int:
+        """Bytes of the plan that gives every unit the format ``fmt``."""
+        return int(self.bytes[:, self.formats.index(fmt)].sum())
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (safetensors, self-contained) and a readable ``.json`` beside it."""
+        tensors: dict[str, NDArray[Any]] = {
+            "bytes": self.bytes,
+            "kl": self.kl,
+            "stderr": self.stderr,
+        }
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        header = {
+            "schema": SCHEMA,
+            "units": [asdict(unit) for unit in self.units],
+            "formats": list(self.formats),
+            "provenance": self.provenance,
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"bitplan_profile": json.dumps(header)})
+        write_json(path.with_suffix(".json"), header)
+
+    @classmethod
+    def load(cls, path: Path) -> SensitivityTable:
+        """Read a profile written by :meth:`save`.
+
+        Raises:
+            ValueError: If the file is missing, truncated, or not a bitplan profile.
+        """
+        if not path.is_file():
+            raise ValueError(f"No profile at {path}. Make one with `bitplan profile MODEL`.")
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = json.loads((file.metadata() or {})["bitplan_profile"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file ({error}). "
+                "Delete it and profile again."
+            ) from error
+        except KeyError as error:
+            raise ValueError(f"{path} is a safetensors file but not a bitplan profile.") from error
+        if header["schema"] != SCHEMA:
+            raise ValueError(
+                f"{path} has profile schema {header['schema']}, this version reads {SCHEMA}. "
+                "Profile again, or use the bitplan version that wrote it."
+            )
+        return cls(
+            units=tuple(_unit(entry) for entry in header["units"]),
+            formats=tuple(header["formats"]),
+            bytes=tensors["bytes"],
+            kl=tensors["kl"],
+            stderr=tensors["stderr"],
+            scores=tensors.get("scores"),
+            provenance=header["provenance"],
+        )
+
+    def select(self, formats: Sequence[str]) -> SensitivityTable:
+        """The same table restricted to ``formats``, in that order."""
+        columns = [self.formats.index(name) for name in formats]
+        return SensitivityTable(
+            units=self.units,
+            formats=tuple(formats),
+            bytes=self.bytes[:, columns],
+            kl=self.kl[:, columns],
+            stderr=self.stderr[:, columns],
+            scores=None if self.scores is None else self.scores[:, :, columns],
+            provenance=self.provenance,
+        )
+
+
+def _unit(entry: dict[str, Any]) -> UnitInfo:
+    return UnitInfo(
+        name=entry["name"],
+        modules=tuple(entry["modules"]),
+        shapes=tuple((int(rows), int(cols)) for rows, cols in entry["shapes"]),
+        kind=entry["kind"],
+        layer=entry["layer"],
+        aliases=tuple(entry["aliases"]),
+    )

@@ -1,0 +1,185 @@
+"""Model -> units: which weight matrices get a format, and which share one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from .table import UnitInfo
+
+
+def weight_matrix(module: nn.Module) -> Tensor | None:
+    """The weight of a quantizable module as a matrix [rows, cols], rows = output features.
+
+    A view of the parameter wherever one exists, never a copy. None for other modules.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return module.weight
+    if isinstance(module, nn.Conv2d):
+        return module.weight.flatten(1)
+    if is_conv1d(module):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the GPT-2 ``Conv1D`` of transformers: a linear layer stored transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def find_units(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> tuple[UnitInfo, ...]:
+    """List the units of a model in module order.
+
+    Args:
+        model: Any module with Linear, Conv1D, Embedding or Conv2d layers.
+        include: Globs on module names; empty means all.
+        exclude: Globs on module names that are left as they are.
+        groups: Fusion rules such as ``q_proj,k_proj,v_proj``: matrices with these last names
+            under one parent share one format, as the runtimes that fuse them require.
+
+    Returns:
+        Units whose tied matrices are one entry with aliases, and fused matrices one unit.
+
+    Raises:
+        ValueError: If a glob or a rule matches nothing, or no unit is left.
+    """
+    owners: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        matrix = weight_matrix(module)
+        if matrix is None:
+            continue
+        owner = owners.setdefault(matrix.data_ptr(), name)
+        if owner == name:
+            shapes[name] = (matrix.shape[0], matrix.shape[1])
+            aliases[name] = []
+        else:
+            aliases[owner].append(name)
+    if not shapes:
+        raise ValueError(
+            "The model has no Linear, Conv1D, Embedding or Conv2d layer, so there is nothing to "
+            "quantize."
+        )
+    chosen = [
+        name
+        for name in shapes
+        if (not include or _matches([name, *aliases[name]], include))
+        and not _matches([name, *aliases[name]], exclude)
+    ]
+    _check_globs([*include, *exclude], [n for name in shapes for n in (name, *aliases[name])])
+    if not chosen:
+        raise ValueError(
+            f"--include {' '.join(include) or '*'} without --exclude {' '.join(exclude) or '-'} "
+            f"leaves no unit of {len(shapes)}. Loosen the globs."
+        )
+    stack = _main_stack(chosen)
+    units = []
+    for name in chosen:
+        layer, kind = _locate(name, stack)
+        units.append(UnitInfo(name, (name,), (shapes[name],), kind, layer, tuple(aliases[name])))
+    for rule in groups:
+        units = _fuse(units, rule)
+    return tuple(units)
+
+
+def unplanned_tensors(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, Tensor]:
+    """Every saved tensor of a model that is not a unit's weight; shared ones appear once."""
+    planned = {f"{name}.weight" for unit in units for name in (*unit.modules, *unit.aliases)}
+    others: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name in planned or (tensor.numel() and tensor.data_ptr() in seen):
+            continue
+        seen.add(tensor.data_ptr())
+        others[name] = tensor
+    return others
+
+
+def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
+    for glob in globs:
+        if not _matches(names, [glob]):
+            near = get_close_matches(glob, names, n=1, cutoff=0.3) or names[:1]
+            raise ValueError(f"No layer matches {glob!r}. A layer name looks like {near[0]!r}.")
+
+
+def _split_at_index(name: str) -> tuple[str, int | None, str]:
+    """``model.layers.3.mlp.up`` -> (``model.layers``, 3, ``mlp.up``)."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return "", None, name
+
+
+def _main_stack(names: Sequence[str]) -> str | None:
+    counts = Counter(
+        prefix for prefix, index, _ in map(_split_at_index, names) if index is not None
+    )
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _locate(name: str, stack: str | None) -> tuple[int | None, str]:
+    prefix, index, rest = _split_at_index(name)
+    if index is not None and prefix == stack and rest:
+        return index, rest
+    return None, name
+
+
+def _fuse(units: Sequence[UnitInfo], rule: str) -> list[UnitInfo]:
+    suffixes = [part.strip() for part in rule.split(",") if part.strip()]
+    if len(suffixes) < 2:
+        raise ValueError(f"--group {rule!r} needs at least two names, such as 'q_proj,k_proj'.")
+    members: dict[str, list[UnitInfo]] = {}
+    for parent, unit in _members(units, suffixes):
+        members.setdefault(parent, []).append(unit)
+    fused = {parent: found for parent, found in members.items() if len(found) > 1}
+    if not fused:
+        raise ValueError(
+            f"--group {rule!r} matches nothing: no module has two of these children. "
+            f"A layer name looks like {units[0].name!r}."
+        )
+    first = {found[0].name: _merge(parent, found) for parent, found in fused.items()}
+    absorbed = {unit.name for found in fused.values() for unit in found}
+    return [
+        first.get(unit.name, unit)
+        for unit in units
+        if unit.name in first or unit.name not in absorbed
+    ]
+
+
+def _members(units: Sequence[UnitInfo], suffixes: Sequence[str]) -> Iterator[tuple[str, UnitInfo]]:
+    for unit in units:
+        for suffix in suffixes:
+            if unit.name == suffix or unit.name.endswith("." + suffix):
+                yield unit.name[: -len(suffix)], unit
+
+
+def _merge(parent: str, found: Sequence[UnitInfo]) -> UnitInfo:
+    names = ",".join(unit.name[len(parent) :] for unit in found)
+    kind = found[0].kind
+    kind_parent = kind[: len(kind) - len(found[0].name[len(parent) :])]
+    return replace(
+        found[0],
+        name=f"{parent}{{{names}}}",
+        modules=tuple(name for unit in found for name in unit.modules),
+        shapes=tuple(shape for unit in found for shape in unit.shapes),
+        kind=f"{kind_parent}{{{names}}}",
+        aliases=tuple(name for unit in found for name in unit.aliases),
+    )

@@ -1,0 +1,167 @@
+"""The streaming pass against plain autograd, and the Fisher probe against the exact form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bitplan.quantizers.format import Format
+from bitplan.sensitivity.models import Batch, LoadedModel, Workload
+from bitplan.sensitivity.probes import (
+    data_upstream,
+    gaussian_upstream,
+    label_upstream,
+    stream,
+)
+from bitplan.sensitivity.profile import profile
+from bitplan.sensitivity.rendering import Renderer, inner_products
+from bitplan.sensitivity.units import find_units, weight_matrix
+
+FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int4-gc", "bf16")))
+
+
+class Tied(nn.Module):
+    """Embedding -> Conv1D -> linear head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.mix = Conv1D(16, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.mix(self.embed(ids))))
+        return logits
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 12, 3, padding="same", groups=4, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 10),
+    )
+
+
+CASES = {
+    "tied language model": (Tied, lambda: torch.randint(0, 40, (3, 7))),
+    "grouped convolutions": (convnet, lambda: torch.randn(3, 3, 8, 8)),
+}
+
+
+def load(factory: object) -> LoadedModel:
+    torch.manual_seed(0)
+    module = factory()  # type: ignore[operator]
+    module.requires_grad_(False).eval()
+    return LoadedModel("toy", module, "float32", Workload(module))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inner_products_equal_autograd_per_sample(case: str) -> None:
+    factory, batch_of = CASES[case]
+    model, batch = load(factory), batch_of()
+    units = find_units(model.module)
+    renderer = Renderer(model.module, units)
+    upstream_gradient = torch.randn_like(model.logits(batch))
+
+    found = {unit.name: np.zeros((3, len(FORMATS))) for unit in units}
+
+    def visit(name: str, factors: object) -> None:
+        found[name] += inner_products(factors.gradient, renderer, name, FORMATS)  # type: ignore[attr-defined]
+
+    stream(model, renderer, batch, lambda _logits, _batch: upstream_gradient, visit)
+
+    modules = dict(model.module.named_modules())
+    for unit in units:
+        parameter = modules[unit.name].weight
+        errors = [renderer.render(unit.name, f) - renderer.weight(unit.name) for f in FORMATS]
+        for sample in range(3):
+            parameter.requires_grad_(True)
+            logits = model.logits(batch[sample : sample + 1])
+            (gradient,) = torch.autograd.grad(
+                logits, parameter, upstream_gradient[sample : sample + 1]
+            )
+            parameter.requires_grad_(False)
+            shaped = gradient.T if isinstance(modules[unit.name], Conv1D) else gradient.flatten(1)
+            expected = [float((shaped * error).sum()) for error in errors]
+            np.testing.assert_allclose(found[unit.name][sample], expected, rtol=2e-4, atol=1e-5)
+
+
+def test_weights_collect_no_gradient() -> None:
+    model = load(Tied)
+    renderer = Renderer(model.module, find_units(model.module))
+    stream(
+        model, renderer, torch.zeros(2, 3, dtype=torch.long), lambda z, _: z, lambda *_: None
+    )
+    assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
+
+
+def test_a_unit_outside_the_forward_pass_is_named() -> None:
+    module = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    module.forward = lambda x: module["used"](x)  # type: ignore[method-assign]
+    model = LoadedModel("toy", module, "float32", Workload(module))
+    with pytest.raises(ValueError, match="'idle' took no part in the forward pass"):
+        stream(
+            model,
+            Renderer(module, find_units(module)),
+            torch.ones(1, 4),
+            lambda z, _: z,
+            lambda *_: None,
+        )
+
+
+@pytest.mark.parametrize("make", [label_upstream, gaussian_upstream])
+def test_probe_has_the_fisher_covariance(make: object) -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    upstream = make(torch.Generator().manual_seed(0))  # type: ignore[operator]
+    draws = upstream(logits.expand(4, 20_000, 4), torch.empty(0)).flatten(0, 1)
+    p = logits.softmax(-1)
+    covariance = draws.T @ draws / len(draws)
+    torch.testing.assert_close(covariance, p.diag() - p.outer(p), atol=0.01, rtol=0)
+    assert draws.mean(0).abs().max() < 0.01
+
+
+def test_data_probe_uses_the_next_token() -> None:
+    batch: Batch = torch.tensor([[1, 2, 0]])
+    upstream = data_upstream(torch.Generator(), is_language_model=True)
+    result = upstream(torch.zeros(1, 3, 3), batch)
+    third = 1 / 3
+    expected = [[third, third, third - 1], [third - 1, third, third], [0, 0, 0]]
+    torch.testing.assert_close(result[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("metric", ["fisher", "fisher_gaussian"])
+def test_price_is_the_gauss_newton_form(metric: str) -> None:
+    """The exact form, dW' F dW / (2 T), lies within 5 standard errors of the estimate."""
+    model = load(Tied)
+    batches = [torch.randint(0, 40, (128, 5), generator=torch.Generator().manual_seed(i))
+               for i in range(8)]
+    table = profile(model, batches, ("int2-g32-asym",), metric=metric, include=["mix"])
+    assert table.scores is not None and table.scores.shape == (1024, 1, 1)
+
+    renderer = Renderer(model.module, table.units)
+    error = renderer.render("mix", FORMATS[0]) - renderer.weight("mix")
+    modules = dict(model.module.named_modules())
+    matrix = weight_matrix(modules["mix"])
+    assert matrix is not None
+
+    def logits_of(step: Tensor, ids: Tensor) -> Tensor:
+        weight = (matrix + step * error).T
+        hidden = nn.functional.embedding(ids, modules["embed"].weight)  # type: ignore[arg-type]
+        mixed = torch.tanh(hidden @ weight + modules["mix"].bias)
+        return mixed @ modules["head"].weight.T  # type: ignore[operator,return-value]
+
+    exact = 0.0
+    for ids in batches:
+        zero = torch.zeros(())
+        z, jvp = torch.func.jvp(lambda s, i=ids: logits_of(s, i), (zero,), (torch.ones(()),))
+        p = z.softmax(-1)
+        variance = (p * jvp**2).sum(-1) - (p * jvp).sum(-1) ** 2
+        exact += float(variance.mean()) / 2 / len(batches)
+    assert abs(table.kl[0, 0] - exact) < 5 * table.stderr[0, 0]
+    assert table.stderr[0, 0] < 0.1 * table.kl[0, 0]
