@@ -223,7 +223,7 @@ def profile(
         seed,
         device,
     )
-    table, _ = run_profile(settings, run, Reporter(quiet))
+    table = run_profile(settings, run, Reporter(quiet))
     shown = Table("format", "bpw", "predicted KL (nats/token)", title="Uniform plans")
     for i, name in enumerate(table.formats):
         bpw = 8 * table.uniform_bytes(name) / table.weights

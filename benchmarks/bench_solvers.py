@@ -25,11 +25,24 @@ from bitplan.search.solvers import SOLVERS
 
 T = TypeVar("T")
 
-FORMATS = (
-    "int2-g128 int2-g64-asym int3-g128 int3-g64-asym int4-g128 int4-g64-asym int6-g64-asym "
-    "int8-g64-asym int4-g32-asym int5-g128 int5-g64-asym int6-g128 int8-g128 int8-gc "
-    "int3-g32-asym bf16"
-).split()
+FORMATS = [
+    "int2-g128",
+    "int2-g64-asym",
+    "int3-g128",
+    "int3-g64-asym",
+    "int4-g128",
+    "int4-g64-asym",
+    "int6-g64-asym",
+    "int8-g64-asym",
+    "int4-g32-asym",
+    "int5-g128",
+    "int5-g64-asym",
+    "int6-g128",
+    "int8-g128",
+    "int8-gc",
+    "int3-g32-asym",
+    "bf16",
+]
 BUDGETS = (3.28, 4.3)  # bits per weight
 CASES = ((210, 12), (1_000, 12), (10_000, 16), (100_000, 8))  # units, formats
 QUICK_CASES = ((50, 8), (210, 12))

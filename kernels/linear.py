@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ class PackedModule(nn.Module):
     to a device moves them; casting it to another dtype changes activations and bias only.
     """
 
-    scale: Tensor
     codes: Tensor
+    scale: Tensor
     weight: Tensor
+    like: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, packed: PackedTensor, bias: nn.Parameter | None, like: Tensor) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class PackedModule(nn.Module):
             self.register_buffer(name, part)
         self.bias = bias
         # An empty tensor that follows casts: the dtype of an output that has no float input.
-        self.register_buffer("like", like.new_empty(0), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=like.dtype), persistent=False)
 
     def packed(self) -> PackedTensor:
         """The packed weight; its tensors are this module's buffers."""
@@ -44,7 +47,8 @@ class PackedModule(nn.Module):
         if self.meta is None:
             return (self.weight if indices is None else self.weight[indices]).to(dtype)
         zero = self._buffers.get("zero")
-        return dequantize(self.codes, self.scale, zero, indices, *self.meta).to(dtype)
+        rows: Tensor = dequantize(self.codes, self.scale, zero, indices, *self.meta)
+        return rows.to(dtype)
 
     def extra_repr(self) -> str:
         """The format and shape, for ``print(model)``."""
@@ -68,7 +72,8 @@ class PackedLinear(PackedModule):
         if self.meta is None:
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
         zero = self._buffers.get("zero")
-        return packed_linear(x, self.codes, self.scale, zero, self.bias, *self.meta)
+        outputs: Tensor = packed_linear(x, self.codes, self.scale, zero, self.bias, *self.meta)
+        return outputs
 
 
 class PackedEmbedding(PackedModule):
@@ -83,8 +88,8 @@ class PackedEmbedding(PackedModule):
 class PackedConv2d(PackedModule):
     """Stands for ``nn.Conv2d`` with zero padding; the weight is [out, in * height * width]."""
 
-    def __init__(self, packed: PackedTensor, module: nn.Conv2d) -> None:
-        super().__init__(packed, module.bias, module.weight)
+    def __init__(self, packed: PackedTensor, bias: nn.Parameter | None, module: nn.Conv2d) -> None:
+        super().__init__(packed, bias, module.weight)
         self.kernel_shape = tuple(module.weight.shape)
         self.stride = module.stride
         self.padding = module.padding
@@ -147,17 +152,21 @@ def replace(
 def _packed_module(name: str, module: nn.Module, packed: PackedTensor) -> nn.Module:
     """What stands for ``module`` with the weight ``packed``."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    weight: Any = getattr(module, "weight", None)
+    bias: Any = getattr(module, "bias", None)
     replacement: nn.Module
-    if type(module) is nn.Linear or kind == "transformers.pytorch_utils.Conv1D":
-        weight = module.weight if type(module) is nn.Linear else module.weight.T
-        _check_shape(name, tuple(weight.shape), packed)
-        replacement = PackedLinear(packed, module.bias, weight)
+    if type(module) is nn.Linear:
+        _check_shape(name, weight, packed)
+        replacement = PackedLinear(packed, bias, weight)
+    elif kind == "transformers.pytorch_utils.Conv1D":
+        _check_shape(name, weight.T, packed)
+        replacement = PackedLinear(packed, bias, weight)
     elif type(module) is nn.Embedding and module.max_norm is None:
-        _check_shape(name, tuple(module.weight.shape), packed)
-        replacement = PackedEmbedding(packed, None, module.weight)
+        _check_shape(name, weight, packed)
+        replacement = PackedEmbedding(packed, None, weight)
     elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        _check_shape(name, tuple(module.weight.flatten(1).shape), packed)
-        replacement = PackedConv2d(packed, module)
+        _check_shape(name, weight.flatten(1), packed)
+        replacement = PackedConv2d(packed, bias, module)
     else:
         raise ValueError(
             f"Module {name!r} ({module}) cannot hold a packed weight. Packed modules stand for "
@@ -167,9 +176,9 @@ def _packed_module(name: str, module: nn.Module, packed: PackedTensor) -> nn.Mod
     return replacement.train(module.training)
 
 
-def _check_shape(name: str, expected: tuple[int, ...], packed: PackedTensor) -> None:
-    if packed.shape != expected:
+def _check_shape(name: str, weight: Tensor, packed: PackedTensor) -> None:
+    if packed.shape != tuple(weight.shape):
         raise ValueError(
             f"The packed weight of {name!r} is {list(packed.shape)}, but the model needs "
-            f"{list(expected)}. The packed weights belong to another model."
+            f"{list(weight.shape)}. The packed weights belong to another model."
         )

@@ -1,0 +1,1 @@
+"""Formats, grids, rounding methods and packed tensors: what a weight becomes, in bytes."""

@@ -62,7 +62,7 @@ def write_checkpoint(
     try:
         save_file(tensors, folder / FILE_NAME, metadata)
     except SafetensorError as error:
-        if "No space left" in str(error) or "StorageFull" in str(error):
+        if "No space left" in str(error):  # safetensors hides the errno
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
         raise
 

@@ -33,9 +33,7 @@ def grid_rows(grid: Grid | None, rows: slice | Tensor) -> Grid | None:
     return Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
 
 
-def render(
-    weight: Tensor, fmt: Format, grid: Grid | None, out: Tensor | None = None
-) -> Tensor:
+def render(weight: Tensor, fmt: Format, grid: Grid | None, out: Tensor | None = None) -> Tensor:
     """The weight as a format represents it: s * (clamp(round(w/s + z), 0, 2^b - 1) - z).
 
     Equal to ``decode(encode(weight))`` bit for bit.  A group with scale 0 renders to 0.
@@ -81,10 +79,10 @@ def decode(codes: Tensor, fmt: Format, grid: Grid, out: Tensor | None = None) ->
     return out
 
 
-def row_chunks(shape: Sequence[int]) -> Iterator[slice]:
+def row_chunks(shape: Sequence[int], size: int = CHUNK) -> Iterator[slice]:
     """Slices over the rows of a [rows, cols] matrix that hold about ``CHUNK`` weights each."""
     rows, cols = shape
-    step = max(1, CHUNK // max(1, cols))
+    step = max(1, size // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
@@ -94,11 +92,11 @@ def group_blocks(matrix: Tensor, fmt: Format) -> Iterator[tuple[Tensor, slice]]:
 
     One view, or two when the last group is short: the full groups, then the short one.
     """
-    cols = matrix.shape[1]
+    rows, cols = matrix.shape
     size = fmt.group_size if fmt.group_size > 0 else cols
     full, rest = divmod(cols, size)
     if full:
-        yield matrix[:, : full * size].unflatten(1, (full, size)), slice(0, full)
+        yield matrix[:, : full * size].view(rows, full, size), slice(0, full)
     if rest:
         yield matrix[:, full * size :].unsqueeze(1), slice(full, full + 1)
 

@@ -78,9 +78,7 @@ class PackedTensor:
         zero = unpack_bits(self.tensors["zero"].view(1, -1), self.fmt.bits, scale.numel())
         return Grid(scale, zero.view(scale.shape))
 
-    def dequantize(
-        self, rows: slice | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def dequantize(self, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [rows, cols], or some of its rows, as a plain tensor of ``dtype``."""
         some = slice(None) if rows is None else rows
         if self.fmt.kind == "float":

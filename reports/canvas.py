@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
@@ -21,7 +22,7 @@ LIGHT_BLUE, RED, GREEN, INK = "#8CC5EC", "#C85200", "#007A5A", "#222222"
 WIDTH = 9.6  # inches: 1,920 pixels
 PLAIN = FuncFormatter(lambda value, _: f"{value:.10g}")  # 0.01, not $10^{-2}$
 _DPI = 200
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # the type of its keys differs between versions of matplotlib
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -109,12 +110,13 @@ def place_labels(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> 
                 color=label.color,
                 fontsize=9.5 if label.bold else 8.5,
                 fontweight="bold" if label.bold else "normal",
-                arrowprops={"arrowstyle": "-", "color": label.color} if dy < -50 else None,
+                arrowprops=_leader(label.color) if dy < -50 else None,
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 zorder=7,
             )
             note.set_in_layout(False)
-            box = note.get_window_extent()
+            note.get_window_extent()  # moves the text to its place
+            box = Text.get_window_extent(note)  # without the leader
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1
             within &= inside.y0 <= box.y0 and box.y1 <= inside.y1
             free = within and not any(box.overlaps(other) for other in occupied)
@@ -124,8 +126,12 @@ def place_labels(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> 
             note.remove()
 
 
-def marker_box(axes: Axes, x: float, y: float, radius: float = 5) -> Bbox:
+def _leader(color: str) -> dict[str, Any]:
+    return {"arrowstyle": "-", "color": color, "relpos": (0.03, 1)}
+
+
+def marker_box(figure: Figure, axes: Axes, x: float, y: float, radius: float = 5) -> Bbox:
     """The display box ``radius`` points around the data coordinates ``(x, y)``."""
     center = axes.transData.transform((x, y))
-    pixels = radius * axes.get_figure(root=True).dpi / 72
+    pixels = radius * figure.dpi / 72
     return Bbox([center - pixels, center + pixels])

@@ -119,7 +119,9 @@ def frontier_data(run: RunData) -> FrontierData:
         uniform=tuple(point(*entry) for entry in run.frontier.uniform),
         measured=tuple(point(b.name, b.bytes, b.kl, b.kl_stderr) for b in plan.baselines),
         plan=point("plan", plan.bytes, plan.predicted_kl),
-        plan_measured=measured and point("plan", plan.bytes, measured.kl, measured.kl_stderr),
+        plan_measured=None
+        if measured is None
+        else point("plan", plan.bytes, measured.kl, measured.kl_stderr),
         budget_megabytes=plan.budget.bytes / 1e6,
         weights=weights,
     )
@@ -249,3 +251,58 @@ def _unit_grid(
         formats=tuple(tuple(cell_format(rows) for rows in line) for line in grid),
         others=tuple(others),
     )
+
+
+class FormatShare(NamedTuple):
+    """How much of a model a format holds; shares are fractions of the weights and the bytes."""
+
+    format: str
+    units: int
+    weights: float
+    bytes: float
+
+
+def format_shares(run: RunData) -> list[FormatShare]:
+    """Every format of the plan, from the fewest bits per weight to the most."""
+    shares: dict[str, list[tuple[int, int]]] = {}
+    for unit in run.table.units:
+        shares.setdefault(run.format_of(unit), []).append((unit.weights, unit_bytes(run, unit)))
+    return sorted(
+        (
+            FormatShare(
+                name,
+                len(units),
+                sum(weights for weights, _ in units) / run.table.weights,
+                sum(nbytes for _, nbytes in units) / run.plan.bytes,
+            )
+            for name, units in shares.items()
+        ),
+        key=lambda share: share.bytes / share.weights,
+    )
+
+
+class UnitRow(NamedTuple):
+    """One line of the allocation table; KL in nats per token, None without a price."""
+
+    name: str
+    shape: str
+    format: str
+    bpw: float
+    bytes: int
+    kl: float | None
+    kl_stderr: float | None
+
+
+def unit_rows(run: RunData) -> list[UnitRow]:
+    """Format, size and predicted KL of every unit, in the order of the model."""
+    rows = []
+    for index, unit in enumerate(run.table.units):
+        name, nbytes = run.format_of(unit), unit_bytes(run, unit)
+        kl = stderr = None
+        if name in run.table.formats:
+            column = run.table.formats.index(name)
+            kl, stderr = float(run.table.kl[index, column]), float(run.table.stderr[index, column])
+        shape = " + ".join(f"{out} × {inputs}" for out, inputs in unit.shapes)
+        bpw = 8 * nbytes / unit.weights
+        rows.append(UnitRow(unit.name, shape, name, bpw, nbytes, kl, stderr))
+    return rows

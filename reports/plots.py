@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from ..quantizers.format import Format
@@ -35,12 +37,14 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
     """Draw KL against size: frontier, lower bound, uniform plans, and the plan."""
     unit, megabytes = _size_unit(max(data.frontier.megabytes[-1], data.plan.megabytes))
 
-    def predicted(points: Sequence[Point], marker: str, color: str, size: float) -> Artist:
+    def predicted(points: Sequence[Point], marker: str, color: str, size: float) -> Line2D:
         x, y = [p.megabytes / megabytes for p in points], [p.kl for p in points]
         (line,) = axes.plot(x, y, marker, mec=color, mfc="none", mew=1.5, ms=size, zorder=4)
         return line
 
-    def measured(points: Sequence[Point], marker: str, color: str, size: float) -> Artist:
+    def measured(
+        points: Sequence[Point], marker: str, color: str, size: float
+    ) -> ErrorbarContainer:
         x, y = [p.megabytes / megabytes for p in points], [p.kl for p in points]
         errors = [p.stderr or 0.0 for p in points]
         return axes.errorbar(x, y, errors, fmt=marker, color=color, ms=size, capsize=4, zorder=5)
@@ -52,7 +56,7 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
         x, y = data.frontier.megabytes / megabytes, data.frontier.kl
         (frontier,) = axes.plot(x, y, "o", color=LIGHT_BLUE, ms=6)
         budget = axes.axvline(data.budget_megabytes / megabytes, color=GREEN, lw=1.3, ls=":")
-        legend: dict[str, Artist] = {
+        legend: dict[str, Any] = {  # lines and error bars
             "optimal plans, predicted": frontier,
             "lower bound for every plan, predicted": bound,
             "budget": budget,
@@ -62,8 +66,10 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
             legend["this plan, measured"] = measured([data.plan_measured], "D", GREEN, 5)
         if data.uniform:
             legend["one format everywhere, predicted"] = predicted(data.uniform, "s", RED, 8)
-        if data.measured:
-            legend["one format everywhere, measured"] = measured(data.measured, "o", RED, 4.5)
+        if uniform := [p for p in data.measured if p.name.startswith(UNIFORM)]:
+            legend["one format everywhere, measured"] = measured(uniform, "o", RED, 4.5)
+        if mixed := [p for p in data.measured if not p.name.startswith(UNIFORM)]:
+            legend["other plans, measured"] = measured(mixed, "^", INK, 6)
         axes.legend(legend.values(), legend.keys(), loc="upper right", fontsize=9.5)
         _frontier_axes(axes, data, unit, megabytes)
         _frontier_labels(figure, axes, data, megabytes)
@@ -72,8 +78,8 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
 def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) -> None:
     """Scales, limits, titles and legend of the frontier figure."""
     points = [p for p in _points(data) if p.kl > 0]
-    axes.set_yscale("log")
     if points:
+        axes.set_yscale("log")
         low = min(p.kl for p in points)
         high = max(*(p.kl for p in points), data.frontier.kl[0])
         axes.set_ylim(low / 2.5, high * 2)
@@ -83,12 +89,19 @@ def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) 
         axes.set_xlim((left - margin) / megabytes, (right + 2 * margin) / megabytes)
     axes.xaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_minor_formatter("")
+    if points and high < 30 * low:  # few powers of ten in sight
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(PLAIN)
+    else:
+        axes.yaxis.set_minor_formatter("")
     axes.grid(True, which="major")
     axes.set_xlabel(f"stored size ({unit})")
     axes.set_ylabel("KL to the original model (nats per token)")
     bpw = 8e6 * megabytes / data.weights
-    top = axes.secondary_xaxis("top", functions=(lambda x: x * bpw, lambda x: x / bpw))
+    top = axes.secondary_xaxis(
+        "top",
+        functions=(lambda x: np.multiply(x, bpw), lambda x: np.divide(x, bpw)),
+    )
     top.spines["top"].set_visible(True)
     top.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
     top.set_xlabel("bits per weight, scales and zero points included")
@@ -105,18 +118,23 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
     measured = {p.name.removeprefix(UNIFORM) for p in data.measured}
     named = [*data.measured, *(p for p in data.uniform if p.name not in measured)]
     names = short_names([p.name for p in named])
+    mixed = {p.name for p in data.measured if not p.name.startswith(UNIFORM)}
 
     legend = axes.get_legend()
-    taken = [marker_box(axes, p.megabytes / megabytes, p.kl) for p in _points(data) if p.kl > 0]
+    taken = [
+        marker_box(figure, axes, p.megabytes / megabytes, p.kl) for p in _points(data) if p.kl > 0
+    ]
     if legend is not None:
         taken.append(legend.get_window_extent())
     taken += [
-        marker_box(axes, size / megabytes, kl, radius=2)
+        marker_box(figure, axes, size / megabytes, kl, radius=2)
         for size, kl in zip(data.bound.megabytes, data.bound.kl, strict=True)
         if kl > 0
     ]
     labels = [Label(words, best.megabytes / megabytes, best.kl, GREEN, ("SW", "S", "far S"), True)]
-    labels += [Label(names[p.name], p.megabytes / megabytes, p.kl, RED) for p in named]
+    for point in named:
+        color = INK if point.name in mixed else RED
+        labels.append(Label(names[point.name], point.megabytes / megabytes, point.kl, color))
     place_labels(axes, [label for label in labels if label.y > 0], taken)
 
 

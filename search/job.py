@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..quantizers.files import write_json
-from ..quantizers.format import resolve_formats
+from ..quantizers.format import Format, resolve_formats
+from ..quantizers.methods import METHODS
 from ..sensitivity.calibration import (
     BUILTIN,
     Samples,
@@ -26,10 +27,10 @@ from ..sensitivity.calibration import (
 from ..sensitivity.evaluate import Measurement, measure, plan_runner
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.models import LoadedModel, load_model
-from ..sensitivity.profile import DEFAULT_FORMATS, profile, provenance
+from ..sensitivity.profile import DEFAULT_FORMATS, profile, provenance, stored_bytes
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import SensitivityTable
+from ..sensitivity.table import SensitivityTable, UnitInfo
 from ..sensitivity.units import find_units
 from .budget import Budget
 from .frontier import Frontier
@@ -76,18 +77,84 @@ class SearchSettings:
     command: str | None = None
 
 
-def run_profile(
-    settings: ProfileSettings, run: Path, reporter: Reporter
-) -> tuple[SensitivityTable, LoadedModel]:
+def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> SensitivityTable:
     """Profile a model into a run folder, or take the finished profile that is there.
 
     Raises:
         ValueError: If a name is unknown, or the folder holds a profile made with other settings.
     """
+    return _profile_stage(_prepare(settings, reporter), settings, run, reporter)
+
+
+def run_search(
+    settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
+) -> Plan:
+    """The main job: profile, solve, validate against every uniform plan, save.
+
+    Whatever can be checked without the slow profile is checked before it.
+
+    Returns:
+        The plan that measured best among the solver's and every uniform plan that fits the same
+        bytes; the others are its baselines.
+
+    Raises:
+        ValueError: On bad input; nothing is left half-written.
+    """
+    budget = Budget.parse(search.budget)
+    SOLVERS.get(search.solver)
+    work = _prepare(settings, reporter)
+    blank = work.blank_table()
+    Problem.from_table(blank, search.pins).check_feasible(
+        budget.resolve(blank.weights, blank.provenance["outside_bytes"])
+    )
+    samples = evaluation_samples(work.model, search.evaluation, search.eval_tokens, settings.length)
+
+    table = _profile_stage(work, settings, run, reporter)
+    plan = solve(
+        table,
+        budget,
+        solver=search.solver,
+        pins=search.pins,
+        seed=settings.seed,
+        command=search.command,
+    )
+    problem = Problem.from_table(table, search.pins)
+    Frontier.from_problem(problem, plan.model).save(run / FRONTIER_FILE)
+    plan = validate(plan, table, problem, work.model, samples, run / MEASUREMENTS_FILE, reporter)
+    plan.save(run / PLAN_FILE)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A loaded model, what is asked of it, and what that will be recorded as."""
+
+    model: LoadedModel
+    units: tuple[UnitInfo, ...]
+    formats: tuple[Format, ...]
+    samples: Samples
+    provenance: dict[str, Any]
+
+    def blank_table(self) -> SensitivityTable:
+        """The table with exact bytes and no prices."""
+        shape = (len(self.units), len(self.formats))
+        return SensitivityTable(
+            units=self.units,
+            formats=tuple(fmt.name for fmt in self.formats),
+            bytes=stored_bytes(self.units, self.formats),
+            kl=np.zeros(shape),
+            stderr=np.zeros(shape),
+            provenance=self.provenance,
+        )
+
+
+def _prepare(settings: ProfileSettings, reporter: Reporter) -> _Work:
     METRICS.get(settings.metric)  # unknown names fail before the model is loaded
+    METHODS.get(settings.rounding)
     resolve_formats(settings.formats, "float32")
     reporter.say(f"Loading {settings.model}")
     model = load_model(settings.model, settings.device)
+    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
     samples = calibration_samples(
         model,
         settings.calibration,
@@ -96,15 +163,33 @@ def run_profile(
         settings.seed,
         settings.batch_tokens,
     )
+    inside = sum(unit.weights for unit in units)
+    everything = sum(p.numel() for p in model.module.parameters())
+    reporter.say(
+        f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
+        "parameters stay as they are"
+    )
+    return _Work(
+        model,
+        units,
+        resolve_formats(settings.formats, model.source_dtype),
+        samples,
+        provenance(model, units, samples, settings.metric, settings.rounding, settings.seed),
+    )
+
+
+def _profile_stage(
+    work: _Work, settings: ProfileSettings, run: Path, reporter: Reporter
+) -> SensitivityTable:
     path = run / PROFILE_FILE
     if path.exists():
         table = SensitivityTable.load(path)
-        _check_same(table, settings, model, samples, path)
+        _check_same(table, work.blank_table(), path)
         reporter.say(f"Profile found in {path}, not computed again")
-        return table, model
+        return table
     table = profile(
-        model,
-        samples,
+        work.model,
+        work.samples,
         settings.formats,
         metric=settings.metric,
         rounding=settings.rounding,
@@ -115,39 +200,26 @@ def run_profile(
         reporter=reporter,
     )
     table.save(path)
-    return table, model
+    return table
 
 
-def run_search(
-    settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
-) -> Plan:
-    """The main job: profile, solve, validate against every uniform plan, save.
+def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) -> None:
+    """Raise if a finished profile was made with other settings than those asked for."""
+    before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
+    now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
+    before |= found.provenance
+    now |= asked.provenance
+    for key, value in now.items():
+        if key != "versions" and before.get(key) != value:
+            raise ValueError(
+                f"{path} was made with other settings ({key}: {_short(before.get(key))}, now "
+                f"{_short(value)}). Choose another --out, or delete that file to profile again."
+            )
 
-    Returns:
-        The plan that measured best among the solver's and every uniform plan that fits the same
-        bytes; the others are its baselines.
 
-    Raises:
-        ValueError: On bad input; nothing is left half-written.
-    """
-    Budget.parse(search.budget)
-    SOLVERS.get(search.solver)
-    table, model = run_profile(settings, run, reporter)
-    plan = solve(
-        table,
-        search.budget,
-        solver=search.solver,
-        pins=search.pins,
-        seed=settings.seed,
-        command=search.command,
-    )
-    problem = Problem.from_table(table, search.pins)
-    frontier = Frontier.from_problem(problem, plan.model)
-    frontier.save(run / FRONTIER_FILE)
-    samples = evaluation_samples(model, search.evaluation, search.eval_tokens, settings.length)
-    plan = validate(plan, table, problem, model, samples, run / MEASUREMENTS_FILE, reporter)
-    plan.save(run / PLAN_FILE)
-    return plan
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def validate(
@@ -236,13 +308,8 @@ def run_eval(
 
 def _uniform_plans(plan: Plan, table: SensitivityTable, problem: Problem) -> dict[str, Plan]:
     """Uniform plans within the budget and the smallest one above it, by name."""
-    fitting: dict[str, Plan] = {}
-    larger: list[Plan] = []
-    for f, name in enumerate(table.formats):
-        choice = problem.uniform_choice(f)
-        if choice is None:
-            continue
-        uniform = plan_from_choice(
+    plans = {
+        f"uniform {name}": plan_from_choice(
             table,
             choice,
             "uniform",
@@ -250,15 +317,12 @@ def _uniform_plans(plan: Plan, table: SensitivityTable, problem: Problem) -> dic
             budget=plan.budget,
             command=plan.command,
         )
-        if uniform.bytes <= plan.budget.bytes:
-            fitting[f"uniform {name}"] = uniform
-        else:
-            larger.append(uniform)
-    if larger:
-        nearest = min(larger, key=lambda p: (p.bytes, p.predicted_kl))
-        spec = next(iter(nearest.assignments.values()))
-        fitting[f"uniform {spec}"] = nearest
-    return fitting
+        for f, name in enumerate(table.formats)
+        if (choice := problem.uniform_choice(f)) is not None
+    }
+    larger = sorted(p.bytes for p in plans.values() if p.bytes > plan.budget.bytes)
+    limit = larger[0] if larger else plan.budget.bytes
+    return {name: p for name, p in plans.items() if p.bytes <= limit}
 
 
 def _measure_plans(
@@ -322,30 +386,3 @@ def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement
         difference=difference,
         difference_stderr=stderr,
     )
-
-
-def _check_same(
-    table: SensitivityTable,
-    settings: ProfileSettings,
-    model: LoadedModel,
-    samples: Samples,
-    path: Path,
-) -> None:
-    """Raise if a finished profile was made with other settings than those asked for."""
-    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
-    formats = [f.name for f in resolve_formats(settings.formats, model.source_dtype)]
-    asked = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
-    wanted = {"units": [u.name for u in units], "formats": formats} | asked
-    found = {"units": [u.name for u in table.units], "formats": list(table.formats)}
-    found |= table.provenance
-    for key, value in wanted.items():
-        if key != "versions" and found.get(key) != value:
-            raise ValueError(
-                f"{path} was made with other settings ({key}: {_short(found.get(key))}, now "
-                f"{_short(value)}). Choose another --out, or delete that file to profile again."
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -80,13 +80,14 @@ def quantize(
     units = planned_units(model.module, plan)
     packed = dict(_pack(model.module, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
+    unplanned, tied = unplanned_tensors(model.module, units)
     others = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in unplanned_tensors(model.module, units).items()
+        for name, tensor in unplanned.items()
     }
     with atomic_path(out) as folder:
         folder.mkdir()
-        header = {"aliases": dict(_aliases(units))}
+        header = {"aliases": dict(_aliases(units)), "tied": tied}
         write_checkpoint(folder, packed, others, header)
         plan.save(folder / PLAN_FILE)
         _save_hugging_face_files(model, folder)
@@ -113,13 +114,12 @@ def load_packed(folder: Path) -> LoadedModel:
     packed, others, header = read_checkpoint(folder)
     skeleton, workload = _skeleton(folder, plan)
     replace(skeleton, packed, header["aliases"])
-    others = {
+    state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in others.items()
     }
-    result = skeleton.load_state_dict(others, strict=False, assign=True)
-    if hasattr(skeleton, "tie_weights"):
-        skeleton.tie_weights()
+    state |= {name: state[owner] for name, owner in header["tied"].items()}
+    result = skeleton.load_state_dict(state, strict=False, assign=True)
     missing = [name for name, p in skeleton.named_parameters() if p.is_meta]
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]

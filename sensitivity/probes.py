@@ -143,9 +143,8 @@ def module_input(module: nn.Module, x: Tensor, samples: int) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return x.reshape(samples, -1, 1, x.shape[-1])
     padding = module.padding
-    if module.padding_mode != "zeros" or isinstance(padding, str):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if isinstance(padding, str):  # "same" or "valid"
+        x = F.pad(x, module._reversed_padding_repeated_twice)
         padding = (0, 0)
     patches = F.unfold(
         x,

@@ -82,7 +82,7 @@ def profile(
     return SensitivityTable(
         units=units,
         formats=tuple(fmt.name for fmt in candidates),
-        bytes=_stored_bytes(units, candidates),
+        bytes=stored_bytes(units, candidates),
         kl=kl * scale,
         stderr=stderr * scale,
         scores=scores.values * np.float32(scale**0.5) if scores.signed else None,
@@ -128,7 +128,7 @@ def provenance(
 
 def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:
     """Bytes of a written model file that are not units, header included (rounded up)."""
-    others = unplanned_tensors(model.module, units)
+    others, _ = unplanned_tensors(model.module, units)
     item = getattr(torch, model.source_dtype).itemsize
     tensors = sum(
         t.numel() * (item if t.is_floating_point() else t.element_size()) for t in others.values()
@@ -147,7 +147,8 @@ def _as_samples(
     return samples_from_batches(batches, model, "batches", seed)
 
 
-def _stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
+def stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
+    """Exact bytes of every unit in every format: int64 [U, F]."""
     return np.array(
         [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
         dtype=np.int64,

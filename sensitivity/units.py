@@ -16,11 +16,12 @@ from .table import UnitInfo
 def weight_matrix(module: nn.Module) -> Tensor | None:
     """The weight of a quantizable module as a matrix [rows, cols], rows = output features.
 
-    A view of the parameter wherever one exists, never a copy. None for other modules.
+    A view of the parameter wherever one exists, never a copy. None for all other modules, among
+    them subclasses and variants (max_norm, reflected padding) that no packed module stands for.
     """
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
         return module.weight
-    if isinstance(module, nn.Conv2d):
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
         return module.weight.flatten(1)
     if is_conv1d(module):
         weight = module.weight
@@ -31,7 +32,8 @@ def weight_matrix(module: nn.Module) -> Tensor | None:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is the GPT-2 ``Conv1D`` of transformers: a linear layer stored transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D"
 
 
 def find_units(
@@ -58,9 +60,10 @@ def find_units(
     owners: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    elsewhere = _pointers_used_elsewhere(model)
     for name, module in model.named_modules():
         matrix = weight_matrix(module)
-        if matrix is None:
+        if matrix is None or matrix.data_ptr() in elsewhere:
             continue
         owner = owners.setdefault(matrix.data_ptr(), name)
         if owner == name:
@@ -95,17 +98,37 @@ def find_units(
     return tuple(units)
 
 
-def unplanned_tensors(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, Tensor]:
-    """Every saved tensor of a model that is not a unit's weight; shared ones appear once."""
+def _pointers_used_elsewhere(model: nn.Module) -> set[int]:
+    """Addresses of weights that a module without a packed counterpart uses too."""
+    return {
+        parameter.data_ptr()
+        for module in model.modules()
+        if weight_matrix(module) is None
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def unplanned_tensors(
+    model: nn.Module, units: Sequence[UnitInfo]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every saved tensor of a model that is not a unit's weight.
+
+    Returns:
+        The tensors by name, shared ones once, and the other names of those: name -> name used.
+    """
     planned = {f"{name}.weight" for unit in units for name in (*unit.modules, *unit.aliases)}
     others: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    tied: dict[str, str] = {}
+    owners: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
-        if name in planned or (tensor.numel() and tensor.data_ptr() in seen):
+        if name in planned:
             continue
-        seen.add(tensor.data_ptr())
-        others[name] = tensor
-    return others
+        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if owner == name:
+            others[name] = tensor
+        else:
+            tied[name] = owner
+    return others, tied
 
 
 def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:

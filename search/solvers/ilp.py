@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pulp
 
+from ...quantizers.files import atomic_path
 from ..hull import lower_hull
 from ..problem import Problem, Solution
 from . import SOLVERS
 
 OPTIMUM = 1e5  # scaled LP optimum: CBC ignores improvements of about 1e-5
+SMALLEST_OPTIMUM = 1e-6  # of the largest loss: what is below may be rounding of an optimum of 0
 
 
 @SOLVERS.register("ilp")
@@ -58,13 +60,12 @@ def write_ilp(problem: Problem, max_bytes: int, path: Path) -> None:
         ValueError: If nothing fits, or the suffix is neither ``.lp`` nor ``.mps``.
     """
     problem.check_feasible(max_bytes)
-    program, _ = _program(problem, max_bytes)
-    if path.suffix == ".lp":
-        program.writeLP(str(path))
-    elif path.suffix == ".mps":
-        program.writeMPS(str(path))
-    else:
+    if path.suffix not in (".lp", ".mps"):
         raise ValueError(f"Cannot write a program to {path.name!r}: end it in .lp or .mps.")
+    program, _ = _program(problem, max_bytes)
+    write = program.writeLP if path.suffix == ".lp" else program.writeMPS
+    with atomic_path(path) as temporary:
+        write(str(temporary))
 
 
 def _program(
@@ -79,9 +80,11 @@ def _program(
     smallest = problem.smallest_bytes()
     size = np.where(allowed, problem.bytes - smallest[:, None], 0)
     divisor = max(int(np.gcd.reduce(size, axis=None)), 1)
-    least = problem.loss.min(axis=1)
-    spread = lower_hull(problem).relax(problem, max_bytes).bound - float(least.sum())
-    scale = OPTIMUM / spread if spread > 0 else 1.0
+    least = problem.loss.min(axis=1, keepdims=True)
+    loss = np.where(allowed, problem.loss - least, 0.0)
+    lp_optimum = lower_hull(problem).relax(problem, max_bytes).bound - float(least.sum())
+    typical = max(lp_optimum, SMALLEST_OPTIMUM * float(loss.max()))
+    scale = OPTIMUM / typical if typical > 0 else 1.0
 
     program = pulp.LpProblem("bitplan", pulp.LpMinimize)
     take = [
@@ -89,9 +92,7 @@ def _program(
         for u, row in enumerate(allowed)
     ]
     entries = [(u, f, x) for u, options in enumerate(take) for f, x in options.items()]
-    program += pulp.LpAffineExpression(
-        [(x, scale * float(problem.loss[u, f] - least[u])) for u, f, x in entries]
-    )
+    program += pulp.LpAffineExpression([(x, scale * float(loss[u, f])) for u, f, x in entries])
     for u, options in enumerate(take):
         program += pulp.LpAffineExpression([(x, 1) for x in options.values()]) == 1, f"one_{u}"
     used = pulp.LpAffineExpression([(x, int(size[u, f]) // divisor) for u, f, x in entries])

@@ -105,9 +105,7 @@ def test_non_contiguous_weights() -> None:
     [(1e6, "1e\\+06"), (float("nan"), "nan"), (float("inf"), "inf")],
 )
 @pytest.mark.parametrize("spec", ["int4-g64-asym", "int4-gt", "fp16"])
-def test_weights_that_no_scale_can_hold_are_refused(
-    spec: str, value: float, message: str
-) -> None:
+def test_weights_that_no_scale_can_hold_are_refused(spec: str, value: float, message: str) -> None:
     weight = normal(4, 64)
     weight[2, 3] = value
     with pytest.raises(ValueError, match=message):

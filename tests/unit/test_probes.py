@@ -42,7 +42,7 @@ def convnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(8, 12, 3, padding="same", groups=4, padding_mode="reflect"),
+        nn.Conv2d(8, 12, 3, padding="same", groups=4),
         nn.Flatten(),
         nn.Linear(12 * 16, 10),
     )
@@ -95,9 +95,7 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
 def test_weights_collect_no_gradient() -> None:
     model = load(Tied)
     renderer = Renderer(model.module, find_units(model.module))
-    stream(
-        model, renderer, torch.zeros(2, 3, dtype=torch.long), lambda z, _: z, lambda *_: None
-    )
+    stream(model, renderer, torch.zeros(2, 3, dtype=torch.long), lambda z, _: z, lambda *_: None)
     assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 
@@ -139,8 +137,9 @@ def test_data_probe_uses_the_next_token() -> None:
 def test_price_is_the_gauss_newton_form(metric: str) -> None:
     """The exact form, dW' F dW / (2 T), lies within 5 standard errors of the estimate."""
     model = load(Tied)
-    batches = [torch.randint(0, 40, (128, 5), generator=torch.Generator().manual_seed(i))
-               for i in range(8)]
+    batches = [
+        torch.randint(0, 40, (128, 5), generator=torch.Generator().manual_seed(i)) for i in range(8)
+    ]
     table = profile(model, batches, ("int2-g32-asym",), metric=metric, include=["mix"])
     assert table.scores is not None and table.scores.shape == (1024, 1, 1)
 

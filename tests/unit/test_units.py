@@ -76,12 +76,23 @@ def test_a_model_without_matrices_is_refused() -> None:
 def test_two_stacks_keep_their_kinds_apart() -> None:
     module = nn.ModuleDict(
         {
-            "layer1": nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}) for _ in range(3)]),
+            "layer1": nn.ModuleList(
+                [nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}) for _ in range(3)]
+            ),
             "layer2": nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3)})]),
         }
     )
     cells = [(u.layer, u.kind) for u in find_units(module)]
     assert cells == [(0, "conv"), (1, "conv"), (2, "conv"), (None, "layer2.0.conv")]
+
+
+def test_weights_that_no_packed_module_can_hold_are_no_units() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    module = nn.ModuleDict({"embed": Scaled(8, 4), "head": nn.Linear(4, 8), "fc": nn.Linear(4, 4)})
+    module["head"].weight = module["embed"].weight
+    assert [u.name for u in find_units(module)] == ["fc"]
 
 
 def test_matrices_are_views_with_outputs_as_rows() -> None:
@@ -95,9 +106,10 @@ def test_matrices_are_views_with_outputs_as_rows() -> None:
 
 def test_unplanned_tensors_are_everything_else_once(tiny: LoadedModel) -> None:
     units = find_units(tiny.module, include=["model.layers.*"])
-    others = unplanned_tensors(tiny.module, units)
+    others, tied = unplanned_tensors(tiny.module, units)
     assert "model.embed_tokens.weight" in others
-    assert "lm_head.weight" not in others, "tied, so stored once"
+    assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "lm_head.weight" not in others
     assert not any("proj" in name for name in others)
     everything = sum(u.weights for u in units) + sum(t.numel() for t in others.values())
     assert everything == sum(p.numel() for p in tiny.module.parameters())

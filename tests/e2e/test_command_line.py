@@ -1,0 +1,224 @@
+"""The whole job on a tiny trained model, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import bitplan
+from bitplan.search.frontier import Frontier
+from bitplan.search.plan import Plan
+from bitplan.sensitivity.models import load_model
+
+FILES = {
+    "plan.json",
+    "frontier.json",
+    "frontier.png",
+    "allocation.png",
+    "sensitivity.png",
+    "report.html",
+    "profile.safetensors",
+    "profile.json",
+    "measurements.json",
+}
+SMALL = ["--sequences", "24", "--length", "32", "--eval-tokens", "1024", "--quiet"]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bitplan", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    done = run("search", tiny_folder, "--budget", "3.6bpw", "--out", folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "bpw" in done.stdout
+    return folder
+
+
+def test_the_run_folder_is_complete(job: Path) -> None:
+    assert {p.name for p in job.iterdir()} == FILES
+
+
+def test_the_plan_keeps_its_promises(job: Path) -> None:
+    plan = Plan.load(job / "plan.json")
+    assert plan.bytes <= plan.budget.bytes
+    assert plan.bpw <= 3.6
+    assert plan.gap <= 1e-4 or plan.solver == "uniform"
+    assert plan.measured is not None
+    for baseline in plan.baselines:
+        if baseline.bytes <= plan.budget.bytes:
+            assert plan.measured.kl <= baseline.kl, "never worse than uniform"
+    assert 0.5 < plan.predicted_kl / plan.measured.kl < 2
+    frontier = Frontier.load(job / "frontier.json")
+    assert frontier.lower_bound(plan.budget.bytes) <= plan.predicted_kl * (1 + 1e-12)
+
+
+def test_the_same_command_repeats_nothing_and_changes_nothing(job: Path, tiny_folder: Path) -> None:
+    before = {name: (job / name).stat().st_mtime_ns for name in ("profile.safetensors",)}
+    plan = Plan.load(job / "plan.json")
+    (job / "plan.json").unlink()
+    done = run("search", tiny_folder, "--budget", "3.6bpw", "--out", job, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert {name: (job / name).stat().st_mtime_ns for name in before} == before
+    again = Plan.load(job / "plan.json")
+    assert again.assignments == plan.assignments
+    assert again.measured == plan.measured
+
+
+def test_a_profile_made_with_other_settings_is_not_overwritten(
+    job: Path, tiny_folder: Path
+) -> None:
+    before = (job / "profile.safetensors").read_bytes()
+    done = run("search", tiny_folder, "--out", job, *SMALL, "--seed", "1")
+    assert done.returncode == 1
+    assert "was made with other settings (calibration:" in " ".join(done.stderr.split())
+    assert (job / "profile.safetensors").read_bytes() == before
+
+
+def test_what_if_budgets_need_no_model(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    done = run("solve", job / "profile.safetensors", "--budget", "2.9bpw", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert Plan.load(out).bpw <= 2.9
+    other = run("solve", job / "profile.safetensors", "--budget", "2.9bpw", "--solver", "ilp")
+    assert other.returncode == 0, other.stderr
+    code = (
+        "import sys, bitplan; from bitplan.search.solve import solve; "
+        f"solve({str(job / 'profile.safetensors')!r}, '3bpw'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run("frontier", job / "profile.safetensors").returncode == 0
+
+
+def test_packed_weights_equal_the_plan(job: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    done = run("quantize", job / "plan.json", "--out", packed, "--quiet")
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(job / "plan.json")
+
+    with safe_open(packed / "model.safetensors", framework="np") as file:
+        planned = sum(
+            file.get_tensor(name).nbytes
+            for name in file.keys()  # noqa: SIM118
+            if name.rsplit(".", 1)[0] in plan.assignments
+        )
+    assert planned == plan.bytes
+
+    model = bitplan.load(packed)
+    ids = torch.arange(40).view(2, 20)
+    original = load_model(str(tiny_folder), "cpu").module
+    applied = bitplan.apply(original, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, applied(ids).logits)
+        text = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+    assert text.shape == (2, 8)
+
+    for target in (packed, job / "plan.json"):
+        done = run("eval", target, "--quiet")
+        assert done.returncode == 0, done.stderr
+        kl = float(done.stdout.split("measured KL")[1].split()[1])
+        assert plan.measured is not None
+        assert kl == pytest.approx(plan.measured.kl, rel=1e-3)
+    assert run("generate", packed, "--prompt", "The", "--max-tokens", "4").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "1bpw"], "below the smallest possible plan"),
+        (["--budget", "4.3bwp"], "is not a unit of"),
+        (["--metric", "fischer"], "Did you mean 'fisher'"),
+        (["--formats", "int4-g63"], "Did you mean"),
+        (["--solver", "certifed"], "Did you mean 'certified'"),
+        (["--include", "model.layer.*"], "No layer matches 'model.layer.*'"),
+        (["--pin", "lm_head"], "is not GLOB=FORMAT"),
+        (["--calibration", "nowhere.txt"], "No text file at nowhere.txt"),
+        (["--eval", "nowhere.txt"], "No text file at nowhere.txt"),
+        (["--sequences", "100000"], "sequences of 32 tokens, 100000 are needed"),
+    ],
+)
+def test_bad_input_is_explained_and_leaves_nothing_half_written(
+    tiny_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    folder = tmp_path / "run"
+    done = run("search", tiny_folder, "--out", folder, *SMALL, *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not folder.exists(), "found out before the slow profile"
+
+
+def test_a_budget_above_the_largest_plan_says_so(job: Path) -> None:
+    done = run("solve", job / "profile.safetensors", "--budget", "30bpw")
+    assert done.returncode == 0
+    assert "above the largest useful plan" in " ".join(done.stderr.split())
+
+
+def test_a_plan_for_another_model_names_the_first_mismatch(job: Path, tmp_path: Path) -> None:
+    data = json.loads((job / "plan.json").read_text())
+    data["assignments"] = {"model.layers.7.mlp.up_proj": "int4-g64-asym"}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    done = run("quantize", path, "--out", tmp_path / "packed", "--quiet")
+    assert done.returncode == 1
+    assert "assigns 'model.layers.7.mlp.up_proj' a format" in " ".join(done.stderr.split())
+    assert not (tmp_path / "packed").exists()
+
+
+CNN = """
+import torch
+from torch import nn
+from bitplan import Workload
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 3, stride=2, groups=2), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )
+    images = torch.randn(6, 16, 3, 16, 16)
+    return Workload(model, calibration=list(images[:4]), evaluation=list(images[4:]))
+"""
+
+
+def test_any_module_through_a_python_function(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(CNN)
+    folder = tmp_path / "run"
+    done = run("search", f"{path}:make", "--budget", "5bpw", "--out", folder, "--quiet")
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(folder / "plan.json")
+    assert plan.measured is not None and plan.measured.ppl is None
+    assert set(plan.assignments) == {"0", "2", "6"}
+    packed = tmp_path / "packed"
+    assert run("quantize", folder / "plan.json", "--out", packed, "--quiet").returncode == 0
+    done = run("eval", packed, "--quiet")
+    assert done.returncode == 0, done.stderr
+    kl = float(done.stdout.split("measured KL")[1].split()[1])
+    assert kl == pytest.approx(plan.measured.kl, rel=1e-3, abs=1e-6)
+
+
+def test_python_interface(tiny_folder: Path) -> None:
+    model = load_model(str(tiny_folder), "cpu").module
+    batches = [torch.randint(0, 512, (8, 32), generator=torch.Generator().manual_seed(0))]
+    table = bitplan.profile(model, batches, formats=["int2-g32-asym", "int4-g32-asym"])
+    plan = bitplan.solve(table, "3.5bpw")
+    assert plan.bpw <= 3.5
+    bitplan.apply(model, plan)
+    with torch.no_grad():
+        assert np.isfinite(model(batches[0]).logits.numpy()).all()

@@ -1,0 +1,78 @@
+"""Calibration: disjoint, reproducible, recorded, and clear about bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bitplan.sensitivity.calibration import (
+    builtin_prose,
+    calibration_samples,
+    evaluation_samples,
+)
+from bitplan.sensitivity.models import LoadedModel, Workload
+
+
+def test_the_same_seed_gives_the_same_sequences(tiny: LoadedModel) -> None:
+    first = calibration_samples(tiny, sequences=5, length=16, seed=3)
+    again = calibration_samples(tiny, sequences=5, length=16, seed=3)
+    other = calibration_samples(tiny, sequences=5, length=16, seed=4)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert first.count == 5
+    assert first.describe()["length"] == 16
+
+
+def test_batches_hold_the_asked_tokens(tiny: LoadedModel) -> None:
+    samples = calibration_samples(tiny, sequences=10, length=16, batch_tokens=64)
+    assert [tuple(b.shape) for b in samples.batches] == [(4, 16), (4, 16), (2, 16)]  # type: ignore[union-attr]
+    assert samples.head(5).count == 8
+
+
+def test_builtin_calibration_and_evaluation_are_disjoint() -> None:
+    kept, held_out = builtin_prose("calibration"), builtin_prose("evaluation")
+    assert len(held_out) > 50_000
+    paragraph = max(held_out.split("\n\n"), key=len)
+    assert paragraph not in kept
+
+
+def test_evaluation_reads_in_order(tiny: LoadedModel, tmp_path: Path) -> None:
+    text = "one two three four five six seven eight nine ten " * 20
+    (tmp_path / "text").write_text(text)
+    samples = evaluation_samples(tiny, str(tmp_path / "text"), tokens=64, length=16)
+    ids = torch.cat(list(samples.batches)).flatten()  # type: ignore[arg-type]
+    assert len(ids) == 64
+    assert text.startswith(tiny.workload.tokenizer.decode(ids)[:40])
+
+
+def test_self_sampling_needs_no_text_and_repeats(tiny: LoadedModel) -> None:
+    first = calibration_samples(tiny, "self", sequences=3, length=12, seed=1)
+    assert first.sha256 == calibration_samples(tiny, "self", 3, 12, seed=1).sha256
+    assert first.batches[0].shape == (3, 12)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No text file at"), ("", "is empty"), ("too short", r"holds 0 sequences of 32 tokens")],
+)
+def test_bad_texts_are_explained(
+    tiny: LoadedModel, tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        calibration_samples(tiny, str(path), sequences=4, length=32)
+
+
+def test_a_workload_without_evaluation_batches_holds_some_out() -> None:
+    module = nn.Linear(3, 2)
+    batches = [torch.randn(2, 3) for _ in range(5)]
+    model = LoadedModel("toy", module, "float32", Workload(module, calibration=batches))
+    assert calibration_samples(model).count == 8
+    torch.testing.assert_close(evaluation_samples(model).batches[0], batches[4])
+    lonely = LoadedModel("toy", module, "float32", Workload(module, calibration=batches[:1]))
+    with pytest.raises(ValueError, match="Yield at least two batches"):
+        calibration_samples(lonely)

@@ -1,0 +1,135 @@
+"""report.html and the PNGs: complete, self-contained, and right for every kind of run."""
+
+import html
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from bitplan.reports.html import write_report
+from bitplan.search.plan import Plan
+from bitplan.tests.fakes import fake_run, flat_units, transformer_units
+
+FILES = ["frontier.png", "allocation.png", "sensitivity.png", "report.html"]
+VOID = {"meta", "img", "br"}
+
+
+class Balance(HTMLParser):
+    """Checks that tags nest, and collects images and anything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag in {"script", "link", "iframe"}:
+            self.fetched.append(tag)
+        self.fetched += [v or "" for k, v in attrs if k in {"src", "href"} and v[:5] != "data:"]  # type: ignore[index]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def read(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
+    units = transformer_units(3, embedding=True)
+    written = write_report(fake_run(tmp_path, units))
+    assert written == [tmp_path / name for name in FILES]
+    for path in written[:3]:
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", data[16:24])
+        assert width == 1920
+        assert height > 300
+    text = read(tmp_path)
+    page = Balance()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert page.fetched == []
+    assert "url(" not in text
+    assert len(page.images) == 3
+    assert all(len(image["alt"] or "") > 40 for image in page.images)
+    assert len(text) < 3_000_000
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_report_states_the_result(tmp_path: Path) -> None:
+    write_report(fake_run(tmp_path, transformer_units(3)))
+    plan = Plan.load(tmp_path / "plan.json")
+    text = html.unescape(read(tmp_path)).replace("\u00a0", " ")
+    title = re.search(r"<h1>(.*?)</h1>", text, re.DOTALL)
+    assert title is not None
+    assert title[1].startswith("21.2 MB → 5.7 MB, 4.30 bits per weight, KL ")
+    assert title[1].endswith("nats per token measured")
+    assert "Best uniform format within the budget: int4-g128-asym" in text
+    assert "optimal" in text
+    assert plan.model.sha256 in text
+    assert plan.command is not None
+    assert plan.command in text
+    for module, name in plan.assignments.items():
+        assert re.search(rf"{re.escape(module)}</th><td>[^<]*</td><td class=\"text\">{name}<", text)
+
+
+def test_report_without_measurement_says_so(tmp_path: Path) -> None:
+    write_report(fake_run(tmp_path, measured=False))
+    text = read(tmp_path)
+    assert "nats per token predicted</h1>" in text
+    assert "Not measured yet" in text
+    assert "KL<br>measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("formats", "budget"),
+    [
+        (("int4-g64-asym",), "4.3125bpw"),
+        (("bf16",), "16bpw"),
+        (("int2-gc", "int4-g64-asym", "bf16"), "15bpw"),
+    ],
+)
+def test_report_of_few_formats(tmp_path: Path, formats: tuple[str, ...], budget: str) -> None:
+    write_report(fake_run(tmp_path, formats=formats, budget=budget))
+    single = "stored in the same format" in read(tmp_path)
+    assert single == (len(formats) == 1)
+
+
+def test_report_of_a_model_without_layers(tmp_path: Path) -> None:
+    write_report(fake_run(tmp_path, flat_units(), budget="4.6bpw"))
+    assert "block3.conv" in read(tmp_path)
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    plan.model.id = "<script>alert(1)</script>"
+    plan.save(tmp_path / "plan.json")
+    write_report(tmp_path)
+    assert "<script" not in read(tmp_path)
+    assert "&lt;script&gt;" in read(tmp_path)
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    first = [path.read_bytes() for path in write_report(tmp_path)]
+    assert first == [path.read_bytes() for path in write_report(tmp_path)]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "frontier.json", "profile.safetensors"])
+def test_a_missing_file_is_named_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+    fake_run(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "frontier.png").exists()

@@ -1,0 +1,169 @@
+"""The numbers of the figures and tables; see test_html.py for the files themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitplan.quantizers.format import Format
+from bitplan.reports.data import (
+    MIXED,
+    RunData,
+    allocation_data,
+    format_shares,
+    frontier_data,
+    reference_format,
+    sensitivity_data,
+    unit_rows,
+)
+from bitplan.reports.summary import best_uniform, comparison, facts
+from bitplan.sensitivity.table import UnitInfo
+from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    units = transformer_units(3, embedding=True)
+    return RunData.load(fake_run(tmp_path_factory.mktemp("run"), units))
+
+
+def test_the_frontier_falls_and_touches_its_bound(run: RunData) -> None:
+    data = frontier_data(run)
+    assert (np.diff(data.frontier.megabytes) > 0).all()
+    assert (np.diff(data.frontier.kl) <= 0).all()
+    assert data.bound.kl[0] == pytest.approx(data.frontier.kl[0])
+    assert data.bound.kl[-1] == pytest.approx(data.frontier.kl[-1])
+    at_plans = np.interp(data.bound.megabytes, data.frontier.megabytes, data.frontier.kl)
+    np.testing.assert_allclose(data.bound.kl, at_plans, rtol=1e-6)
+
+
+def test_sizes_are_megabytes_and_bits_per_weight(run: RunData) -> None:
+    data = frontier_data(run)
+    assert data.plan.megabytes == pytest.approx(run.plan.bytes / 1e6)
+    assert data.plan.bpw == pytest.approx(run.plan.bpw)
+    int4 = next(point for point in data.uniform if point.name == "int4-g64-asym")
+    assert int4.bpw == pytest.approx(4.3125)
+    assert int4.stderr is None
+    assert data.budget_megabytes == pytest.approx(4.3 * run.table.weights / 8e6, rel=1e-6)
+
+
+def test_measured_points_keep_their_errors(run: RunData) -> None:
+    data = frontier_data(run)
+    assert data.plan_measured is not None
+    assert run.plan.measured is not None
+    assert data.plan_measured.kl == run.plan.measured.kl
+    assert data.plan_measured.stderr == run.plan.measured.kl_stderr
+    assert [p.stderr for p in data.measured] == [b.kl_stderr for b in run.plan.baselines]
+
+
+def test_an_unmeasured_plan_has_predictions_only(tmp_path: Path) -> None:
+    data = frontier_data(RunData.load(fake_run(tmp_path, measured=False)))
+    assert data.plan_measured is None
+    assert data.measured == ()
+    assert data.uniform
+
+
+def test_allocation_counts_everything_stored(run: RunData) -> None:
+    grid = allocation_data(run)
+    assert grid.layers == (0, 1, 2)
+    assert grid.kinds[0] == "self_attn.q_proj"
+    assert grid.kinds[-1] == "mlp.down_proj"
+    assert [unit.name for unit in grid.others] == ["model.embed_tokens"]
+    name = run.plan.assignments["model.layers.2.mlp.up_proj"]
+    row = grid.kinds.index("mlp.up_proj")
+    assert grid.formats[row][2] == name
+    stored = Format.parse(name).stored_bytes((1536, 576))
+    assert grid.values[row, 2] == pytest.approx(8 * stored / (1536 * 576))
+
+
+def test_units_without_layers_are_listed(tmp_path: Path) -> None:
+    grid = allocation_data(RunData.load(fake_run(tmp_path, flat_units())))
+    assert grid.layers == ()
+    assert grid.kinds == ()
+    assert [unit.name for unit in grid.others] == [unit.name for unit in flat_units()]
+
+
+def test_experts_share_a_cell(tmp_path: Path) -> None:
+    kind, shape = "mlp.experts.up", (64, 128)
+    units = tuple(UnitInfo(f"l.0.e.{e}.up", (f"l.0.e.{e}.up",), (shape,), kind, 0) for e in (0, 1))
+    run = RunData.load(fake_run(tmp_path, units, budget="3.9bpw"))
+    first, second = (run.plan.assignments[unit.name] for unit in units)
+    grid = allocation_data(run)
+    assert grid.values.shape == (1, 1)
+    assert grid.values[0, 0] == pytest.approx(8 * run.plan.bytes / run.plan.weights)
+    assert grid.formats[0][0] == (first if first == second else MIXED)
+    sensitivity = sensitivity_data(run)
+    column = run.table.formats.index(sensitivity.format)
+    assert sensitivity.kl.values[0, 0] == pytest.approx(run.table.kl[:, column].sum())
+
+
+def test_a_missing_unit_leaves_a_hole(tmp_path: Path) -> None:
+    units = transformer_units(2)[:-1]
+    grid = allocation_data(RunData.load(fake_run(tmp_path, units)))
+    assert np.isnan(grid.values[grid.kinds.index("mlp.down_proj"), 1])
+    assert grid.formats[grid.kinds.index("mlp.down_proj")][1] == ""
+
+
+def test_sensitivity_is_the_table_at_the_middle_format(run: RunData) -> None:
+    data = sensitivity_data(run)
+    assert data.format == "int4-g64-asym"
+    column = run.table.formats.index(data.format)
+    names = [unit.name for unit in run.table.units]
+    index = names.index("model.layers.1.self_attn.k_proj")
+    row = data.kl.kinds.index("self_attn.k_proj")
+    assert data.kl.values[row, 1] == run.table.kl[index, column]
+    millions = 192 * 576 / 1e6
+    assert data.density.values[row, 1] == pytest.approx(run.table.kl[index, column] / millions)
+    assert data.kl.others[0].stderr == run.table.stderr[0, column]
+
+
+def test_the_reference_format_is_priced_everywhere() -> None:
+    table = fake_table(transformer_units(1))
+    table.kl[0, table.formats.index("int4-g64-asym")] = np.nan
+    assert reference_format(table) == "int4-g128-asym"
+
+
+def test_comparison_pairs_prediction_and_measurement(run: RunData) -> None:
+    rows = comparison(run.plan, run.frontier.uniform)
+    assert rows[0].kl == run.plan.measured.kl  # type: ignore[union-attr]
+    assert [row.bytes for row in rows[1:]] == sorted(row.bytes for row in rows[1:])
+    assert {row.name for row in rows[1:]} == {f"uniform {p.name}" for p in run.frontier.uniform}
+    for row in rows[1:]:
+        assert row.fits == (row.bytes <= run.plan.budget.bytes)
+        assert (row.kl is not None) == row.fits
+
+
+def test_the_best_uniform_fits_and_is_measured_first(run: RunData) -> None:
+    rows = comparison(run.plan, run.frontier.uniform)
+    rival = best_uniform(rows)
+    assert rival is not None
+    assert rival.name == "uniform int4-g128-asym"
+    assert rival.kl == min(row.kl for row in rows if row.uniform and row.kl is not None)
+    predicted = best_uniform([row._replace(kl=None) for row in rows])
+    assert predicted is not None
+    assert predicted.fits
+    assert best_uniform([row for row in rows if not row.fits]) is None
+
+
+def test_facts_say_what_was_not_measured(tmp_path: Path) -> None:
+    plan = RunData.load(fake_run(tmp_path, measured=False)).plan
+    lines = dict(facts(plan, comparison(plan)))
+    assert lines["KL measured"] == "not measured"
+    assert "best uniform" not in lines
+    assert "perplexity" not in lines
+
+
+def test_shares_and_rows_add_up(run: RunData) -> None:
+    shares, rows = format_shares(run), unit_rows(run)
+    assert sum(share.weights for share in shares) == pytest.approx(1)
+    assert sum(share.bytes for share in shares) == pytest.approx(1)
+    assert sum(share.units for share in shares) == len(run.table.units) == len(rows)
+    assert sum(row.bytes for row in rows) == run.plan.bytes
+    assert sum(row.kl or 0 for row in rows) == pytest.approx(run.plan.predicted_kl)
+
+
+def test_plan_and_profile_of_different_runs_are_refused(tmp_path: Path) -> None:
+    fake_run(tmp_path, transformer_units(2))
+    fake_table(transformer_units(3)).save(tmp_path / "profile.safetensors")
+    with pytest.raises(ValueError, match=r"no format for 'model\.layers\.2\..*different runs"):
+        RunData.load(tmp_path)

@@ -1,0 +1,60 @@
+"""The profile file: round trip, and clear words about damaged ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+
+
+def table() -> SensitivityTable:
+    units = (
+        UnitInfo("a", ("a",), ((4, 8),), "a", 0),
+        UnitInfo("{b,c}", ("b", "c"), ((2, 8), (2, 8)), "{b,c}", None, ("d",)),
+    )
+    kl = np.array([[0.5, 0.1], [0.25, np.nan]])
+    scores = np.ones((3, 2, 2), dtype=np.float32)
+    size = np.array([[10, 20], [8, 16]])
+    return SensitivityTable(units, ("int4-g32", "int8-g32"), size, kl, kl / 10, scores, {"seed": 1})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    table().save(path)
+    found = SensitivityTable.load(path)
+    assert found.units == table().units
+    assert found.provenance == {"seed": 1}
+    np.testing.assert_array_equal(found.kl, table().kl)
+    np.testing.assert_array_equal(found.scores, table().scores)  # type: ignore[arg-type]
+    assert found.weights == 64
+    assert found.uniform_bytes("int4-g32") == 18
+    assert (tmp_path / "profile.json").is_file()
+    assert found.select(["int8-g32", "int4-g32"]).bytes[0].tolist() == [20, 10]
+
+
+def test_missing_truncated_foreign_and_newer_files(tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    with pytest.raises(ValueError, match="No profile at"):
+        SensitivityTable.load(path)
+    table().save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="truncated"):
+        SensitivityTable.load(path)
+    save_file({"x": np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a bitplan profile"):
+        SensitivityTable.load(path)
+    save_file({"x": np.zeros(1)}, path, metadata={"bitplan_profile": '{"schema": 9}'})
+    with pytest.raises(ValueError, match="schema 9, this version reads 1"):
+        SensitivityTable.load(path)
+
+
+def test_shapes_and_unmeasured_units_are_checked() -> None:
+    good = table()
+    with pytest.raises(ValueError, match=r"kl has shape \(1, 2\)"):
+        SensitivityTable(good.units, good.formats, good.bytes, good.kl[:1], good.stderr)
+    with pytest.raises(ValueError, match="Unit 'a' has no measured format"):
+        SensitivityTable(good.units, good.formats, good.bytes, good.kl * np.nan, good.stderr)

@@ -1,0 +1,72 @@
+"""What `bitplan search` prints at the end."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bitplan.reports.terminal import print_summary, uniform_table
+from bitplan.search.plan import Plan
+from bitplan.tests.fakes import fake_run, transformer_units
+
+
+def shown(plan: Plan, files: dict[str, Path], width: int = 80, original: int | None = None) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        print_summary(console, plan, files, original)
+    return capture.get()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    fake_run(tmp_path, transformer_units(30))
+    return Plan.load(tmp_path / "plan.json")
+
+
+def test_summary_has_every_number(plan: Plan) -> None:
+    folder = Path("runs/demo")
+    text = shown(plan, {"plan": folder / "plan.json", "report": folder / "report.html"}, width=120)
+    assert plan.measured is not None
+    assert "212.3 MB at 16 bits → 57.1 MB (26.9 %)" in text
+    assert "4.300 (budget 4.3bpw)" in text
+    assert f"{plan.predicted_kl:.3f} ±" in text
+    assert f"{plan.measured.kl:.3f} ±" in text
+    assert "16,384 held-out tokens" in text
+    assert "optimal" in text
+    assert "int4-g128-asym, 55.3 MB: KL 0." in text
+    assert "(original 30.5)" in text
+    assert "runs/demo/  plan.json  report.html" in text
+
+
+def test_original_bytes_replace_16_bits(plan: Plan) -> None:
+    text = shown(plan, {}, original=4 * plan.weights)
+    assert "424.7 MB → 57.1 MB (13.4 %)" in text
+
+
+def test_unmeasured_plan(tmp_path: Path) -> None:
+    fake_run(tmp_path, measured=False)
+    text = shown(Plan.load(tmp_path / "plan.json"), {})
+    assert "not measured" in text
+    assert "Measured on the same tokens" not in text
+
+
+def test_eighty_columns_are_enough(plan: Plan) -> None:
+    text = shown(plan, {"plan": Path("runs") / ("long" * 30) / "plan.json"})
+    assert max(map(len, text.splitlines())) <= 80
+    for baseline in plan.baselines:  # no name is folded
+        assert f" {baseline.name.removeprefix('uniform ')} " in text
+    assert "long" * 30 in "".join(line.strip() for line in text.splitlines())
+
+
+def test_the_table_is_sorted_by_size_and_marks_the_plan(plan: Plan) -> None:
+    table = uniform_table(plan)
+    names = list(table.columns[0].cells)
+    assert [str(name) for name in names][-1] == "this plan"  # the baselines fit its budget
+    assert len(names) == len(plan.baselines) + 1
+    assert table.rows[-1].style == "bold green"
+
+
+def test_markup_in_names_is_text(plan: Plan) -> None:
+    plan.model.id = "[bold]odd[/bold]"
+    assert "Plan for [bold]odd[/bold]" in shown(plan, {})
