@@ -20,7 +20,20 @@ _EXPORTS = {
     "quantize": ".search.materialize",
     "solve": ".search.solve",
 }
-__all__ = [*_EXPORTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Budget",
+    "Format",
+    "Frontier",
+    "Plan",
+    "SensitivityTable",
+    "Workload",
+    "__version__",
+    "apply",
+    "load",
+    "profile",
+    "quantize",
+    "solve",
+]
 
 if TYPE_CHECKING:
     from .quantizers.format import Format as Format

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -410,7 +409,7 @@ def solvers() -> None:
     _list_plugins(SOLVERS)
 
 
-def _list_plugins(registry: Registry[Callable[..., object]]) -> None:
+def _list_plugins(registry: Registry[Any]) -> None:
     shown = Table("name", "what it does")
     for name in registry.names():
         shown.add_row(name, escape((registry.get(name).__doc__ or "").strip().splitlines()[0]))
@@ -441,7 +440,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Entry point: bad input prints one clear message and exits with 1."""
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    warnings.showwarning = _show_warning
     errors = Console(stderr=True)
     try:
         app()

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from bitplan.benchmarks.common import write_results
 from bitplan.quantizers.format import Format
 from bitplan.search.plan import Plan
 from bitplan.search.solve import solve
@@ -29,7 +31,6 @@ from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.rendering import Renderer
 from bitplan.sensitivity.table import SensitivityTable
 from bitplan.sensitivity.units import find_units
-from common import write_results
 
 LAYERS = ["model.layers.*"]
 BUDGETS = {"4.3bpw": "int4-g64-asym", "3.28bpw": "int3-g64-asym"}

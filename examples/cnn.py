@@ -1,8 +1,9 @@
 """Any module: a small CNN through `bitplan search examples/cnn.py:make --budget 5bpw`."""
 
 import torch
-from bitplan import Workload
 from torch import nn
+
+from bitplan import Workload
 
 
 def make() -> Workload:

@@ -28,9 +28,7 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
     outputs = []
     for some in row_chunks(weight.shape):
         codes = unpack_bits(weight.tensors["codes"][some], weight.fmt.bits, cols)
-        part = grid_rows(grid, some)
-        assert part is not None
-        plain = decode(codes, weight.fmt, part).to(x.dtype)
+        plain = decode(codes, weight.fmt, grid_rows(grid, some)).to(x.dtype)
         outputs.append(torch.nn.functional.linear(x, plain, None if bias is None else bias[some]))
     return torch.cat(outputs, dim=-1)
 
@@ -39,7 +37,7 @@ def dequantize_rows(weight: PackedTensor, rows: Tensor | None) -> Tensor:
     """The rows with the given indices [n], or all rows, of W as float32 [n, cols]."""
     if rows is None:
         return weight.dequantize()
-    grid = grid_rows(weight.grid(), rows)
+    grid = weight.grid()
     assert grid is not None
     codes = unpack_bits(weight.tensors["codes"][rows], weight.fmt.bits, weight.shape[1])
-    return decode(codes, weight.fmt, grid)
+    return decode(codes, weight.fmt, grid_rows(grid, rows))

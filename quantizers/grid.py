@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class Grid(NamedTuple):
     zero: Tensor | None
 
 
+@overload
+def grid_rows(grid: Grid, rows: slice | Tensor) -> Grid: ...
+@overload
+def grid_rows(grid: None, rows: slice | Tensor) -> None: ...
 def grid_rows(grid: Grid | None, rows: slice | Tensor) -> Grid | None:
     """The grid of some rows of a weight; a per-tensor grid is the same for all rows."""
     if grid is None or grid.scale.shape[0] == 1:
@@ -53,9 +57,8 @@ def render(weight: Tensor, fmt: Format, grid: Grid | None, out: Tensor | None = 
         return out.copy_(weight.to(FLOAT_DTYPES[fmt.name]))
     for rows in row_chunks(weight.shape):
         part = grid_rows(grid, rows)
-        assert part is not None
         _round_to_codes(weight[rows], fmt, part, out[rows])
-        _dequantize(out[rows], fmt, part, out[rows])
+        _dequantize(out[rows], fmt, part)
     return out
 
 
@@ -64,7 +67,6 @@ def encode(weight: Tensor, fmt: Format, grid: Grid) -> Tensor:
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight.shape):
         part = grid_rows(grid, rows)
-        assert part is not None
         rounded = torch.empty(weight[rows].shape, dtype=torch.float32, device=weight.device)
         _round_to_codes(weight[rows], fmt, part, rounded)
         codes[rows] = rounded.to(torch.uint8)
@@ -75,14 +77,14 @@ def decode(codes: Tensor, fmt: Format, grid: Grid, out: Tensor | None = None) ->
     """The weight, float32 [rows, cols], that codes [rows, cols] stand for; ``out`` receives it."""
     if out is None:
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    _dequantize(codes, fmt, grid, out)
+    _dequantize(out.copy_(codes), fmt, grid)
     return out
 
 
-def row_chunks(shape: Sequence[int], size: int = CHUNK) -> Iterator[slice]:
+def row_chunks(shape: Sequence[int]) -> Iterator[slice]:
     """Slices over the rows of a [rows, cols] matrix that hold about ``CHUNK`` weights each."""
     rows, cols = shape
-    step = max(1, size // max(1, cols))
+    step = max(1, CHUNK // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
@@ -112,13 +114,10 @@ def _round_to_codes(weight: Tensor, fmt: Format, grid: Grid, out: Tensor) -> Non
         codes.add_(_zero(fmt, grid, groups)).round_().clamp_(0, 2**fmt.bits - 1)
 
 
-def _dequantize(codes: Tensor, fmt: Format, grid: Grid, out: Tensor) -> None:
-    """Write s * (c - z) to ``out`` [rows, cols]; exact in float32 (8-bit integer x float16)."""
-    for (block, groups), (weight, _) in zip(
-        group_blocks(codes, fmt), group_blocks(out, fmt), strict=True
-    ):
-        torch.sub(block, _zero(fmt, grid, groups), out=weight)
-        weight.mul_(grid.scale[:, groups, None].float())
+def _dequantize(codes: Tensor, fmt: Format, grid: Grid) -> None:
+    """Turn float32 codes [rows, cols] into s * (c - z) in place; exact, as s is a float16."""
+    for block, groups in group_blocks(codes, fmt):
+        block.sub_(_zero(fmt, grid, groups)).mul_(grid.scale[:, groups, None].float())
 
 
 def _zero(fmt: Format, grid: Grid, groups: slice) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .format import Format
 from .grid import FLOAT_DTYPES, Grid, decode, encode, grid_rows, row_chunks
 
-_LANES = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # one byte of codes, spread to bytes
+_SPREAD = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # as many bytes as a byte has codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class PackedTensor:
             parts = {"weight": weight.detach().to(FLOAT_DTYPES[fmt.name]).contiguous()}
             return PackedTensor(fmt, (rows, cols), parts)
         chunks = (
-            pack_bits(encode(weight[some], fmt, _some_rows(grid, some)), fmt.bits)
+            pack_bits(encode(weight[some], fmt, grid_rows(grid, some)), fmt.bits)
             for some in row_chunks(weight.shape)
         )
         parts = {"codes": torch.cat(list(chunks)), "scale": grid.scale.contiguous()}
@@ -87,7 +89,7 @@ class PackedTensor:
         assert grid is not None
         part = self.tensors["codes"][some]
         codes = unpack_bits(part, self.fmt.bits, self.shape[1])
-        return decode(codes, self.fmt, _some_rows(grid, some)).to(dtype)
+        return decode(codes, self.fmt, grid_rows(grid, some)).to(dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -100,44 +102,39 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         Bytes [rows, ceil(count * b / 8)], uint8; unused bits of the last byte are 0.
     """
-    rows, count = codes.shape
     if bits == 8:
         return codes.contiguous()
-    words = _pad(codes, 8).view(torch.int64)
-    packed = torch.zeros_like(words)
-    for i in range(8):
-        packed |= ((words >> (8 * i)) & (2**bits - 1)) << (bits * i)
-    stream = packed.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, -1)
-    return stream[:, : -(-count * bits // 8)].contiguous()
+    rows, count = codes.shape
+    words = pad(codes, (0, -count % 8)).contiguous().view(torch.int64)  # eight codes in a word
+    for lane in (8, 16, 32):  # close the gap between the two neighbours in every pair of lanes
+        used = lane * bits // 8
+        low = _repeat(2**used - 1, 2 * lane)
+        words = (words & low) | ((words >> (lane - used)) & (low << used))
+    stream = words.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, -1)
+    return stream[:, : math.ceil(count * bits / 8)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Invert ``pack_bits``: bytes [rows, ceil(count * b / 8)] to codes [rows, count], uint8."""
     if bits == 8:
         return packed
-    if bits in _LANES:  # a byte holds 8/b whole codes: spread it over as many bytes
-        spread = packed.to(_LANES[bits])
-        codes = spread.clone()
+    if bits in _SPREAD:  # a byte holds 8/b whole codes: spread it over as many bytes
+        wide = packed.to(_SPREAD[bits])
+        codes = wide.clone()
         for i in range(1, 8 // bits):
-            codes |= spread << ((8 - bits) * i)
+            codes |= wide << ((8 - bits) * i)
         codes &= sum((2**bits - 1) << (8 * i) for i in range(8 // bits))
         return codes.view(torch.uint8)[:, :count]
-    rows = packed.shape[0]
-    stream = _pad(packed, bits).view(rows, -1, bits)  # b bytes hold eight codes
-    words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64)
-    codes = torch.zeros_like(words)
-    for i in range(8):
-        codes |= ((words >> (bits * i)) & (2**bits - 1)) << (8 * i)
-    return codes.view(torch.uint8).view(rows, -1)[:, :count]
+    rows, size = packed.shape
+    stream = pad(packed, (0, -size % bits)).view(rows, -1, bits)  # b bytes hold eight codes
+    words = pad(stream, (0, 8 - bits)).view(torch.int64)
+    for lane in (32, 16, 8):  # the steps of pack_bits, backwards
+        used = lane * bits // 8
+        low = _repeat(2**used - 1, 2 * lane)
+        words = (words & low) | ((words << (lane - used)) & (low << lane))
+    return words.view(torch.uint8).view(rows, -1)[:, :count]
 
 
-def _pad(matrix: Tensor, multiple: int) -> Tensor:
-    """``matrix``, contiguous, with zero columns up to a multiple of ``multiple``."""
-    missing = -matrix.shape[1] % multiple
-    return torch.nn.functional.pad(matrix, (0, missing)).contiguous()
-
-
-def _some_rows(grid: Grid, rows: slice) -> Grid:
-    part = grid_rows(grid, rows)
-    assert part is not None
-    return part
+def _repeat(mask: int, step: int) -> int:
+    """A 64-bit mask that repeats ``mask`` every ``step`` bits."""
+    return sum(mask << shift for shift in range(0, 64, step))

@@ -24,7 +24,7 @@ from ..sensitivity.calibration import (
     calibration_samples,
     evaluation_samples,
 )
-from ..sensitivity.evaluate import Measurement, measure, plan_runner
+from ..sensitivity.evaluate import Measurement, Run, measure, plan_runner
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.models import LoadedModel, load_model
 from ..sensitivity.profile import DEFAULT_FORMATS, profile, provenance, stored_bytes
@@ -290,7 +290,7 @@ def run_eval(
     model = load_model(plan.model.id, device)
     units = planned_units(model.module, plan)
     if packed:
-        run = load_packed(target).logits
+        run: Run = load_packed(target).logits
     else:
         renderer = Renderer(model.module, units, plan.rounding)
         run = plan_runner(model, renderer, assignment_formats(plan))

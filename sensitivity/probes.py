@@ -154,7 +154,8 @@ def module_input(module: nn.Module, x: Tensor, samples: int) -> Tensor:
         (module.stride[0], module.stride[1]),
     )
     patches = patches.unflatten(1, (module.groups, -1)).permute(0, 3, 1, 2)
-    return patches.reshape(samples, -1, *patches.shape[-2:])
+    result: Tensor = patches.reshape(samples, -1, *patches.shape[-2:])
+    return result
 
 
 def label_upstream(generator: torch.Generator) -> Upstream:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,19 +139,6 @@ class SensitivityTable:
             stderr=tensors["stderr"],
             scores=tensors.get("scores"),
             provenance=header["provenance"],
-        )
-
-    def select(self, formats: Sequence[str]) -> SensitivityTable:
-        """The same table restricted to ``formats``, in that order."""
-        columns = [self.formats.index(name) for name in formats]
-        return SensitivityTable(
-            units=self.units,
-            formats=tuple(formats),
-            bytes=self.bytes[:, columns],
-            kl=self.kl[:, columns],
-            stderr=self.stderr[:, columns],
-            scores=None if self.scores is None else self.scores[:, :, columns],
-            provenance=self.provenance,
         )
 
 

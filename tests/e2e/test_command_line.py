@@ -124,7 +124,7 @@ def test_packed_weights_equal_the_plan(job: Path, tiny_folder: Path, tmp_path: P
     applied = bitplan.apply(original, plan)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, applied(ids).logits)
-        text = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+        text = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)  # type: ignore[operator]
     assert text.shape == (2, 8)
 
     for target in (packed, job / "plan.json"):

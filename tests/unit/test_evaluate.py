@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +37,7 @@ def test_kl_and_perplexity(tiny: LoadedModel) -> None:
     kl = (p.exp() * (p - q)).sum(-1).mean(1)
     np.testing.assert_allclose(measured["plan"].kl, kl, rtol=1e-4)
     nll = F.cross_entropy(p[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    np.testing.assert_allclose(ppl, np.exp(nll), rtol=1e-5)
+    assert ppl == pytest.approx(float(np.exp(nll)), rel=1e-5)
     assert measured["plan"].tokens == 96
 
 

@@ -30,7 +30,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"The disk is full: .*plan.json could not be written"):
-        with atomic_path(tmp_path / "plan.json"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    message = r"The disk is full: .*plan.json could not be written"
+    with pytest.raises(OSError, match=message), atomic_path(tmp_path / "plan.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())

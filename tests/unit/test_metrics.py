@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bitplan.quantizers.format import Format
+from bitplan.sensitivity.calibration import samples_from_batches
 from bitplan.sensitivity.metrics import METRICS, Scores, Task
 from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.calibration import samples_from_batches
 from bitplan.sensitivity.profile import profile
 from bitplan.sensitivity.rendering import Renderer
 from bitplan.sensitivity.units import find_units

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.models import Batch, LoadedModel, Workload
 from bitplan.sensitivity.probes import (
+    Factors,
+    Upstream,
     data_upstream,
     gaussian_upstream,
     label_upstream,
@@ -18,7 +22,7 @@ from bitplan.sensitivity.probes import (
 )
 from bitplan.sensitivity.profile import profile
 from bitplan.sensitivity.rendering import Renderer, inner_products
-from bitplan.sensitivity.units import find_units, weight_matrix
+from bitplan.sensitivity.units import find_units
 
 FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int4-gc", "bf16")))
 
@@ -48,15 +52,15 @@ def convnet() -> nn.Module:
     )
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "tied language model": (Tied, lambda: torch.randint(0, 40, (3, 7))),
     "grouped convolutions": (convnet, lambda: torch.randn(3, 3, 8, 8)),
 }
 
 
-def load(factory: object) -> LoadedModel:
+def load(factory: Callable[[], nn.Module]) -> LoadedModel:
     torch.manual_seed(0)
-    module = factory()  # type: ignore[operator]
+    module = factory()
     module.requires_grad_(False).eval()
     return LoadedModel("toy", module, "float32", Workload(module))
 
@@ -71,8 +75,8 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
 
     found = {unit.name: np.zeros((3, len(FORMATS))) for unit in units}
 
-    def visit(name: str, factors: object) -> None:
-        found[name] += inner_products(factors.gradient, renderer, name, FORMATS)  # type: ignore[attr-defined]
+    def visit(name: str, factors: Factors) -> None:
+        found[name] += inner_products(factors.gradient, renderer, name, FORMATS)
 
     stream(model, renderer, batch, lambda _logits, _batch: upstream_gradient, visit)
 
@@ -87,7 +91,8 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
                 logits, parameter, upstream_gradient[sample : sample + 1]
             )
             parameter.requires_grad_(False)
-            shaped = gradient.T if isinstance(modules[unit.name], Conv1D) else gradient.flatten(1)
+            transposed = isinstance(modules[unit.name], Conv1D)
+            shaped = gradient.T if transposed else gradient.flatten(1)
             expected = [float((shaped * error).sum()) for error in errors]
             np.testing.assert_allclose(found[unit.name][sample], expected, rtol=2e-4, atol=1e-5)
 
@@ -100,23 +105,27 @@ def test_weights_collect_no_gradient() -> None:
 
 
 def test_a_unit_outside_the_forward_pass_is_named() -> None:
-    module = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
-    module.forward = lambda x: module["used"](x)  # type: ignore[method-assign]
-    model = LoadedModel("toy", module, "float32", Workload(module))
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.used(x)
+            return result
+
+    model = load(Idle)
+    renderer = Renderer(model.module, find_units(model.module))
     with pytest.raises(ValueError, match="'idle' took no part in the forward pass"):
-        stream(
-            model,
-            Renderer(module, find_units(module)),
-            torch.ones(1, 4),
-            lambda z, _: z,
-            lambda *_: None,
-        )
+        stream(model, renderer, torch.ones(1, 4), lambda z, _: z, lambda *_: None)
 
 
 @pytest.mark.parametrize("make", [label_upstream, gaussian_upstream])
-def test_probe_has_the_fisher_covariance(make: object) -> None:
+def test_probe_has_the_fisher_covariance(
+    make: Callable[[torch.Generator], Upstream],
+) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    upstream = make(torch.Generator().manual_seed(0))  # type: ignore[operator]
+    upstream = make(torch.Generator().manual_seed(0))
     draws = upstream(logits.expand(4, 20_000, 4), torch.empty(0)).flatten(0, 1)
     p = logits.softmax(-1)
     covariance = draws.T @ draws / len(draws)
@@ -145,20 +154,20 @@ def test_price_is_the_gauss_newton_form(metric: str) -> None:
 
     renderer = Renderer(model.module, table.units)
     error = renderer.render("mix", FORMATS[0]) - renderer.weight("mix")
-    modules = dict(model.module.named_modules())
-    matrix = weight_matrix(modules["mix"])
-    assert matrix is not None
+    toy = model.module
+    assert isinstance(toy, Tied)
 
     def logits_of(step: Tensor, ids: Tensor) -> Tensor:
-        weight = (matrix + step * error).T
-        hidden = nn.functional.embedding(ids, modules["embed"].weight)  # type: ignore[arg-type]
-        mixed = torch.tanh(hidden @ weight + modules["mix"].bias)
-        return mixed @ modules["head"].weight.T  # type: ignore[operator,return-value]
+        weight = toy.mix.weight + (step * error).T
+        mixed = torch.tanh(toy.embed(ids) @ weight + toy.mix.bias)
+        return nn.functional.linear(mixed, toy.head.weight)
 
     exact = 0.0
     for ids in batches:
         zero = torch.zeros(())
-        z, jvp = torch.func.jvp(lambda s, i=ids: logits_of(s, i), (zero,), (torch.ones(()),))
+        z, jvp = torch.autograd.functional.jvp(
+            lambda step, ids=ids: logits_of(step, ids), zero, torch.ones(())
+        )
         p = z.softmax(-1)
         variance = (p * jvp**2).sum(-1) - (p * jvp).sum(-1) ** 2
         exact += float(variance.mean()) / 2 / len(batches)

@@ -29,11 +29,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.units == table().units
     assert found.provenance == {"seed": 1}
     np.testing.assert_array_equal(found.kl, table().kl)
-    np.testing.assert_array_equal(found.scores, table().scores)  # type: ignore[arg-type]
+    assert found.scores is not None
+    np.testing.assert_array_equal(found.scores, np.ones((3, 2, 2)))
     assert found.weights == 64
     assert found.uniform_bytes("int4-g32") == 18
     assert (tmp_path / "profile.json").is_file()
-    assert found.select(["int8-g32", "int4-g32"]).bytes[0].tolist() == [20, 10]
 
 
 def test_missing_truncated_foreign_and_newer_files(tmp_path: Path) -> None:
