@@ -108,7 +108,7 @@ def _round_to_codes(weight: Tensor, fmt: Format, grid: Grid, out: Tensor) -> Non
     scale = grid.scale.float()
     inverse = torch.where(scale == 0, 0, 1 / scale)
     for (block, groups), (codes, _) in zip(
-        group_blocks(weight, fmt), group_blocks(out, fmt), strict=True
+        group_blocks(weight.detach(), fmt), group_blocks(out, fmt), strict=True
     ):
         torch.mul(block, inverse[:, groups, None], out=codes)
         codes.add_(_zero(fmt, grid, groups)).round_().clamp_(0, 2**fmt.bits - 1)

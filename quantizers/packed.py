@@ -16,7 +16,7 @@ from .grid import FLOAT_DTYPES, Grid, decode, encode, grid_rows, row_chunks
 _SPREAD = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # as many bytes as a byte has codes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedTensor:
     """A weight [rows, cols] in one format, stored without a wasted byte.
 

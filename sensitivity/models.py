@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -248,8 +250,9 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    return module, AutoTokenizer.from_pretrained(name, **options)
+    with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
+        module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        return module, AutoTokenizer.from_pretrained(name, **options)
 
 
 def _from_python(name: str, path: Path, function: str) -> LoadedModel:

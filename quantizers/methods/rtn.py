@@ -42,6 +42,7 @@ def rtn(weight: Tensor, fmt: Format) -> Grid | None:
         Clip search by squared error: OCTAV, Sakr et al. (2022).  Weighting by magnitude is what
         the k-quants of llama.cpp do without an importance matrix.
     """
+    weight = weight.detach()
     _check_range(weight, fmt)
     if fmt.kind == "float":
         return None

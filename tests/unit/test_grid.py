@@ -90,6 +90,14 @@ def test_float_formats_only_cast() -> None:
     assert torch.equal(render(weight, fmt, None), weight.bfloat16().float())
 
 
+def test_parameters_are_welcome() -> None:
+    fmt = Format.parse("int4-g32")
+    weight = torch.nn.Parameter(normal(4, 64))
+    rendered = render(weight, fmt, rtn(weight, fmt))
+    assert torch.equal(rendered, render(weight.detach(), fmt, rtn(weight.detach(), fmt)))
+    assert not rendered.requires_grad
+
+
 def test_non_contiguous_weights() -> None:
     fmt = Format.parse("int4-g32-asym")
     weight = normal(96, 40).T

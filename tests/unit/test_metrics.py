@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
-from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import samples_from_batches
-from bitplan.sensitivity.metrics import METRICS, Scores, Task
+from bitplan.sensitivity.metrics import METRICS, Task
 from bitplan.sensitivity.models import LoadedModel, Workload
 from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
-
-FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int3-g32", "int8-gc")))
-
-
-def softmax_regression(batches: int = 4) -> tuple[LoadedModel, list[torch.Tensor]]:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(32, 6)).requires_grad_(False).eval()
-    inputs = [torch.randn(16, 32) for _ in range(batches)]
-    return LoadedModel("toy", module, "float32", Workload(module)), inputs
-
-
-def task(model: LoadedModel, batches: list[torch.Tensor]) -> Task:
-    units = find_units(model.module)
-    renderer = Renderer(model.module, units)
-    samples = samples_from_batches(batches, model, "toy", 0)
-    return Task(model, units, FORMATS, renderer, samples, 0, lambda _: None)
+from bitplan.tests.toys import FORMATS, softmax_regression, task
 
 
 def errors(work: Task) -> list[torch.Tensor]:
     return [work.renderer.render("0", f) - work.renderer.weight("0") for f in FORMATS]
-
-
-@pytest.mark.parametrize("name", METRICS.names())
-def test_every_metric_prices_every_format_and_repeats_with_its_seed(name: str) -> None:
-    model, batches = softmax_regression(2)
-    first, second = (METRICS.get(name)(task(model, batches)) for _ in range(2))
-    assert isinstance(first, Scores)
-    assert first.values.shape[1:] == (1, len(FORMATS))
-    assert np.isfinite(first.values).all()
-    np.testing.assert_array_equal(first.values, second.values)
-    price = (first.values**2 if first.signed else first.values).mean(0)[0]
-    assert price[0] > price[2] > 0, "2 bits must cost more than 8"
 
 
 def test_weight_mse_is_the_squared_error() -> None:
