@@ -8,16 +8,19 @@ by block while it is consumed and never stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..quantizers.format import Format
 from .models import Batch, LoadedModel, samples_in
-from .rendering import Renderer
+from .rendering import Renderer, rendering_errors
 
 # Gradient with respect to the logits [samples, positions, classes], from the logits themselves.
 Upstream = Callable[[Tensor, Batch], Tensor]
@@ -36,28 +39,56 @@ class Factors:
     x: Tensor
     delta: Tensor
 
-    @property
-    def is_lookup(self) -> bool:
-        """Whether the module is an embedding, whose input is one-hot."""
-        return not self.x.is_floating_point()
+    def touched_rows(self) -> Tensor | None:
+        """Rows of the weight whose gradient can be non-zero, sorted; None for all of them."""
+        return None if self.x.is_floating_point() else self.x.unique()
 
-    def gradient(self, rows: slice) -> Tensor:
-        """Gradient of some rows of the weight, per sample: [samples, rows, cols]."""
-        if self.is_lookup:
+    def gradient(self, rows: slice | Tensor) -> Tensor:
+        """Gradient of some rows of the weight, per sample: [samples, rows, cols].
+
+        Rows are a slice, or among the sorted :meth:`touched_rows` of an embedding.
+        """
+        if isinstance(rows, Tensor):
             return self._lookup_gradient(rows)
         if self.delta.shape[2] == 1:
             return self.delta[:, :, 0, rows].transpose(1, 2) @ self.x[:, :, 0]
         per_group = torch.einsum("npgr,npgc->ngrc", self.delta, self.x)
         return per_group.flatten(1, 2)[:, rows]
 
-    def _lookup_gradient(self, rows: slice) -> Tensor:
-        samples, _, _, cols = self.delta.shape
-        count = rows.stop - rows.start
-        result = self.delta.new_zeros(samples, count, cols)
-        sample, position = ((self.x >= rows.start) & (self.x < rows.stop)).nonzero(as_tuple=True)
-        row = self.x[sample, position] - rows.start
-        result.index_put_((sample, row), self.delta[sample, position, 0], accumulate=True)
-        return result
+    def _lookup_gradient(self, rows: Tensor) -> Tensor:
+        where = torch.searchsorted(rows, self.x).clamp_(max=len(rows) - 1)
+        sample, position = (rows[where] == self.x).nonzero(as_tuple=True)
+        result = self.delta.new_zeros(len(self.x), len(rows), self.delta.shape[-1])
+        picked = self.delta[sample, position, 0]
+        return result.index_put_((sample, where[sample, position]), picked, accumulate=True)
+
+
+def inner_products(
+    factors: Factors,
+    renderer: Renderer,
+    name: str,
+    formats: Sequence[Format],
+    squared: bool = False,
+) -> NDArray[np.float64]:
+    """Inner products of per-sample gradients with the rendering errors of all formats.
+
+    Args:
+        factors: Factors of the gradients G_i.
+        renderer: Source of the renderings.
+        name: Canonical module name.
+        formats: The F formats.
+        squared: Square both sides elementwise first: sum of G^2 * dW^2.
+
+    Returns:
+        ``<G_i, dW_f>``: float64 [samples, F].
+    """
+    total = np.zeros((len(factors.x), len(formats)))
+    for rows, errors in rendering_errors(renderer, name, formats, factors.touched_rows()):
+        left, right = factors.gradient(rows).flatten(1), errors.flatten(1)
+        if squared:
+            left, right = left.square_(), right.square_()
+        total += (left @ right.T).double().cpu().numpy()
+    return total
 
 
 Visitor = Callable[[str, Factors], None]

@@ -148,8 +148,12 @@ def _owner(unit: UnitInfo, alias: nn.Module, modules: Mapping[str, nn.Module]) -
 
 
 def rendering_errors(
-    renderer: Renderer, name: str, formats: Sequence[Format], chunk: int = 1 << 17
-) -> Iterator[tuple[slice, Tensor]]:
+    renderer: Renderer,
+    name: str,
+    formats: Sequence[Format],
+    rows: Tensor | None = None,
+    chunk: int = 1 << 17,
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Rendering errors of all formats, a block of rows at a time.
 
     Whatever the size of the matrix, only one block of errors per format exists at a time.
@@ -158,21 +162,24 @@ def rendering_errors(
         renderer: Source of the renderings.
         name: Canonical module name.
         formats: The F formats.
+        rows: Indices of the rows to go through; None for all.
         chunk: Weights per block and format.
 
     Yields:
-        The rows, and their errors ``rendering - W`` [F, rows, cols], overwritten by the next.
+        The rows of the block, a slice or a part of ``rows``, and their errors
+        ``rendering - W`` [F, rows, cols], overwritten by the next block.
     """
     weight = renderer.weight(name)
-    rows, cols = weight.shape
-    step = min(rows, max(1, chunk // cols))
+    count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
+    step = min(count, max(1, chunk // cols))
     errors = torch.empty(len(formats), step, cols, device=weight.device)
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
+    for start in range(0, count, step):
+        block = slice(start, min(start + step, count))
+        some = block if rows is None else rows[block]
         part = errors[:, : block.stop - start]
         for i, fmt in enumerate(formats):
-            renderer.render(name, fmt, block, out=part[i]).sub_(weight[block])
-        yield block, part
+            renderer.render(name, fmt, some, out=part[i]).sub_(weight[some])
+        yield some, part
 
 
 def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:
@@ -180,34 +187,4 @@ def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> 
     total = np.zeros(len(formats))
     for _, errors in rendering_errors(renderer, name, formats):
         total += errors.flatten(1).square_().sum(1, dtype=torch.float64).cpu().numpy()
-    return total
-
-
-def inner_products(
-    gradient: Callable[[slice], Tensor],
-    renderer: Renderer,
-    name: str,
-    formats: Sequence[Format],
-    squared: bool = False,
-) -> NDArray[np.float64]:
-    """Inner products of per-sample gradients with the rendering errors of all formats.
-
-    Args:
-        gradient: Maps a slice of rows to per-sample gradients [samples, rows, cols].
-        renderer: Source of the renderings.
-        name: Canonical module name.
-        formats: The F formats.
-        squared: Square both sides elementwise first: sum of G^2 * dW^2.
-
-    Returns:
-        ``<G_i, dW_f>``: float64 [samples, F].
-    """
-    total: NDArray[np.float64] | None = None
-    for block, errors in rendering_errors(renderer, name, formats):
-        left, right = gradient(block).flatten(1), errors.flatten(1)
-        if squared:
-            left, right = left.square_(), right.square_()
-        product = (left @ right.T).double().cpu().numpy()
-        total = product if total is None else total + product
-    assert total is not None
     return total

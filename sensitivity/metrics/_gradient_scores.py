@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models import samples_in
-from ..probes import Factors, Upstream, positions_in, stream
-from ..rendering import inner_products
+from ..probes import Factors, Upstream, inner_products, positions_in, stream
 from . import Task
 
 
@@ -31,10 +30,9 @@ def gradient_scores(task: Task, upstream: Upstream, squared: bool = False) -> ND
         rows = scores[start : start + count]
 
         def visit(name: str, factors: Factors, rows: NDArray[np.float64] = rows) -> None:
-            products = inner_products(
-                factors.gradient, task.renderer, name, task.formats, squared=squared
+            rows[:, index[name]] += inner_products(
+                factors, task.renderer, name, task.formats, squared
             )
-            rows[:, index[name]] += products
 
         logits = stream(task.model, task.renderer, batch, upstream, visit)
         positions = positions_in(logits)

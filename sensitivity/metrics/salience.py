@@ -34,6 +34,7 @@ def salience(task: Task) -> Scores:
     for (name, _), moment in moments.items():
         count = task.renderer.weight(name).shape[0]
         for rows, errors in rendering_errors(task.renderer, name, task.formats):
+            assert isinstance(rows, slice)
             error = _output_error(errors, moment, rows, count)
             values[0, index[name]] += error.double().cpu().numpy()
     return Scores((values / positions).astype(np.float32), signed=False, in_nats=False)

@@ -17,11 +17,12 @@ from bitplan.sensitivity.probes import (
     Upstream,
     data_upstream,
     gaussian_upstream,
+    inner_products,
     label_upstream,
     stream,
 )
 from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.rendering import Renderer, inner_products
+from bitplan.sensitivity.rendering import Renderer
 from bitplan.sensitivity.units import find_units
 
 FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int4-gc", "bf16")))
@@ -76,7 +77,7 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
     found = {unit.name: np.zeros((3, len(FORMATS))) for unit in units}
 
     def visit(name: str, factors: Factors) -> None:
-        found[name] += inner_products(factors.gradient, renderer, name, FORMATS)
+        found[name] += inner_products(factors, renderer, name, FORMATS)
 
     stream(model, renderer, batch, lambda _logits, _batch: upstream_gradient, visit)
 
