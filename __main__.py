@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -16,6 +17,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ._registry import Registry
     from .search.job import ProfileSettings
+
+# Threads that wait by spinning make torch many times slower when other programs use the cores.
+# Read when torch is loaded, so it is set before any command imports it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="bitplan",

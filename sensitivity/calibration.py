@@ -102,7 +102,7 @@ def evaluation_samples(
     source: str = BUILTIN,
     tokens: int = 16384,
     length: int = 128,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Samples:
     """Take held-out sequences in reading order from the start of a text.
 
