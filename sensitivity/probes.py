@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..quantizers.format import Format
 from .models import Batch, LoadedModel, samples_in
-from .rendering import Renderer, rendering_errors
+from .rendering import Renderer, Rows, map_errors
 
 # Gradient with respect to the logits [samples, positions, classes], from the logits themselves.
 Upstream = Callable[[Tensor, Batch], Tensor]
@@ -43,7 +43,7 @@ class Factors:
         """Rows of the weight whose gradient can be non-zero, sorted; None for all of them."""
         return None if self.x.is_floating_point() else self.x.unique()
 
-    def gradient(self, rows: slice | Tensor) -> Tensor:
+    def gradient(self, rows: Rows) -> Tensor:
         """Gradient of some rows of the weight, per sample: [samples, rows, cols].
 
         Rows are a slice, or among the sorted :meth:`touched_rows` of an embedding.
@@ -82,13 +82,16 @@ def inner_products(
     Returns:
         ``<G_i, dW_f>``: float64 [samples, F].
     """
-    total = np.zeros((len(factors.x), len(formats)))
-    for rows, errors in rendering_errors(renderer, name, formats, factors.touched_rows()):
+
+    def work(rows: Rows, errors: Tensor) -> NDArray[np.float64]:
         left, right = factors.gradient(rows).flatten(1), errors.flatten(1)
         if squared:
             left, right = left.square_(), right.square_()
-        total += (left @ right.T).double().cpu().numpy()
-    return total
+        product: NDArray[np.float64] = (left @ right.T).double().cpu().numpy()
+        return product
+
+    products = map_errors(work, renderer, name, formats, factors.touched_rows())
+    return sum(products, np.zeros((len(factors.x), len(formats))))
 
 
 Visitor = Callable[[str, Factors], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from ..quantizers.format import Format
 from ..quantizers.grid import Grid, grid_rows, render
 from ..quantizers.methods import METHODS
 from .table import UnitInfo
+from .threads import parallel_map
 from .units import is_conv1d, weight_matrix
 
 Assignment = Mapping[str, Format]  # canonical module name -> format
+Rows = slice | Tensor  # a range of rows, or their indices
+T = TypeVar("T")
 
 
 class Renderer:
@@ -72,16 +75,20 @@ class Renderer:
 
     def fit(self, formats: Sequence[Format], advance: Callable[[], None]) -> None:
         """Fit the grids of all matrices in all formats; ``advance`` is called per matrix."""
-        for name in self.names:
+
+        def work(name: str) -> None:
             for fmt in formats:
                 self.grid(name, fmt)
+
+        on_gpu = any(self.weight(name).is_cuda for name in self.names)
+        for _ in map(work, self.names) if on_gpu else parallel_map(work, self.names):
             advance()
 
     def render(
         self,
         name: str,
         fmt: Format,
-        rows: slice | Tensor = slice(None),
+        rows: Rows = slice(None),
         out: Tensor | None = None,
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
@@ -147,18 +154,22 @@ def _owner(unit: UnitInfo, alias: nn.Module, modules: Mapping[str, nn.Module]) -
     raise AssertionError(f"alias of {unit.name} shares no weight with it")
 
 
-def rendering_errors(
+def map_errors(
+    work: Callable[[Rows, Tensor], T],
     renderer: Renderer,
     name: str,
     formats: Sequence[Format],
     rows: Tensor | None = None,
-    chunk: int = 1 << 17,
-) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Rendering errors of all formats, a block of rows at a time.
+    chunk: int = 1 << 18,
+) -> Iterator[T]:
+    """Apply ``work`` to the rendering errors of all formats, a block of rows at a time.
 
-    Whatever the size of the matrix, only one block of errors per format exists at a time.
+    Blocks are worked on side by side; whatever the size of the matrix, only one block of errors
+    per format and thread exists at a time.
 
     Args:
+        work: Maps the rows of a block, a slice or a part of ``rows``, and their errors
+            ``rendering - W`` [F, rows, cols] to a result.
         renderer: Source of the renderings.
         name: Canonical module name.
         formats: The F formats.
@@ -166,25 +177,33 @@ def rendering_errors(
         chunk: Weights per block and format.
 
     Yields:
-        The rows of the block, a slice or a part of ``rows``, and their errors
-        ``rendering - W`` [F, rows, cols], overwritten by the next block.
+        The results, in the order of the rows.
     """
     weight = renderer.weight(name)
     count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
-    step = min(count, max(1, chunk // cols))
-    errors = torch.empty(len(formats), step, cols, device=weight.device)
-    for start in range(0, count, step):
+    step = max(1, chunk // cols)
+    for fmt in formats:
+        renderer.grid(name, fmt)  # fitted here, once, rather than by several workers
+
+    def run(start: int) -> T:
         block = slice(start, min(start + step, count))
         some = block if rows is None else rows[block]
-        part = errors[:, : block.stop - start]
+        errors = torch.empty(len(formats), block.stop - start, cols, device=weight.device)
         for i, fmt in enumerate(formats):
-            renderer.render(name, fmt, some, out=part[i]).sub_(weight[some])
-        yield some, part
+            renderer.render(name, fmt, some, out=errors[i]).sub_(weight[some])
+        return work(some, errors)
+
+    starts = range(0, count, step)
+    yield from map(run, starts) if weight.is_cuda else parallel_map(run, starts)
 
 
 def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:
     """``||dW_f||^2`` of one matrix in every format: float64 [F]."""
-    total = np.zeros(len(formats))
-    for _, errors in rendering_errors(renderer, name, formats):
-        total += errors.flatten(1).square_().sum(1, dtype=torch.float64).cpu().numpy()
-    return total
+
+    def work(_rows: Rows, errors: Tensor) -> NDArray[np.float64]:
+        total: NDArray[np.float64] = (
+            errors.flatten(1).square_().sum(1, dtype=torch.float64).cpu().numpy()
+        )
+        return total
+
+    return sum(map_errors(work, renderer, name, formats), np.zeros(len(formats)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models import samples_in
 from ..probes import module_input, positions_in
-from ..rendering import rendering_errors
+from ..rendering import Rows, map_errors
 from . import METRICS, Scores, Task
 
 
@@ -33,14 +34,13 @@ def salience(task: Task) -> Scores:
     index = task.unit_index()
     for (name, _), moment in moments.items():
         count = task.renderer.weight(name).shape[0]
-        for rows, errors in rendering_errors(task.renderer, name, task.formats):
-            assert isinstance(rows, slice)
-            error = _output_error(errors, moment, rows, count)
+        work = partial(_output_error, moment, count)
+        for error in map_errors(work, task.renderer, name, task.formats):
             values[0, index[name]] += error.double().cpu().numpy()
     return Scores((values / positions).astype(np.float32), signed=False, in_nats=False)
 
 
-def _output_error(errors: Tensor, moment: Tensor, rows: slice, count: int) -> Tensor:
+def _output_error(moment: Tensor, count: int, rows: Rows, errors: Tensor) -> Tensor:
     """``tr(dW H dW')`` for the errors [F, rows, cols] of some of ``count`` rows: [F].
 
     H is [channel_groups, cols, cols], or one count per row for an embedding.
@@ -49,7 +49,7 @@ def _output_error(errors: Tensor, moment: Tensor, rows: slice, count: int) -> Te
         return torch.einsum("frc,frc,r->f", errors, errors, moment[rows])
     if len(moment) == 1:
         return ((errors @ moment[0]) * errors).sum((1, 2))
-    group = torch.arange(rows.start, rows.stop, device=errors.device) // (count // len(moment))
+    group = torch.arange(count, device=errors.device)[rows] // (count // len(moment))
     return torch.einsum("frc,rcd,frd->f", errors, moment[group], errors)
 
 
