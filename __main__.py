@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Read when torch is loaded, so it is set before any command imports it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_INTERRUPTED = 130  # exit code of Ctrl-C
+
 app = typer.Typer(
     name="bitplan",
     no_args_is_help=True,
@@ -160,7 +162,7 @@ def search(
     from .search.job import SearchSettings, run_search
     from .sensitivity.progress import Reporter
 
-    run = run or Path("runs") / f"{Path(model).stem}-{budget}".replace(":", "-")
+    run = run or Path("runs") / f"{_run_name(model)}-{budget}".replace(":", "-")
     settings = _settings(
         model,
         formats,
@@ -188,12 +190,15 @@ def search(
     written = write_report(run)
     files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
     print_summary(out, plan, files)
+    out.print(f"Another budget, at once: bitplan solve {run / 'profile.safetensors'} --budget …")
 
 
 @app.command()
 def profile(
     model: ModelArgument = "smollm2",
-    run: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("runs/profile"),
+    run: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder; default runs/MODEL.")
+    ] = None,
     formats: FormatsOption = None,
     metric: MetricOption = "fisher",
     rounding: RoundingOption = "rtn",
@@ -212,6 +217,7 @@ def profile(
     from .search.job import run_profile
     from .sensitivity.progress import Reporter
 
+    run = run or Path("runs") / _run_name(model)
     settings = _settings(
         model,
         formats,
@@ -335,7 +341,7 @@ def evaluate(
     from .sensitivity.progress import Reporter
 
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
-    shown = Table("", "value", title=str(target))
+    shown = Table("", "value", title=escape(str(target)))
     shown.add_row("measured KL", f"{result.mean_kl:.6f} ± {result.kl_stderr:.6f} nats/token")
     shown.add_row("predicted KL", f"{plan.predicted_kl:.6f} ± {plan.predicted_kl_stderr:.6f}")
     if plan.measured is not None:
@@ -353,15 +359,18 @@ def generate(
         str, typer.Option(help="What the model continues.")
     ] = "The capital of France is",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
+    device: DeviceOption = "auto",
 ) -> None:
     """Generate text with a packed model (greedy)."""
     from .search.materialize import load_packed
 
-    model = load_packed(folder)
+    if not prompt:
+        raise ValueError("The prompt is empty. Give the model something to continue.")
+    model = load_packed(folder, device)
     tokenizer = model.workload.tokenizer
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer, so it cannot generate text.")
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     tokens = model.module.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=max_tokens, do_sample=False
     )
@@ -439,23 +448,46 @@ def _command() -> str:
     return shlex.join(["bitplan", *sys.argv[1:]])
 
 
+def _run_name(model: str) -> str:
+    return Path(model).name.removesuffix(".gguf").replace(".py:", "-").replace(":", "-")
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    Console(stderr=True).print(f"[yellow]Note:[/] {message}")
+    Console(stderr=True).print(f"Note: {message}", markup=False, style="yellow")
 
 
 def main() -> None:
     """Entry point: bad input prints one clear message and exits with 1."""
     warnings.showwarning = _show_warning
-    errors = Console(stderr=True)
     try:
         app()
     except (ValueError, OSError) as error:
-        errors.print("[red]Error:[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("Interrupted. Finished stages are kept: the same command goes on from there.")
-        sys.exit(130)
+        _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("Out of memory. Use fewer --batch-tokens, or a machine with more memory.")
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            Console(stderr=True).print(
+                "Interrupted. Finished stages are kept: the same command goes on from there."
+            )
+        raise
+
+
+def _fail(message: str) -> None:
+    errors = Console(stderr=True)
+    errors.print("[red]Error:[/] ", end="")
+    errors.print(message, markup=False, highlight=False)
+    sys.exit(1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 if __name__ == "__main__":

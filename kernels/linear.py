@@ -67,6 +67,16 @@ class PackedModule(nn.Module):
 class PackedLinear(PackedModule):
     """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers."""
 
+    @property
+    def in_features(self) -> int:
+        """As in ``nn.Linear``: the columns of the weight."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """As in ``nn.Linear``: the rows of the weight."""
+        return self.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., cols] to outputs [..., rows], in the dtype of ``x``."""
         if self.meta is None:
@@ -78,6 +88,16 @@ class PackedLinear(PackedModule):
 
 class PackedEmbedding(PackedModule):
     """Stands for ``nn.Embedding``; only the rows that are looked up are dequantized."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """As in ``nn.Embedding``: the rows of the weight."""
+        return self.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """As in ``nn.Embedding``: the columns of the weight."""
+        return self.shape[1]
 
     def forward(self, indices: Tensor) -> Tensor:
         """Row indices [...] to rows [..., cols]."""

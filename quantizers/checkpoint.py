@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,15 +31,15 @@ def write_checkpoint(
     metadata holds the format and shape of every module, and ``header``.
 
     Args:
-        folder: Where to write.  For an atomic result pass a temporary folder and rename it
-            afterwards, as ``atomic_path`` does.
+        folder: Where to write: for an atomic result, and a full disk explained, a folder made
+            within ``atomic_path``.
         packed: Packed weights by module name.
         others: All other tensors of the model by their ``state_dict`` names.
         header: JSON data to keep with the weights, for example the plan.
 
     Raises:
         ValueError: If a name occurs both as a packed part and in ``others``.
-        OSError: If the disk is full.
+        SafetensorError: If the file cannot be written.
     """
     parts = {
         f"{module}.{part}": tensor
@@ -59,12 +58,7 @@ def write_checkpoint(
         "bitplan": json.dumps({"modules": modules, "header": dict(header)}),
     }
     tensors = parts | {name: tensor.detach().contiguous() for name, tensor in others.items()}
-    try:
-        save_file(tensors, folder / FILE_NAME, metadata)
-    except SafetensorError as error:
-        if "No space left" in str(error):  # safetensors hides the errno
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
-        raise
+    save_file(tensors, folder / FILE_NAME, metadata)
 
 
 def read_checkpoint(

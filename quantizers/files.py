@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,32 @@ from typing import Any
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it on success, remove it on failure.
 
-    Works for a file or a folder: whatever the block creates at the yielded path replaces
-    ``path`` in one rename, so a killed or failing run leaves the old state or nothing.
+    Works for a file or a folder: whatever the block creates at the yielded path,
+    ``.NAME.PID.tmp``, replaces ``path``.  A run that fails leaves the old state, and so does a
+    run that is killed, beside its temporary file or folder, which the next write removes.  A
+    file is replaced in one rename.  Replacing a folder takes two: the old one moves to
+    ``.NAME.PID.old`` first.  A kill between the two leaves nothing at ``path``, but both folders
+    complete: the old one as ``.NAME.PID.old``, the new one as ``.NAME.PID.tmp``.
 
     Raises:
+        ValueError: If ``path`` is the current folder or contains it.
         OSError: If the disk is full, with the file and the free space named.
     """
+    path = path.resolve()
+    if path.is_dir() and Path.cwd().is_relative_to(path):
+        raise ValueError(
+            f"{path} is the current folder or contains it, so it cannot be replaced. "
+            "Choose another --out, or run from another folder."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            _replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
     except Exception as error:  # libraries wrap the operating system's error in their own
         if "No space left" in str(error):
             free = shutil.disk_usage(path.parent).free
@@ -39,13 +53,72 @@ def atomic_path(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically; key order is kept."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json_text(path: Path, kind: str) -> str:
+    """Read a JSON file as text.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the error: ``plan``.
+
+    Raises:
+        ValueError: If it is not a text file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a {kind} (not a JSON text file). Give the path of a {kind}.json."
+        ) from error
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    old = new.with_suffix(".old")
+    try:
+        os.rename(path, old)
+        os.rename(new, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed runs left beside ``path``, but no old folder that is the only one."""
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) is no mere question
+        return
+    kinds = "tmp|old" if path.exists() else "tmp"
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.({kinds})")
+    for left in list(path.parent.iterdir()):
+        match = name.fullmatch(left.name)
+        if match and not _is_other_process(int(match[1])):
+            _remove(left)
+
+
+def _is_other_process(pid: int) -> bool:
+    if pid == os.getpid():  # in containers, a restarted run often gets the same number
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it exists and is another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

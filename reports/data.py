@@ -30,14 +30,25 @@ class RunData:
     table: SensitivityTable
 
     def __post_init__(self) -> None:
-        """Check that the plan is for the units of the table."""
+        """Check that all three are for the same model, units and formats.
+
+        Raises:
+            ValueError: If the plan or the frontier is not for what the profile is for.
+        """
+        model = self.table.provenance.get("model", {}).get("sha256")
+        if self.plan.model.sha256 != model:
+            raise _different("plan.json", f"it is for the model {self.plan.model.sha256}")
         for unit in self.table.units:
             for module in unit.modules:
                 if module not in self.plan.assignments:
-                    raise ValueError(
-                        f"The plan has no format for {module!r}, which is in the profile: they are "
-                        "from different runs. Solve this profile again, or report the plan's run."
-                    )
+                    raise _different("plan.json", f"it has no format for {module!r}")
+        frontier = self.frontier
+        if frontier.model is not None and frontier.model.sha256 != model:
+            raise _different("frontier.json", f"it is for the model {frontier.model.sha256}")
+        if frontier.units != tuple(unit.name for unit in self.table.units):
+            raise _different("frontier.json", "it has other units")
+        if frontier.formats != self.table.formats:
+            raise _different("frontier.json", f"its formats are {', '.join(frontier.formats)}")
 
     @classmethod
     def load(cls, run_dir: Path) -> RunData:
@@ -55,6 +66,13 @@ class RunData:
     def format_of(self, unit: UnitInfo) -> str:
         """The format the plan gives to a unit: its modules share one."""
         return self.plan.assignments[unit.modules[0]]
+
+
+def _different(file: str, how: str) -> ValueError:
+    return ValueError(
+        f"{file} does not belong to profile.safetensors: {how}. Run the search again, so that "
+        "all files of the run are from the same search."
+    )
 
 
 class Curve(NamedTuple):
@@ -80,7 +98,8 @@ class FrontierData(NamedTuple):
 
     Attributes:
         frontier: The predicted frontier: one point per plan.
-        bound: The lower bound of the linear-programming relaxation at evenly spaced budgets.
+        bound: The lower bound of the linear-programming relaxation at the bytes of every plan of
+            the frontier and at evenly spaced budgets.
         uniform: Predicted KL of giving every unit the same format.
         measured: Measured uniform plans and other baselines.
         plan: The plan, predicted.
@@ -110,7 +129,9 @@ def frontier_data(run: RunData) -> FrontierData:
         return Point(name, nbytes / 1e6, 8 * nbytes / weights, kl, stderr)
 
     nbytes, kl = run.frontier.points()
-    budgets = np.linspace(nbytes[0], nbytes[-1], BOUND_SAMPLES).astype(np.int64)
+    # The bound is straight between the plans, but a straight line is a curve on a log axis.
+    between = np.linspace(nbytes[0], nbytes[-1], BOUND_SAMPLES).astype(np.int64)
+    budgets = np.union1d(nbytes, between)
     bound = np.array([run.frontier.lower_bound(int(budget)) for budget in budgets])
     measured = plan.measured
     return FrontierData(

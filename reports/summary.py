@@ -94,18 +94,15 @@ def only_format(plan: Plan) -> str | None:
     return formats.pop() if len(formats) == 1 else None
 
 
-def facts(
-    plan: Plan, rows: Sequence[Comparison], original_bytes: int | None = None
-) -> list[tuple[str, str]]:
+def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     """What to know about a plan, as pairs of a name and a phrase.
 
     Args:
         plan: The plan.
         rows: Its rivals, from :func:`comparison`.
-        original_bytes: Bytes of the same weights before; by default 16 bits each.
     """
-    before = original_bytes or 2 * plan.weights
-    size = f"{format_bytes(before)}{'' if original_bytes else ' at 16 bits'} → "
+    before = 2 * plan.weights
+    size = f"{format_bytes(before)} at 16 bits → "
     size += f"{format_bytes(plan.bytes)} ({100 * plan.bytes / before:.1f} %)"
     unit = "nats per token"
     predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)

@@ -16,16 +16,13 @@ from .summary import comparison, facts
 from .words import UNIFORM, number, with_error
 
 
-def print_summary(
-    console: Console, plan: Plan, files: Mapping[str, Path], original_bytes: int | None = None
-) -> None:
+def print_summary(console: Console, plan: Plan, files: Mapping[str, Path]) -> None:
     """Print a plan's size, KL, optimality and rivals, and where its files are.
 
     Args:
         console: Where to print.
         plan: The plan.
         files: What was written, by name.
-        original_bytes: Bytes of the same weights before; by default 16 bits each.
     """
     table = Table(
         title=Text(f"Plan for {plan.model.id}", style="bold"),
@@ -36,7 +33,7 @@ def print_summary(
     )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, phrase in facts(plan, comparison(plan), original_bytes):
+    for name, phrase in facts(plan, comparison(plan)):
         table.add_row(name, Text(phrase))
     folders: dict[Path, list[str]] = {}
     for path in files.values():
@@ -59,10 +56,10 @@ def uniform_table(plan: Plan) -> Table:
         caption=Text("KL in nats per token; difference to this plan is paired over sequences"),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        show_edge=False,
+        padding=0,  # the box puts one space between columns: all seven fit 80 characters
     )
-    table.add_column("plan", overflow="fold")
+    table.add_column("plan", overflow="fold", min_width=len("int4-g128-asym"))
     for header in ("size", "bpw", "predicted", "KL", "difference", "ppl"):
         table.add_column(header, justify="right", no_wrap=True)
     own, *rivals = comparison(plan)

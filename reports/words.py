@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 UNIFORM = "uniform "
+_MOST_DECIMALS = 4
 
 
 def number(value: float) -> str:
-    """Three significant digits.
+    """Three significant digits, in scientific notation outside 1e-4 ... 1e6.
 
     >>> number(0.18634), number(38.52), number(30412.0), number(0.0)
     ('0.186', '38.5', '30400', '0')
+    >>> number(0.00000213), number(67200000.0)
+    ('2.13e-6', '6.72e+7')
     """
-    if not math.isfinite(value) or value == 0 or abs(value) < 1e-4:
-        return f"{value:.3g}"
+    if not math.isfinite(value) or value == 0 or not 1e-4 <= abs(value) < 1e6:
+        return _short_exponent(f"{value:.3g}")
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     rounded = round(value, 2 - math.floor(math.log10(abs(value))))
     return f"{rounded:.{decimals}f}"
@@ -25,14 +28,25 @@ def number(value: float) -> str:
 def with_error(value: float, stderr: float | None, sign: bool = False) -> str:
     """A value and its standard error, both to the first digit of the error (two if it is 1).
 
-    >>> with_error(0.18634, 0.0041), with_error(0.002131, 0.000123), with_error(0.5, None)
-    ('0.186 ± 0.004', '0.00213 ± 0.00012', '0.500')
+    Where that takes more than four decimals: three digits of the value, one of the error.
+
+    >>> with_error(0.18634, 0.0041), with_error(0.02131, 0.00123), with_error(0.5, None)
+    ('0.186 ± 0.004', '0.0213 ± 0.0012', '0.500')
+    >>> with_error(0.00000213, 0.00000004), with_error(0.00213, 0.00008, sign=True)
+    ('2.13e-6 ± 4e-8', '+0.00213 ± 8e-5')
     """
+    rounded = f"{'+' if sign and value > 0 else ''}{number(value)}"
     if stderr is None or not math.isfinite(stderr) or stderr <= 0:
-        return f"{'+' if sign and value > 0 else ''}{number(value)}"
+        return rounded
     leading = math.floor(math.log10(stderr))
     decimals = max(0, -leading + (stderr < 2 * 10**leading))
+    if decimals > _MOST_DECIMALS:
+        return f"{rounded} ± {_short_exponent(f'{stderr:.0e}')}"
     return f"{value:{'+' if sign else ''}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def _short_exponent(text: str) -> str:
+    return text.replace("e-0", "e-").replace("e+0", "e+")
 
 
 def gap(fraction: float) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from ..quantizers.files import atomic_path
+from ..quantizers.files import atomic_path, read_json_text
 from .hull import lower_hull
 from .plan import ModelRef
 from .problem import Problem
@@ -179,7 +179,7 @@ class Frontier:
     def save(self, path: Path) -> None:
         """Write the frontier as JSON, atomically."""
         with atomic_path(path) as temporary:
-            temporary.write_text(self.to_json())
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Frontier:
@@ -190,8 +190,9 @@ class Frontier:
         """
         if not path.is_file():
             raise ValueError(f"No frontier at {path}. `bitplan frontier PROFILE` makes one.")
+        text = read_json_text(path, "frontier")
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(text)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

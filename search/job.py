@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..sensitivity.calibration import (
 from ..sensitivity.evaluate import Measurement, Run, measure, plan_runner
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.models import LoadedModel, load_model
-from ..sensitivity.profile import DEFAULT_FORMATS, profile, provenance, stored_bytes
+from ..sensitivity.profile import DEFAULT_FORMATS, price, provenance, stored_bytes
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import SensitivityTable, UnitInfo
@@ -44,6 +45,7 @@ PROFILE_FILE = "profile.safetensors"
 PLAN_FILE = "plan.json"
 FRONTIER_FILE = "frontier.json"
 MEASUREMENTS_FILE = "measurements.json"
+REPORT_FILES = ("report.html", "frontier.png", "allocation.png", "sensitivity.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
     Raises:
         ValueError: If a name is unknown, or the folder holds a profile made with other settings.
     """
-    return _profile_stage(_prepare(settings, reporter), settings, run, reporter)
+    return _profile_stage(_prepare(settings, reporter), run, reporter)
 
 
 def run_search(
@@ -107,9 +109,14 @@ def run_search(
     Problem.from_table(blank, search.pins).check_feasible(
         budget.resolve(blank.weights, blank.provenance["outside_bytes"])
     )
+    if search.evaluation == settings.calibration != BUILTIN and work.model.is_language_model:
+        raise ValueError(
+            f"{search.evaluation} is both --calibration and --eval: a plan measured on the text it "
+            "was made from proves nothing. Give another text to one of them."
+        )
     samples = evaluation_samples(work.model, search.evaluation, search.eval_tokens, settings.length)
 
-    table = _profile_stage(work, settings, run, reporter)
+    table = _profile_stage(work, run, reporter)
     plan = solve(
         table,
         budget,
@@ -119,8 +126,10 @@ def run_search(
         command=search.command,
     )
     problem = Problem.from_table(table, search.pins)
-    Frontier.from_problem(problem, plan.model).save(run / FRONTIER_FILE)
     plan = validate(plan, table, problem, work.model, samples, run / MEASUREMENTS_FILE, reporter)
+    for stale in REPORT_FILES:  # of an earlier plan in this folder
+        (run / stale).unlink(missing_ok=True)
+    Frontier.from_problem(problem, plan.model).save(run / FRONTIER_FILE)
     plan.save(run / PLAN_FILE)
     return plan
 
@@ -178,27 +187,17 @@ def _prepare(settings: ProfileSettings, reporter: Reporter) -> _Work:
     )
 
 
-def _profile_stage(
-    work: _Work, settings: ProfileSettings, run: Path, reporter: Reporter
-) -> SensitivityTable:
+def _profile_stage(work: _Work, run: Path, reporter: Reporter) -> SensitivityTable:
     path = run / PROFILE_FILE
     if path.exists():
         table = SensitivityTable.load(path)
         _check_same(table, work.blank_table(), path)
         reporter.say(f"Profile found in {path}, not computed again")
         return table
-    table = profile(
-        work.model,
-        work.samples,
-        settings.formats,
-        metric=settings.metric,
-        rounding=settings.rounding,
-        include=settings.include,
-        exclude=settings.exclude,
-        groups=settings.groups,
-        seed=settings.seed,
-        reporter=reporter,
-    )
+    run.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=run):
+        pass  # a folder that cannot be written is found out before the slow part
+    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
     table.save(path)
     return table
 
@@ -207,14 +206,23 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
     """Raise if a finished profile was made with other settings than those asked for."""
     before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
     now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
-    before |= found.provenance
-    now |= asked.provenance
+    before |= _flat(found.provenance)
+    now |= _flat(asked.provenance)
     for key, value in now.items():
-        if key != "versions" and before.get(key) != value:
+        if before.get(key) != value:
             raise ValueError(
                 f"{path} was made with other settings ({key}: {_short(before.get(key))}, now "
                 f"{_short(value)}). Choose another --out, or delete that file to profile again."
             )
+
+
+def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance by dotted key, without what does not change a price."""
+    flat: dict[str, Any] = {}
+    for key, value in provenance.items():
+        inner = value if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
+    return {k: v for k, v in flat.items() if not k.startswith("versions") and k != "model.id"}
 
 
 def _short(value: Any) -> str:
@@ -272,7 +280,7 @@ def run_eval(
     """Measure a plan, or the packed model in a folder, against the original model.
 
     Args:
-        target: A plan.json, or a folder written by ``bitplan quantize``.
+        target: A plan.json, a run folder, or a folder written by ``bitplan quantize``.
         text: Held-out text: ``builtin`` or a file.
         tokens: Tokens to measure on; None for as many as the plan was measured on.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -284,13 +292,13 @@ def run_eval(
     Raises:
         ValueError: If the target is neither, or does not match the model.
     """
-    packed = target.is_dir()
-    plan = Plan.load(target / PLAN_FILE if packed else target)
+    packed = (target / "model.safetensors").is_file()
+    plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
     reporter.say(f"Loading {plan.model.id}")
     model = load_model(plan.model.id, device)
     units = planned_units(model.module, plan)
     if packed:
-        run: Run = load_packed(target).logits
+        run: Run = load_packed(target, device).logits
     else:
         renderer = Renderer(model.module, units, plan.rounding)
         run = plan_runner(model, renderer, assignment_formats(plan))
@@ -322,7 +330,11 @@ def _uniform_plans(plan: Plan, table: SensitivityTable, problem: Problem) -> dic
     }
     larger = sorted(p.bytes for p in plans.values() if p.bytes > plan.budget.bytes)
     limit = larger[0] if larger else plan.budget.bytes
-    return {name: p for name, p in plans.items() if p.bytes <= limit}
+    return {
+        name: p
+        for name, p in plans.items()
+        if p.bytes <= limit and p.assignments != plan.assignments
+    }
 
 
 def _measure_plans(

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..kernels.linear import replace
-from ..quantizers.checkpoint import read_checkpoint, write_checkpoint
+from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.files import atomic_path
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from ..sensitivity.models import LoadedModel, Workload, load_model, state_sha256
+from ..sensitivity.models import (
+    LoadedModel,
+    Workload,
+    find_device,
+    function_reference,
+    load_model,
+    state_sha256,
+)
+from ..sensitivity.profile import as_loaded_model
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import UnitInfo
-from ..sensitivity.units import find_units, unplanned_tensors
+from ..sensitivity.units import as_stored, find_units, unplanned_tensors
 from .plan import Plan
 
 PLAN_FILE = "plan.json"
+GENERATION_FILE = "generation_config.json"
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -50,7 +59,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 def quantize(
     plan: Plan | Path | str,
     out: Path | str,
-    model: LoadedModel | None = None,
+    model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
@@ -72,19 +81,16 @@ def quantize(
         ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-    out = Path(out)
-    if out.exists() and not (out / PLAN_FILE).is_file():
+    out = Path(out).resolve()
+    if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
     reporter = reporter or Reporter(quiet=True)
-    model = model or load_model(plan.model.id, device="cpu")
+    model = load_model(plan.model.id, "cpu") if model is None else as_loaded_model(model)
     units = planned_units(model.module, plan)
     packed = dict(_pack(model.module, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
-    others = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in unplanned.items()
-    }
+    others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
     with atomic_path(out) as folder:
         folder.mkdir()
         header = {"aliases": dict(_aliases(units)), "tied": tied}
@@ -94,21 +100,27 @@ def quantize(
     return out
 
 
-def load(folder: Path | str) -> nn.Module:
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds packed weights, and nothing of a run."""
+    return (folder / FILE_NAME).is_file() and not (folder / "profile.safetensors").exists()
+
+
+def load(folder: Path | str, device: str = "cpu") -> nn.Module:
     """Load a packed folder: the model, ready to call, its planned layers packed.
 
     Nothing is dequantized at load time: layers unpack their weights when they are called.
 
     Args:
         folder: What :func:`quantize` wrote.
+        device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         ValueError: If the folder is missing, truncated or does not fit the model's architecture.
     """
-    return load_packed(Path(folder)).module
+    return load_packed(Path(folder), device).module
 
 
-def load_packed(folder: Path) -> LoadedModel:
+def load_packed(folder: Path, device: str = "cpu") -> LoadedModel:
     """:func:`load` with tokenizer and identity."""
     plan = Plan.load(folder / PLAN_FILE)
     packed, others, header = read_checkpoint(folder)
@@ -127,7 +139,7 @@ def load_packed(folder: Path) -> LoadedModel:
             f"{folder}/model.safetensors does not fit the architecture: tensor {culprit!r} is "
             f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
         )
-    skeleton.requires_grad_(False).eval()
+    skeleton.requires_grad_(False).eval().to(find_device(device))
     return LoadedModel(
         str(folder),
         skeleton,
@@ -187,30 +199,35 @@ def _aliases(units: tuple[UnitInfo, ...]) -> Mapping[str, str]:
 
 
 def _save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
-    config = getattr(model.module, "config", None)
-    if config is None or not hasattr(config, "save_pretrained"):
+    """Configuration and tokenizer, if transformers can rebuild the architecture from them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model.module).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return
+    config = copy.deepcopy(model.module.config)
     if hasattr(config, "quantization_config"):  # how the source file was stored
         del config.quantization_config
-    config.save_pretrained(folder)
+    config.save_pretrained(folder)  # type: ignore[operator,union-attr]
     generation = getattr(model.module, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(folder)
+        generation.to_json_file(folder / GENERATION_FILE)
     if model.workload.tokenizer is not None:
         model.workload.tokenizer.save_pretrained(folder)
 
 
-def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Any]:
+def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Workload]:
     """The architecture without weights, and the workload that feeds it."""
-    if not (folder / "config.json").is_file():
-        original = load_model(plan.model.id, device="cpu")
+    if function_reference(plan.model.id) or not (folder / "config.json").is_file():
+        original = load_model(plan.model.id, "cpu")
         return original.module, original.workload
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (folder / GENERATION_FILE).is_file():
+        module.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = None
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..quantizers.files import write_json
+from ..quantizers.files import read_json_text, write_json
 
 SCHEMA = 1
 
@@ -111,7 +111,7 @@ class Plan(_Strict):
                 f"No plan at {path}. `bitplan search MODEL --budget 4.3bpw` makes one."
             )
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(read_json_text(path, "plan"))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

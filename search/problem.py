@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantizers.format import resolve_formats
 from ..sensitivity.table import SensitivityTable, UnitInfo
 from .budget import format_bytes
 
@@ -98,7 +99,8 @@ class Problem:
     ) -> Problem:
         """Turn a sensitivity table into arrays; format indices stay those of the table.
 
-        NaN prices (not measured) become ``inf`` (not allowed).
+        NaN prices (not measured) become ``inf`` (not allowed).  The format ``keep`` stands for the
+        checkpoint's own dtype, which the table's provenance records.
 
         Args:
             table: The sensitivity table.
@@ -158,11 +160,14 @@ class Problem:
     def uniform_choice(self, format_index: int) -> NDArray[np.intp] | None:
         """intp [U], the same format everywhere; None if some unit cannot take it.
 
-        Units that may take only one format (pinned) keep that one.
+        Units that may take only one format (pinned) keep that one.  None, too, if all are pinned
+        and not all to this format: no unit is left to take it.
         """
         allowed = self.allowed
         pinned = allowed.sum(axis=1) == 1
         if not (pinned | allowed[:, format_index]).all():
+            return None
+        if pinned.all() and not allowed[:, format_index].all():
             return None
         return np.where(pinned, allowed.argmax(axis=1), format_index)
 
@@ -199,12 +204,32 @@ def _matches(unit: UnitInfo, pattern: str) -> bool:
 
 
 def _format_index(table: SensitivityTable, name: str) -> int:
+    if name == "keep":
+        name = _kept_format(table)
     if name not in table.formats:
         raise ValueError(
             f"Format {name!r} is not in the profile.{_nearest(name, table.formats)} "
             f"It has {', '.join(table.formats)}."
         )
     return table.formats.index(name)
+
+
+def _kept_format(table: SensitivityTable) -> str:
+    """The format of the checkpoint's own dtype, which must be among the table's."""
+    dtype = table.provenance.get("dtype")
+    if dtype is None:
+        raise ValueError(
+            "'keep' means the checkpoint's own dtype, which this profile does not record. Name "
+            f"one of its formats ({', '.join(table.formats)}), or profile again with 'keep' among "
+            "--formats."
+        )
+    kept = resolve_formats(["keep"], dtype)[0].name
+    if kept not in table.formats:
+        raise ValueError(
+            f"'keep' means {kept!r} for this model, which is not in the profile (it has "
+            f"{', '.join(table.formats)}). Profile again with {kept!r} added to --formats."
+        )
+    return kept
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -39,7 +39,8 @@ def solve(
         table: A sensitivity table, or the path of a saved profile.
         budget: Such as ``"4.3bpw"``, ``"750MB"``, a Budget, or a number of bytes.
         solver: Name of the solver: ``certified``, ``ilp``, ``uniform`` or a plugin.
-        pins: Glob on unit or module names -> the only format they may take.
+        pins: Glob on unit or module names -> the only format they may take; ``keep`` means the
+            checkpoint's own dtype, here and in ``formats``.
         formats: The formats that units without a pin may take; all of the table by default.
         seed: For solvers that draw random numbers.
         command: The command line to record in the plan.

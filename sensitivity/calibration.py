@@ -124,13 +124,23 @@ def evaluation_samples(
 
 
 def builtin_prose(split: Split) -> str:
-    """English prose that ships with Python; every fourth topic is held out for evaluation."""
+    """English prose that ships with Python; every fourth topic is held out for evaluation.
+
+    Topics quote each other: paragraphs that calibration holds are left out of evaluation.
+    """
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]
-    held_out = texts[::4]
-    kept = [text for i, text in enumerate(texts) if i % 4]
-    return "\n".join(held_out if split == "evaluation" else kept)
+    kept = "\n\n".join(text for i, text in enumerate(texts) if i % 4)
+    if split == "calibration":
+        return kept
+    seen = {_words(paragraph) for paragraph in kept.split("\n\n")}
+    held_out = (part for text in texts[::4] for part in text.split("\n\n"))
+    return "\n\n".join(part for part in held_out if _words(part) not in seen)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tensor:
@@ -149,14 +159,23 @@ def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tens
         text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise ValueError(f"{source} is empty. Give a text of at least {length} tokens.")
+    limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"The model reads at most {limit} tokens; --length {length} is too long.")
     tokenizer = model.workload.tokenizer
-    prefix = list(tokenizer("")["input_ids"] or [])  # a BOS token, for the models that want one
+    prefix = _first_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(prefix)
     count = len(ids) // body
     windows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)
     start = torch.tensor(prefix, dtype=torch.long).expand(count, len(prefix))
     return torch.cat([start, windows], dim=1)
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, for the tokenizers that put one before every text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer("")["input_ids"][:1] else []
 
 
 def _check_enough(windows: Tensor, source: str, wanted: int, length: int) -> None:
@@ -171,7 +190,7 @@ def _batched(
     ids: Tensor, model: LoadedModel, source: str, length: int, seed: int, batch_tokens: int
 ) -> Samples:
     batches = ids.to(model.device).split(max(1, batch_tokens // length))
-    return Samples(batches, Path(source).name, length, seed, _hash(batches))
+    return Samples(batches, Path(source).name, length, seed, _hash([ids]))
 
 
 def _from_workload(model: LoadedModel, split: Split, seed: int) -> Samples:
@@ -184,8 +203,9 @@ def _from_workload(model: LoadedModel, split: Split, seed: int) -> Samples:
         batches = work.calibration[:cut] if split == "calibration" else work.calibration[cut:]
     else:
         raise ValueError(
-            f"{model.id!r} yields one calibration batch and no evaluation batches, so nothing is "
-            "left to validate on. Yield at least two batches."
+            f"{model.id!r} comes with {len(work.calibration)} calibration batches and no "
+            "evaluation batches: too few to calibrate on some and validate on others. Give at "
+            "least two batches."
         )
     return samples_from_batches(batches, model, "workload", seed)
 
@@ -224,8 +244,9 @@ def _sample_from_model(model: LoadedModel, sequences: int, length: int, seed: in
     """Sample sequences [N, length] from the model at temperature 1, from a random first token."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer = model.workload.tokenizer
-    prefix = list(tokenizer("")["input_ids"] or [])
-    first = torch.randint(len(tokenizer), (sequences, 1), generator=generator)
+    prefix = _first_tokens(tokenizer)
+    vocabulary = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    first = torch.randint(min(len(tokenizer), vocabulary), (sequences, 1), generator=generator)
     start = torch.tensor(prefix, dtype=torch.long).expand(sequences, len(prefix))
     ids = torch.cat([start, first], dim=1).to(model.device)
     past = None

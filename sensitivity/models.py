@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -37,7 +38,8 @@ class Workload:
         evaluation: Held-out batches; without them the last quarter of ``calibration`` is held out.
         logits: Maps the module's output to logits ``[samples, ..., classes]``: softmax over the
             last dimension is the distribution whose KL divergence is measured.
-        tokenizer: A Hugging Face tokenizer, for a causal language model.
+        tokenizer: A Hugging Face tokenizer; its model is called as a causal language model of
+            transformers, ``model(input_ids=ids, use_cache=False)``.
     """
 
     model: nn.Module
@@ -140,16 +142,40 @@ def samples_in(batch: Batch) -> int:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers, shared ones once."""
+    """SHA-256 over names, shapes and values of all parameters and buffers, shared ones once.
+
+    Floating point values are hashed as float32, so a bfloat16 checkpoint has the same hash in
+    whichever precision it was loaded.
+    """
     digest = hashlib.sha256()
     seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in module.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel():
             continue
         seen.add(tensor.data_ptr())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        plain = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def definition_sha256(model: LoadedModel) -> str:
+    """SHA-256 of what computes with the weights: the Python file, or the model's configuration."""
+    function = function_reference(model.id)
+    if function is not None:
+        return hashlib.sha256(function[0].read_bytes()).hexdigest()
+    config = getattr(model.module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return hashlib.sha256(repr(model.module).encode()).hexdigest()
+    entries = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
+    entries.pop("_name_or_path", None)
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def function_reference(name: str) -> tuple[Path, str] | None:
+    """The file and function of a model given as ``file.py:function``, else None."""
+    path, _, function = name.rpartition(":")
+    return (Path(path), function) if path.endswith(".py") else None
 
 
 def load_model(name: str, device: str = "auto") -> LoadedModel:
@@ -162,20 +188,32 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     Raises:
         ValueError: If nothing of that name can be loaded; the message says what to change.
     """
-    python_file, _, function = name.rpartition(":")
-    if python_file.endswith(".py"):
-        loaded = _from_python(name, Path(python_file), function)
+    place = find_device(device)
+    function = function_reference(name)
+    if function is not None:
+        loaded = _from_python(*function)
     elif name == DEFAULT_MODEL:
         loaded = _from_gguf(name, _smollm2_path())
     elif name.endswith(".gguf"):
-        loaded = _from_gguf(name, Path(name))
+        loaded = _from_gguf(str(Path(name).resolve()), Path(name))
     else:
         loaded = _from_hugging_face(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded.module.requires_grad_(False).eval().to(device)
+    loaded.module.requires_grad_(False).eval().to(place)
     _check_finite(loaded.module)
     return loaded
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, or ``auto`` for a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}. Use cpu, cuda or auto.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device here. Use --device cpu.")
+    return device
 
 
 def _check_finite(module: nn.Module) -> None:
@@ -211,7 +249,8 @@ def _from_gguf(name: str, path: Path) -> LoadedModel:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF').")
     try:
-        module, tokenizer = _pretrained(str(path.parent), gguf_file=path.name)
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
+            module, tokenizer = _pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         raise ValueError(
             f"{path} could not be read ({type(error).__name__}: {error}). It is truncated or of an "
@@ -241,6 +280,8 @@ def _from_hugging_face(name: str) -> LoadedModel:
         ) from error
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     revision = getattr(config, "_commit_hash", None)
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())
     return LoadedModel(name, module, dtype, Workload(module, tokenizer=tokenizer), revision)
 
 
@@ -248,14 +289,28 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
-        module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-        return module, AutoTokenizer.from_pretrained(name, **options)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        module, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise ValueError(
+            f"the checkpoint has no usable tensor {absent[0]!r} ({len(absent)} in all), which the "
+            "architecture needs"
+        )
+    result: nn.Module = module
+    return result, tokenizer
 
 
-def _from_python(name: str, path: Path, function: str) -> LoadedModel:
+def _from_python(path: Path, function: str) -> LoadedModel:
+    name = f"{path.resolve()}:{function}"
     if not path.is_file():
         raise ValueError(f"No Python file at {path}.{_near_files(path)}")
     module_name = f"_bitplan_model_{path.stem}"
@@ -281,9 +336,14 @@ def _from_python(name: str, path: Path, function: str) -> LoadedModel:
             f"{name} returned a Workload with neither calibration batches nor a tokenizer. "
             "Add calibration=[batch, ...] whose tensors have samples as first dimension."
         )
-    dtypes = {p.dtype for p in workload.model.parameters()}
-    source = str(max(dtypes, key=lambda d: d.itemsize)).removeprefix("torch.")
+    source = parameter_dtype(workload.model)
     return LoadedModel(name, workload.model.float(), source, workload)
+
+
+def parameter_dtype(module: nn.Module) -> str:
+    """Name of the widest floating point type among the parameters."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()} or {torch.float32}
+    return str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
 
 def _default_logits(output: Any) -> Any:

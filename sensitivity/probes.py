@@ -8,7 +8,7 @@ by block while it is consumed and never stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..quantizers.format import Format
 from .models import Batch, LoadedModel, samples_in
-from .rendering import Renderer, Rows, map_errors
+from .rendering import Renderer, Rows, first_input, map_errors
 
 # Gradient with respect to the logits [samples, positions, classes], from the logits themselves.
 Upstream = Callable[[Tensor, Batch], Tensor]
@@ -95,6 +95,7 @@ def inner_products(
 
 
 Visitor = Callable[[str, Factors], None]
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 
 
 def stream(
@@ -112,47 +113,86 @@ def stream(
         batch: Model inputs.
         upstream: Gives the gradient at the logits, for example p - onehot(y).
         visit: Called with the canonical module name and the factors, last module first. A
-            module used twice, or tied to another, is visited once per use.
+            module used twice, or tied to another, is visited once per use; one that does not
+            influence the output is not visited.
 
     Returns:
         The logits [samples, positions, classes].
 
     Raises:
-        ValueError: If a unit's module takes no part in the forward pass.
+        ValueError: If a module's input cannot be told apart by sample, or is overwritten before
+            the backward pass.
     """
     samples = samples_in(batch)
-    used: set[str] = set()
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            used.add(name)
+    def record(name: str, module: nn.Module) -> ForwardHook:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            x = first_input(args, kwargs).detach()
+            if len(x) == 1 < samples:  # position ids, shared by all samples
+                x = x.expand(samples, *x.shape[1:])
+                output = output.expand(samples, *output.shape[1:])
+            _check_samples(name, x, samples)
+            version = x._version
             if not output.requires_grad:
                 # Nothing before this module needs gradients, so the graph starts here; the
-                # view lets a following in-place operation work.
-                output = output.requires_grad_().view_as(output).clone()
-            x = args[0].detach()
-            output.register_hook(lambda delta: visit(name, _factors(module, x, delta, samples)))
+                # clone lets a following in-place operation work.
+                output = output.detach().requires_grad_().clone()
+
+            def consume(delta: Tensor) -> None:
+                if x._version != version:
+                    raise ValueError(
+                        f"The input of {name!r} is overwritten in place after the layer has used "
+                        "it, so the layer's gradient cannot be formed. Write x = x + f(x) for "
+                        f"x += f(x) there, or leave it out with --exclude {name!r}."
+                    )
+                visit(name, _factors(module, x, delta, samples))
+
+            output.register_hook(consume)
             return output
 
         return hook
 
     handles = [
-        module.register_forward_hook(record(name)) for name, module in renderer.hooked_modules()
+        module.register_forward_hook(record(name, module), with_kwargs=True)
+        for name, module in renderer.hooked_modules()
     ]
     try:
         with torch.enable_grad():
             logits = model.logits(batch)
-            missing = [name for name in renderer.names if name not in used]
-            if missing:
-                raise ValueError(
-                    f"Unit {missing[0]!r} took no part in the forward pass, so it cannot be "
-                    f"profiled. Leave it out with --exclude {missing[0]!r}."
-                )
-            logits.backward(upstream(logits.detach(), batch))
+            gradient = upstream(logits.detach(), batch)
+            if logits.requires_grad:  # otherwise no unit reaches the output
+                logits.backward(gradient)
     finally:
         for handle in handles:
             handle.remove()
     return logits.detach()
+
+
+def check_reached(names: Sequence[str], reached: Iterable[str]) -> None:
+    """Raise if the loss did not depend on some matrix in any batch: it has no price.
+
+    Raises:
+        ValueError: Names the first such matrix.
+    """
+    known = set(reached)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} takes no part in the model's output on the calibration batches, so it "
+                f"cannot be priced. Leave it out with --exclude {name!r}, or calibrate on more."
+            )
+
+
+def _check_samples(name: str, x: Tensor, samples: int) -> None:
+    lookup_of_positions = x.dim() == 1 and not x.is_floating_point() and len(x) != samples
+    if len(x) % samples or len(x) == 0 or lookup_of_positions:
+        raise ValueError(
+            f"The input of {name!r} has the shape {tuple(x.shape)}: its first dimension does not "
+            f"divide into the {samples} samples of the batch, as with routed experts. Leave it "
+            f"out with --exclude {name!r}."
+        )
 
 
 def _factors(module: nn.Module, x: Tensor, delta: Tensor, samples: int) -> Factors:
@@ -173,7 +213,7 @@ def module_input(module: nn.Module, x: Tensor, samples: int) -> Tensor:
         embedding's token ids stay as they are, [samples, positions].
     """
     if isinstance(module, nn.Embedding):
-        return x.reshape(samples, -1)
+        return x.reshape(samples, -1).contiguous()
     if not isinstance(module, nn.Conv2d):
         return x.reshape(samples, -1, 1, x.shape[-1])
     padding = module.padding

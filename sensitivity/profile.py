@@ -15,11 +15,19 @@ from ..quantizers.format import Format, resolve_formats
 from .calibration import Samples, calibration_samples, samples_from_batches
 from .evaluate import measure, plan_runner
 from .metrics import METRICS, Scores, Task
-from .models import Batch, LoadedModel, Workload, load_model, state_sha256
+from .models import (
+    Batch,
+    LoadedModel,
+    Workload,
+    definition_sha256,
+    load_model,
+    parameter_dtype,
+    state_sha256,
+)
 from .progress import Reporter
 from .rendering import Renderer
 from .table import SensitivityTable, UnitInfo
-from .units import find_units, unplanned_tensors
+from .units import as_stored, find_units, unplanned_tensors
 
 DEFAULT_FORMATS = (
     *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
@@ -27,7 +35,8 @@ DEFAULT_FORMATS = (
     *(f"int{bits}-g128-asym" for bits in (3, 4)),
     "bf16",
 )
-_HEADER_BYTES = 200  # a safetensors header entry: name, dtype, shape, offsets, bitplan's own
+_HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
+_HEADER_START = 1000
 _SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
 
 
@@ -65,28 +74,45 @@ def profile(
     Raises:
         ValueError: If a name is unknown, the model is not finite, or nothing matches.
     """
-    reporter = reporter or Reporter(quiet=True)
     loaded = as_loaded_model(model)
-    score = METRICS.get(metric)
+    METRICS.get(metric)
     candidates = resolve_formats(formats, loaded.source_dtype)
     units = find_units(loaded.module, include, exclude, groups)
     samples = _as_samples(loaded, batches, seed)
-    renderer = Renderer(loaded.module, units, rounding)
+    origin = provenance(loaded, units, samples, metric, rounding, seed)
+    return price(loaded, units, candidates, samples, origin, reporter or Reporter(quiet=True))
+
+
+def price(
+    model: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    formats: tuple[Format, ...],
+    samples: Samples,
+    origin: dict[str, Any],
+    reporter: Reporter,
+) -> SensitivityTable:
+    """Make the table that ``origin`` (see :func:`provenance`) describes.
+
+    Raises:
+        ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
+    """
+    renderer = Renderer(model.module, units, origin["rounding"])
     with reporter.bar("Fitting scales", len(renderer.names)) as advance:
-        renderer.fit(candidates, lambda: advance(1))
-    with reporter.bar(f"Profiling ({metric})", samples.count) as advance:
-        task = Task(loaded, units, candidates, renderer, samples, seed, advance)
-        scores = score(task)
+        renderer.fit(formats, lambda: advance(1))
+    with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
+        task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
+        scores = METRICS.get(origin["metric"])(task)
+    values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
     kl, stderr = _prices(scores)
     scale = 1.0 if scores.in_nats else _fitted_scale(task, kl, reporter)
     return SensitivityTable(
         units=units,
-        formats=tuple(fmt.name for fmt in candidates),
-        bytes=stored_bytes(units, candidates),
+        formats=tuple(fmt.name for fmt in formats),
+        bytes=stored_bytes(units, formats),
         kl=kl * scale,
         stderr=stderr * scale,
-        scores=scores.values * np.float32(scale**0.5) if scores.signed else None,
-        provenance=provenance(loaded, units, samples, metric, rounding, seed),
+        scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
+        provenance=origin,
     )
 
 
@@ -96,7 +122,12 @@ def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
         return model
     if isinstance(model, str):
         return load_model(model)
-    source = str(next(model.parameters()).dtype).removeprefix("torch.")
+    source = parameter_dtype(model)
+    if source != "float32":
+        raise ValueError(
+            f"The model is in {source}; prices are computed in float32. Pass model.float(), which "
+            "changes no weight."
+        )
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LoadedModel(name, model, source, Workload(model))
@@ -117,6 +148,8 @@ def provenance(
             "revision": model.revision,
             "sha256": state_sha256(model.module),
         },
+        "definition_sha256": definition_sha256(model),
+        "dtype": model.source_dtype,
         "metric": metric,
         "rounding": rounding,
         "calibration": samples.describe(),
@@ -127,14 +160,14 @@ def provenance(
 
 
 def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:
-    """Bytes of a written model file that are not units, header included (rounded up)."""
-    others, _ = unplanned_tensors(model.module, units)
-    item = getattr(torch, model.source_dtype).itemsize
-    tensors = sum(
-        t.numel() * (item if t.is_floating_point() else t.element_size()) for t in others.values()
-    )
-    matrices = sum(len(unit.modules) for unit in units)
-    return tensors + _HEADER_BYTES * (len(others) + 3 * matrices)
+    """Bytes of a written model file that are not units, header included (an upper bound)."""
+    others, tied = unplanned_tensors(model.module, units)
+    dtype = getattr(torch, model.source_dtype)
+    tensors = sum(as_stored(tensor, dtype).nbytes for tensor in others.values())
+    names = [*others, *(f"{n}{n}" for n in tied), *(a for unit in units for a in unit.aliases)]
+    # A matrix has up to three tensors, and an entry of its own in bitplan's part of the header.
+    names += [name for unit in units for name in unit.modules for _ in range(4)]
+    return tensors + sum(len(name) + _HEADER_ENTRY for name in names) + _HEADER_START
 
 
 def _as_samples(

@@ -27,7 +27,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text)
+        self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:

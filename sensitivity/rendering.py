@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Renderer:
     """Renders any unit's matrix in any format without keeping rendered weights.
 
-    Only scales and zero points are cached (3 bytes per weight group and format); codes are
-    recomputed by rounding, so the memory is independent of the number of formats.
+    Only scales and zero points are cached, 3 bytes per weight group and format; codes are
+    recomputed by rounding.
 
     Args:
         model: The module that holds the original weights.
@@ -39,7 +39,7 @@ class Renderer:
     def __init__(self, model: nn.Module, units: Sequence[UnitInfo], rounding: str = "rtn") -> None:
         self.rounding = rounding
         self._fit = METHODS.get(rounding)
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         self._modules: dict[str, list[nn.Module]] = {}
         self._canonical: dict[nn.Module, str] = {}
         for unit in units:
@@ -64,7 +64,7 @@ class Renderer:
         """The original weight of a matrix [rows, cols], a view where possible."""
         matrix = weight_matrix(self._modules[name][0])
         assert matrix is not None
-        return matrix.detach()
+        return matrix.detach().float()
 
     def grid(self, name: str, fmt: Format) -> Grid | None:
         """Scales and zero points of a matrix in a format, fitted once."""
@@ -80,8 +80,8 @@ class Renderer:
             for fmt in formats:
                 self.grid(name, fmt)
 
-        on_gpu = any(self.weight(name).is_cuda for name in self.names)
-        for _ in map(work, self.names) if on_gpu else parallel_map(work, self.names):
+        on_cpu = all(self.weight(name).device.type == "cpu" for name in self.names)
+        for _ in parallel_map(work, self.names) if on_cpu else map(work, self.names):
             advance()
 
     def render(
@@ -102,12 +102,14 @@ class Renderer:
         after, so only one rendered matrix exists at a time.
         """
         handles: list[Any] = []
+        swaps: list[_WeightSwap] = []
         for name, module in self.hooked_modules():
             if name not in assignment:
                 continue
-            swap = _WeightSwap(self, name, assignment[name])
+            swap = _WeightSwap(self, name, assignment[name], module)
+            swaps.append(swap)
             if type(module) is nn.Embedding:
-                handles.append(module.register_forward_hook(swap.look_up))
+                handles.append(module.register_forward_hook(swap.look_up, with_kwargs=True))
             else:
                 handles.append(module.register_forward_pre_hook(swap.enter))
                 handles.append(module.register_forward_hook(swap.leave, always_call=True))
@@ -116,31 +118,41 @@ class Renderer:
         finally:
             for handle in handles:
                 handle.remove()
+            for swap in swaps:
+                swap.leave()  # after an interrupt inside a forward pass
 
 
 class _WeightSwap:
     """Forward hooks that put a rendered weight in a module for the time of one call."""
 
-    def __init__(self, renderer: Renderer, name: str, fmt: Format) -> None:
+    def __init__(self, renderer: Renderer, name: str, fmt: Format, module: nn.Module) -> None:
         self.renderer, self.name, self.fmt = renderer, name, fmt
+        assert isinstance(module.weight, Tensor)
+        self.weight, self.transposed = module.weight, is_conv1d(module)
         self.original: Tensor | None = None
 
-    def enter(self, module: nn.Module, _args: Any) -> None:
-        assert isinstance(module.weight, Tensor)
+    def enter(self, *_: Any) -> None:
         matrix = self.renderer.render(self.name, self.fmt)
-        shaped = matrix.T if is_conv1d(module) else matrix.view(module.weight.shape)
-        self.original = module.weight.data
-        module.weight.data = shaped
+        self.original = self.weight.data
+        self.weight.data = matrix.T if self.transposed else matrix.view(self.original.shape)
 
-    def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+    def leave(self, *_: Any) -> None:
         if self.original is not None:
-            assert isinstance(module.weight, Tensor)
-            module.weight.data, self.original = self.original, None
+            self.weight.data, self.original = self.original, None
 
-    def look_up(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> Tensor:
+    def look_up(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+    ) -> Tensor:
         """Render only the rows an embedding looks up."""
-        rows, where = args[0].unique(return_inverse=True)
+        rows, where = first_input(args, kwargs).unique(return_inverse=True)
         return F.embedding(where, self.renderer.render(self.name, self.fmt, rows))
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a unit's module, however the model passes it."""
+    value = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _owner(unit: UnitInfo, alias: nn.Module, modules: Mapping[str, nn.Module]) -> str:
@@ -194,7 +206,7 @@ def map_errors(
         return work(some, errors)
 
     starts = range(0, count, step)
-    yield from map(run, starts) if weight.is_cuda else parallel_map(run, starts)
+    yield from parallel_map(run, starts) if weight.device.type == "cpu" else map(run, starts)
 
 
 def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:

@@ -54,7 +54,8 @@ class SensitivityTable:
         kl: float64 [U, F], predicted KL increase in nats per token; NaN = not allowed.
         stderr: float64 [U, F], standard error of ``kl`` (0 where the metric is deterministic).
         scores: float32 [N, U, F] per-sequence scores ``s`` with ``kl = mean(s**2)``, in
-            sqrt(nats per token); None for metrics without such a decomposition.
+            sqrt(nats per token), signed where the metric is an inner product; None for metrics
+            without samples.
         provenance: Model, calibration, metric, rounding, versions and fingerprint.
     """
 

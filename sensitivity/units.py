@@ -8,6 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from .table import UnitInfo
@@ -61,7 +62,7 @@ def find_units(
     aliases: dict[str, list[str]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     elsewhere = _pointers_used_elsewhere(model)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         matrix = weight_matrix(module)
         if matrix is None or matrix.data_ptr() in elsewhere:
             continue
@@ -129,6 +130,14 @@ def unplanned_tensors(
         else:
             tied[name] = owner
     return others, tied
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the checkpoint's dtype, or as it is where that would lose something."""
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor
 
 
 def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:

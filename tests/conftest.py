@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see __main__.py
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may look for a model online
 
 import pytest
 import torch
@@ -19,11 +20,6 @@ DATA = Path(os.environ.get("BITPLAN_DATA", ROOT.parent / "shared" / "data"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden files")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -132,8 +132,8 @@ def fake_run(
 ) -> Path:
     """Write plan.json, frontier.json and the profile of a made-up run; returns the folder."""
     table = fake_table(units or transformer_units(3), formats)
-    frontier = Frontier.from_problem(Problem.from_table(table))
     plan = solve(table, budget, command=f"bitplan search tiny --budget {budget}")
+    frontier = Frontier.from_problem(Problem.from_table(table), plan.model)
     if measured:
         plan = measure(plan, frontier)
     folder.mkdir(parents=True, exist_ok=True)

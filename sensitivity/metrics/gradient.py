@@ -24,4 +24,6 @@ def gradient(task: Task) -> Scores:
     """
     generator = torch.Generator().manual_seed(task.seed)
     upstream = data_upstream(generator, task.model.is_language_model)
-    return Scores(gradient_scores(task, upstream, squared=True), signed=False, in_nats=True)
+    unlabelled = 1 if task.model.is_language_model else 0
+    scores = gradient_scores(task, upstream, squared=True, unlabelled=unlabelled)
+    return Scores(scores, signed=False, in_nats=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import Batch, samples_in
+from ..probes import check_reached
 from ..rendering import squared_errors
 from . import METRICS, Scores, Task
 
@@ -46,10 +47,11 @@ def hessian_trace(task: Task) -> Scores:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
+    check_reached(names, (names[i] for _, i in np.argwhere(np.isfinite(traces))))
     values = np.zeros((len(traces), len(task.units), len(task.formats)))
     for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         errors = squared_errors(task.renderer, name, task.formats) / (2 * parameter.numel())
-        values[:, index[name]] += np.array([trace[i] for trace in traces])[:, None] * errors
+        values[:, index[name]] += np.nan_to_num([trace[i] for trace in traces])[:, None] * errors
     return Scores(values.astype(np.float32), signed=False, in_nats=True)
 
 
@@ -71,18 +73,24 @@ def _parts(batch: Batch) -> list[Batch]:
 def _probe(
     task: Task, batch: Batch, parameters: list[Tensor], generator: torch.Generator
 ) -> NDArray[np.float64]:
-    """``v_u' (H v)_u`` of every matrix for one draw of signs: float64 [matrices]."""
+    """``v_u' (H v)_u`` of every matrix for one draw of signs: float64 [matrices], NaN if unused."""
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # flash has no double backward
         log_q = nn.functional.log_softmax(task.model.logits(batch), dim=-1)
         p = log_q.detach().exp()
         tokens = log_q.shape[0] * log_q.shape[1]
         kl = (p * (log_q.detach() - log_q)).sum() / tokens
-        gradients = torch.autograd.grad(kl, parameters, create_graph=True)
+        gradients = torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True)
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
         signs = [
-            (torch.randint(0, 2, g.shape, generator=generator).float() * 2 - 1).to(g.device)
-            for g in gradients
+            (torch.randint(0, 2, p.shape, generator=generator).float() * 2 - 1).to(p.device)
+            for p in parameters
         ]
-        products = torch.autograd.grad(gradients, parameters, grad_outputs=signs)
-    return np.array(
-        [(v * hv).sum().item() for v, hv in zip(signs, products, strict=True)], dtype=np.float64
-    )
+        products = torch.autograd.grad(
+            [gradients[i] for i in used],
+            [parameters[i] for i in used],
+            grad_outputs=[signs[i] for i in used],
+        )
+    traces = np.full(len(parameters), np.nan)
+    for i, product in zip(used, products, strict=True):
+        traces[i] = (signs[i] * product).sum().item()
+    return traces

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import samples_in
-from ..probes import module_input, positions_in
-from ..rendering import Rows, map_errors
+from ..probes import check_reached, module_input, positions_in
+from ..rendering import Rows, first_input, map_errors
 from . import METRICS, Scores, Task
 
 
@@ -20,8 +20,9 @@ from . import METRICS, Scores, Task
 def salience(task: Task) -> Scores:
     """``tr(dW H dW')`` with ``H = E[x x']``: the squared error of the layer's output.
 
-    One forward pass collects H [cols, cols] per matrix (counts per token for an embedding); the
-    errors are priced afterwards. Blind to what the rest of the network does with the output.
+    One forward pass collects H [cols, cols] per matrix (counts per token for an embedding), all
+    of which are in memory at once: 4 * cols^2 bytes each. The errors are priced afterwards.
+    Blind to what the rest of the network does with the output.
 
     Returns:
         Scores [1, U, F], squared output error per position; not in nats.
@@ -57,9 +58,11 @@ def _second_moments(task: Task) -> tuple[dict[tuple[str, type], Tensor], int]:
     """Sum of x x' over all positions per matrix and kind of use, and the number of positions."""
     moments: dict[tuple[str, type], Tensor] = {}
 
-    def collect(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
-            x = module_input(module, args[0], samples=1)[0]
+    def collect(name: str) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Tensor
+        ) -> None:
+            x = module_input(module, first_input(args, kwargs), samples=1)[0]
             if x.is_floating_point():
                 moment = torch.einsum("pgc,pgd->gcd", x, x)
             else:
@@ -71,7 +74,7 @@ def _second_moments(task: Task) -> tuple[dict[tuple[str, type], Tensor], int]:
         return hook
 
     handles = [
-        module.register_forward_hook(collect(name))
+        module.register_forward_hook(collect(name), with_kwargs=True)
         for name, module in task.renderer.hooked_modules()
     ]
     positions = 0
@@ -84,4 +87,5 @@ def _second_moments(task: Task) -> tuple[dict[tuple[str, type], Tensor], int]:
     finally:
         for handle in handles:
             handle.remove()
+    check_reached(task.renderer.names, (name for name, _ in moments))
     return moments, positions

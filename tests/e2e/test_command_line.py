@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,8 @@ def test_packed_weights_equal_the_plan(job: Path, tiny_folder: Path, tmp_path: P
         (["--solver", "certifed"], "Did you mean 'certified'"),
         (["--include", "model.layer.*"], "No layer matches 'model.layer.*'"),
         (["--pin", "lm_head"], "is not GLOB=FORMAT"),
+        (["--length", "300"], "reads at most 256 tokens"),
+        (["--device", "gpu"], "Unknown device"),
         (["--calibration", "nowhere.txt"], "No text file at nowhere.txt"),
         (["--eval", "nowhere.txt"], "No text file at nowhere.txt"),
         (["--sequences", "100000"], "sequences of 32 tokens, 100000 are needed"),
@@ -179,6 +183,69 @@ def test_a_plan_for_another_model_names_the_first_mismatch(job: Path, tmp_path: 
     assert not (tmp_path / "packed").exists()
 
 
+def test_measuring_on_the_calibration_text_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("one two three four " * 2000)
+    done = run("search", tiny_folder, "--calibration", text, "--eval", text, *SMALL)
+    assert done.returncode == 1
+    assert "both --calibration and --eval" in " ".join(done.stderr.split())
+
+
+def test_quantize_never_replaces_a_run_folder(job: Path) -> None:
+    before = sorted(job.iterdir())
+    done = run("quantize", job / "plan.json", "--out", job, "--quiet")
+    assert done.returncode == 1
+    assert "is not a packed model" in done.stderr
+    assert sorted(job.iterdir()) == before
+
+
+def test_groups_pins_and_a_file_size(tiny_folder: Path, tmp_path: Path) -> None:
+    folder, packed = tmp_path / "run", tmp_path / "packed"
+    limit = 98_000
+    rules = ["--group", "q_proj,k_proj,v_proj", "--pin", "lm_head=int6-g64-asym"]
+    done = run("search", tiny_folder, "--budget", f"file:{limit}B", "--out", folder, *SMALL, *rules)
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(folder / "plan.json")
+    attention = "model.layers.0.self_attn."
+    assert len({plan.assignments[f"{attention}{p}_proj"] for p in "qkv"}) == 1
+    assert plan.assignments["model.embed_tokens"] == "int6-g64-asym"
+    assert run("quantize", folder / "plan.json", "--out", packed, "--quiet").returncode == 0
+    assert 0.8 * limit < (packed / "model.safetensors").stat().st_size <= limit
+
+
+def test_an_interrupted_profile_leaves_nothing_and_says_so(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["search", str(tiny_folder), "--out", str(tmp_path / "run"), "--sequences", "4000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitplan", *arguments, "--length", "16"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    while "units with" not in said:
+        said += process.stderr.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert not [p for p in (tmp_path / "run").iterdir() if p.suffix == ".safetensors"]
+
+
+GPT2 = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from bitplan import Workload
+
+def make():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    ids = torch.randint(0, 96, (6, 4, 16))
+    return Workload(GPT2LMHeadModel(config), calibration=list(ids[:4]), evaluation=list(ids[4:]))
+"""
+
 CNN = """
 import torch
 from torch import nn
@@ -187,7 +254,7 @@ from bitplan import Workload
 def make():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True),
         nn.Conv2d(16, 32, 3, stride=2, groups=2), nn.ReLU(inplace=True),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )
@@ -196,21 +263,32 @@ def make():
 """
 
 
-def test_any_module_through_a_python_function(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "units"), [(CNN, {"0", "3", "7"}), (GPT2, None)])
+def test_any_module_through_a_python_function(
+    tmp_path: Path, code: str, units: set[str] | None
+) -> None:
     path = tmp_path / "net.py"
-    path.write_text(CNN)
+    path.write_text(code)
     folder = tmp_path / "run"
     done = run("search", f"{path}:make", "--budget", "5bpw", "--out", folder, "--quiet")
     assert done.returncode == 0, done.stderr
     plan = Plan.load(folder / "plan.json")
     assert plan.measured is not None and plan.measured.ppl is None
-    assert set(plan.assignments) == {"0", "2", "6"}
+    if units is not None:
+        assert set(plan.assignments) == units
+    else:
+        assert {"transformer.wpe", "transformer.h.0.attn.c_attn"} <= set(plan.assignments)
     packed = tmp_path / "packed"
     assert run("quantize", folder / "plan.json", "--out", packed, "--quiet").returncode == 0
     done = run("eval", packed, "--quiet")
     assert done.returncode == 0, done.stderr
     kl = float(done.stdout.split("measured KL")[1].split()[1])
     assert kl == pytest.approx(plan.measured.kl, rel=1e-3, abs=1e-6)
+
+    path.write_text(code + "# changed\n")
+    done = run("search", f"{path}:make", "--budget", "5bpw", "--out", folder, "--quiet")
+    assert done.returncode == 1
+    assert "other settings (definition_sha256" in " ".join(done.stderr.split())
 
 
 def test_python_interface(tiny_folder: Path) -> None:

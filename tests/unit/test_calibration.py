@@ -31,11 +31,23 @@ def test_batches_hold_the_asked_tokens(tiny: LoadedModel) -> None:
     assert samples.head(5).count == 8
 
 
+def test_the_hash_does_not_depend_on_the_batch_size(tiny: LoadedModel) -> None:
+    small, large = (
+        calibration_samples(tiny, sequences=6, length=16, batch_tokens=n) for n in (16, 96)
+    )
+    assert small.sha256 == large.sha256
+
+
+def test_sequences_longer_than_the_model_reads(tiny: LoadedModel) -> None:
+    with pytest.raises(ValueError, match="at most 256 tokens; --length 300 is too long"):
+        calibration_samples(tiny, sequences=1, length=300)
+
+
 def test_builtin_calibration_and_evaluation_are_disjoint() -> None:
     kept, held_out = builtin_prose("calibration"), builtin_prose("evaluation")
     assert len(held_out) > 50_000
-    paragraph = max(held_out.split("\n\n"), key=len)
-    assert paragraph not in kept
+    seen = {" ".join(p.split()) for p in kept.split("\n\n")}
+    assert not [p for p in held_out.split("\n\n") if " ".join(p.split()) in seen]
 
 
 def test_evaluation_reads_in_order(tiny: LoadedModel, tmp_path: Path) -> None:
@@ -74,5 +86,5 @@ def test_a_workload_without_evaluation_batches_holds_some_out() -> None:
     assert calibration_samples(model).count == 8
     torch.testing.assert_close(evaluation_samples(model).batches[0], batches[4])
     lonely = LoadedModel("toy", module, "float32", Workload(module, calibration=batches[:1]))
-    with pytest.raises(ValueError, match="Yield at least two batches"):
+    with pytest.raises(ValueError, match="at least two batches"):
         calibration_samples(lonely)

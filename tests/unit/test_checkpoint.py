@@ -1,6 +1,5 @@
 """The packed folder: exact round trip, exact bytes, clear errors."""
 
-import errno
 import json
 import struct
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bitplan.quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
+from bitplan.quantizers.files import atomic_path
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
@@ -118,9 +118,13 @@ def test_wrong_tensor(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr("bitplan.quantizers.checkpoint.save_file", fail)
-    with pytest.raises(OSError) as raised:
-        write_checkpoint(tmp_path, packed_weights(), {}, {})
-    assert raised.value.errno == errno.ENOSPC
+    message = "The disk is full: .*packed could not be written"
+    with pytest.raises(OSError, match=message), atomic_path(tmp_path / "packed") as folder:
+        folder.mkdir()
+        write_checkpoint(folder, packed_weights(), {}, {})
+    assert not list(tmp_path.iterdir())

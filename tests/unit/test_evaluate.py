@@ -58,3 +58,19 @@ def test_paired_difference_cancels_what_is_common() -> None:
     assert difference == 1.0
     assert stderr < 1e-12 < a.kl_stderr
     assert a.perplexity is None
+
+
+def test_an_interrupt_inside_a_forward_pass_puts_the_weights_back(tiny: LoadedModel) -> None:
+    renderer = Renderer(tiny.module, find_units(tiny.module))
+    name = "model.layers.1.mlp.up_proj"
+    before = renderer.weight(name).clone()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    module = tiny.module.get_submodule("model.layers.1.mlp.up_proj")
+    plan = dict.fromkeys(renderer.names, Format.parse("int2-g32-asym"))
+    with pytest.raises(KeyboardInterrupt), renderer.applied(plan):
+        module.register_forward_pre_hook(interrupt)
+        tiny.logits(torch.zeros(1, 4, dtype=torch.long))
+    assert torch.equal(renderer.weight(name), before)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -183,6 +187,26 @@ def test_a_broken_file_names_the_fault(
     path.write_text(json.dumps(json.loads(Frontier.from_problem(problem).to_json()) | change))
     with pytest.raises(ValueError, match=rf"frontier\.json: .*{says}"):
         Frontier.load(path)
+
+
+def test_a_binary_file_is_no_frontier(tmp_path: Path) -> None:
+    (tmp_path / "profile.safetensors").write_bytes(b"\xff\x00")
+    says = r"profile\.safetensors is not a frontier \(not a JSON text file\)"
+    with pytest.raises(ValueError, match=says):
+        Frontier.load(tmp_path / "profile.safetensors")
+
+
+def test_files_are_utf8_everywhere(problem: Problem, tmp_path: Path) -> None:
+    Frontier.from_problem(replace(problem, units=("ä", "b"))).save(tmp_path / "a.json")
+    code = (
+        "import pathlib, sys; from bitplan.search.frontier import Frontier\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "Frontier.load(folder / 'a.json').save(folder / 'b.json')"
+    )
+    ascii_locale = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ascii_locale, check=True)
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    assert "ä".encode() in (tmp_path / "b.json").read_bytes()
 
 
 def test_missing_and_truncated_files(problem: Problem, tmp_path: Path) -> None:

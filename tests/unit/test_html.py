@@ -75,6 +75,7 @@ def test_report_states_the_result(tmp_path: Path) -> None:
     assert title[1].endswith("nats per token measured")
     assert "Best uniform format within the budget: int4-g128-asym" in text
     assert "optimal" in text
+    assert "lowest within the budget on these" in text  # the measured KL is a minimum
     assert plan.model.sha256 in text
     assert plan.command is not None
     assert plan.command in text

@@ -66,6 +66,13 @@ def test_packed_model_equals_the_dequantized_model(spec: str) -> None:
     assert torch.equal(model.embed(indices), plain.embed(indices))
 
 
+def test_packed_modules_have_the_sizes_of_the_plain_ones() -> None:
+    model = TinyModel()
+    replace(model, pack_tiny(model, "int4-g64-asym")[1], {"head": "embed"})
+    assert (model.linear.in_features, model.linear.out_features) == (64, 96)
+    assert (model.embed.num_embeddings, model.embed.embedding_dim) == (40, 96)
+
+
 def test_tied_modules_share_tensors() -> None:
     model = TinyModel()
     replace(model, pack_tiny(model, "int4-g64-asym")[1], {"head": "embed"})

@@ -70,6 +70,32 @@ def test_truncated_safetensors(tiny_folder: Path, tmp_path: Path) -> None:
         load_model(str(folder))
 
 
+def test_a_missing_tensor_is_not_made_up(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no usable tensor 'model.layers.1.mlp.up_proj.weight'"):
+        load_model(str(folder))
+
+
+def test_the_hash_reads_scalars_and_ignores_precision() -> None:
+    norm = nn.BatchNorm1d(4)
+    module = nn.Sequential(nn.Linear(4, 4), norm).bfloat16()
+    before = state_sha256(module)
+    assert before == state_sha256(module.float())
+    norm.num_batches_tracked = torch.tensor(1)
+    assert before != state_sha256(module)
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu", "Unknown device"), ("cuda", "no CUDA")])
+def test_devices_that_are_not_there(tiny_folder: Path, device: str, message: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tiny_folder), device)
+
+
 def test_nan_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,10 @@ import pytest
 from bitplan.search.budget import Budget
 from bitplan.search.plan import Plan
 from bitplan.search.solve import plan_from_choice, predicted_kl_stderr, solve
+from bitplan.sensitivity.calibration import samples_from_batches
+from bitplan.sensitivity.profile import profile
 from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+from bitplan.tests.toys import softmax_regression
 
 PROVENANCE = {
     "model": {"id": "tiny", "revision": None, "sha256": "00"},
@@ -89,6 +93,20 @@ def test_a_budget_above_the_largest_useful_plan_is_used_and_said(table: Sensitiv
     assert solve(table, 70).bytes == 70  # exactly the largest: no warning
 
 
+def test_keep_reaches_the_search(table: SensitivityTable) -> None:
+    provenance = PROVENANCE | {"dtype": "bfloat16"}
+    known = replace(table, formats=("low", "bf16"), provenance=provenance)
+    plan = solve(known, 60, pins={"c": "keep"})
+    assert plan.assignments == {"a": "low", "b": "low", "c": "bf16"}
+
+
+def test_a_profile_records_what_keep_means() -> None:
+    model, batches = softmax_regression()
+    samples = samples_from_batches(batches, model, "toy", 0)
+    table = profile(model, samples, ["int4-g32", "keep"])
+    assert solve(table, "32bpw", pins={"*": "keep"}).assignments == {"0": "fp32"}
+
+
 def test_a_budget_below_the_smallest_plan_is_refused(table: SensitivityTable) -> None:
     with pytest.raises(ValueError, match=r"29 B is 1 B below .*30 B, 2\.400 bits per weight"):
         solve(table, 29)
@@ -152,6 +170,26 @@ def test_bad_plan_files(table: SensitivityTable, tmp_path: Path) -> None:
     path.write_text(json.dumps(solve(table, 50).model_dump(by_alias=True) | {"bits": 4}))
     with pytest.raises(ValueError, match="bits: Extra inputs are not permitted"):
         Plan.load(path)
+
+
+def test_a_binary_file_is_no_plan(table: SensitivityTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "profile.safetensors")
+    says = r"profile\.safetensors is not a plan \(not a JSON text file\)"
+    with pytest.raises(ValueError, match=says):
+        Plan.load(tmp_path / "profile.safetensors")
+
+
+def test_plan_files_are_utf8_everywhere(table: SensitivityTable, tmp_path: Path) -> None:
+    plan = solve(table, 50, command="größer")
+    plan.save(tmp_path / "a.json")
+    code = (
+        "import pathlib, sys; from bitplan.search.plan import Plan\n"
+        "Plan.load(pathlib.Path(sys.argv[1], 'a.json')).save(pathlib.Path(sys.argv[1], 'b.json'))"
+    )
+    ascii_locale = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ascii_locale, check=True)
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    assert "größer".encode() in (tmp_path / "b.json").read_bytes()
 
 
 def test_search_numerics_load_no_torch() -> None:

@@ -105,20 +105,82 @@ def test_weights_collect_no_gradient() -> None:
     assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 
-def test_a_unit_outside_the_forward_pass_is_named() -> None:
-    class Idle(nn.Module):
+class Partly(nn.Module):
+    """Two layers, of which one is never called or called behind a detach."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.used, self.idle, self.detached = nn.Linear(4, 4), nn.Linear(4, 4), detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.used(x)
+        return result + self.idle(x).detach() if self.detached else result
+
+
+@pytest.mark.parametrize("metric", ["fisher", "salience", "hessian_trace"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_unit_without_a_part_in_the_output_is_named(metric: str, detached: bool) -> None:
+    if metric == "salience" and detached:
+        pytest.skip("the output error of a layer does not depend on what comes after")
+    with pytest.raises(ValueError, match="'idle' takes no part in the model's output"):
+        profile(Partly(detached), [torch.ones(2, 4)], ("int2-g32-asym",), metric=metric)
+
+
+class Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x += self.second(x)
+        return x
+
+
+def test_an_overwritten_input_is_refused_rather_than_priced_wrongly() -> None:
+    with pytest.raises(ValueError, match="input of 'second' is overwritten in place"):
+        profile(Overwriting(), [torch.ones(2, 4)], ("int2-g32-asym",))
+
+
+class Positions(nn.Module):
+    """Learned positions: one row of ids, shared by all samples of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = (
+            nn.Embedding(20, 8),
+            nn.Embedding(6, 8),
+            nn.Linear(8, 20),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        where = torch.arange(ids.shape[1])[None]
+        logits: Tensor = self.head(torch.tanh(self.tokens(ids) + self.positions(where)))
+        return logits
+
+
+def test_prices_of_shared_positions_do_not_depend_on_the_batch_size() -> None:
+    ids = torch.randint(0, 20, (8, 6), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    module = Positions()
+    whole, parts = (
+        profile(module, batches, ("int2-g32-asym",)) for batches in ([ids], list(ids.split(2)))
+    )
+    np.testing.assert_allclose(whole.kl, parts.kl, rtol=1e-5)
+
+
+def test_keyword_arguments_reach_the_hooks() -> None:
+    class Keywords(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 5)
 
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.used(x)
-            return result
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.head(input=self.embed(input=ids))
+            return logits
 
-    model = load(Idle)
-    renderer = Renderer(model.module, find_units(model.module))
-    with pytest.raises(ValueError, match="'idle' took no part in the forward pass"):
-        stream(model, renderer, torch.ones(1, 4), lambda z, _: z, lambda *_: None)
+    table = profile(Keywords(), [torch.randint(0, 20, (4, 3))] * 2, ("int2-g32-asym",))
+    assert (table.kl > 0).all()
 
 
 @pytest.mark.parametrize("make", [label_upstream, gaussian_upstream])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,27 @@ def test_a_pin_to_an_unmeasured_format_names_the_unit() -> None:
         Problem.from_table(make_table(), {"embed": "bf16"})
 
 
+def test_keep_is_the_dtype_of_the_checkpoint() -> None:
+    kl = [[0.5, 0.1, 0.0], [2.0, 0.3, 0.0]]
+    table = replace(make_table(kl), provenance={"dtype": "bfloat16"})
+    pinned = Problem.from_table(table, {"lm_head": "keep"}, formats=["int2-g64"])
+    assert pinned.allowed.tolist() == [[True, False, False], [False, False, True]]
+    kept = Problem.from_table(table, formats=["int4-g64", "keep"])
+    assert kept.allowed.tolist() == [[False, True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("provenance", "says"),
+    [
+        ({}, r"does not record.* with 'keep' among --formats"),
+        ({"dtype": "float32"}, r"means 'fp32'.*with 'fp32' added to --formats"),
+    ],
+)
+def test_keep_that_is_unknown_or_not_profiled(provenance: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Problem.from_table(replace(make_table(), provenance=provenance), {"embed": "keep"})
+
+
 @pytest.mark.parametrize("loss", [np.nan, -np.inf])
 def test_a_loss_that_is_no_number_is_refused(loss: float) -> None:
     with pytest.raises(ValueError, match=r"Unit 'b' in 'low' costs .* nats"):
@@ -138,6 +160,16 @@ def test_uniform_choice_keeps_pinned_units_and_refuses_closed_ones() -> None:
         loss=np.array([[INF, 1.0, 1.0], [1.0, 1.0, 1.0]]),
     )
     assert three.uniform_choice(0) is None
+
+
+def test_without_a_free_unit_only_the_format_of_all_pins_is_uniform() -> None:
+    mixed = make_problem(loss=np.array([[INF, 0.5], [2.0, INF]]))
+    assert [mixed.uniform_choice(f) for f in range(2)] == [None, None]
+    same = make_problem(loss=np.array([[INF, 0.5], [INF, 0.25]]))
+    assert same.uniform_choice(0) is None
+    choice = same.uniform_choice(1)
+    assert choice is not None
+    assert choice.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What `bitplan search` prints at the end."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from bitplan.search.plan import Plan
 from bitplan.tests.fakes import fake_run, transformer_units
 
 
-def shown(plan: Plan, files: dict[str, Path], width: int = 80, original: int | None = None) -> str:
+def shown(plan: Plan, files: dict[str, Path], width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
-        print_summary(console, plan, files, original)
+        print_summary(console, plan, files)
     return capture.get()
 
 
@@ -39,11 +40,6 @@ def test_summary_has_every_number(plan: Plan) -> None:
     assert "runs/demo/  plan.json  report.html" in text
 
 
-def test_original_bytes_replace_16_bits(plan: Plan) -> None:
-    text = shown(plan, {}, original=4 * plan.weights)
-    assert "424.7 MB → 57.1 MB (13.4 %)" in text
-
-
 def test_unmeasured_plan(tmp_path: Path) -> None:
     fake_run(tmp_path, measured=False)
     text = shown(Plan.load(tmp_path / "plan.json"), {})
@@ -55,8 +51,29 @@ def test_eighty_columns_are_enough(plan: Plan) -> None:
     text = shown(plan, {"plan": Path("runs") / ("long" * 30) / "plan.json"})
     assert max(map(len, text.splitlines())) <= 80
     for baseline in plan.baselines:  # no name is folded
-        assert f" {baseline.name.removeprefix('uniform ')} " in text
+        assert f"\n{baseline.name.removeprefix('uniform ')} " in text
     assert "long" * 30 in "".join(line.strip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("error", [0.0123, 0.02])
+def test_eighty_columns_are_enough_for_every_size_of_kl(plan: Plan, error: float) -> None:
+    assert plan.measured is not None
+    plan.measured.kl, plan.measured.kl_stderr = 1e-6, error * 1e-6
+    for baseline, kl in zip(plan.baselines, [1e-6, 1e-4, 1e-3, 1e-1, 10], strict=True):
+        baseline.predicted_kl, baseline.kl, baseline.kl_stderr = 1.234 * kl, kl, error * kl
+        baseline.difference, baseline.difference_stderr = kl - 1e-6, error * kl
+        baseline.ppl, baseline.bytes = 30.5 * math.exp(kl), 10 * baseline.bytes
+    text = shown(plan, {})
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for name in [*(b.name.removeprefix("uniform ") for b in plan.baselines), "this plan"]:
+        assert f"\n{name} " in text
+    for end in ["30.5", "33.7", "672000"]:  # perplexity, the last column
+        assert f" {end}\n" in text
+
+
+def test_names_stay_whole_in_a_narrow_terminal(plan: Plan) -> None:
+    assert "\nint4-g128-asym " in shown(plan, {}, width=60)
 
 
 def test_the_table_is_sorted_by_size_and_marks_the_plan(plan: Plan) -> None:
@@ -69,4 +86,8 @@ def test_the_table_is_sorted_by_size_and_marks_the_plan(plan: Plan) -> None:
 
 def test_markup_in_names_is_text(plan: Plan) -> None:
     plan.model.id = "[bold]odd[/bold]"
-    assert "Plan for [bold]odd[/bold]" in shown(plan, {})
+    plan.budget.text = "[/b]4bpw"
+    text = shown(plan, {"plan": Path("runs/[/x]/[red]/plan.json")})
+    assert "Plan for [bold]odd[/bold]" in text
+    assert "(budget [/b]4bpw)" in text
+    assert "runs/[/x]/[red]/  plan.json" in text

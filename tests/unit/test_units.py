@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.units import find_units, unplanned_tensors, weight_matrix
+from bitplan.sensitivity.units import as_stored, find_units, unplanned_tensors, weight_matrix
 
 
 class Block(nn.Module):
@@ -114,3 +114,19 @@ def test_unplanned_tensors_are_everything_else_once(tiny: LoadedModel) -> None:
     everything = sum(u.weights for u in units) + sum(t.numel() for t in others.values())
     assert everything == sum(p.numel() for p in tiny.module.parameters())
     assert isinstance(next(iter(others.values())), torch.Tensor)
+
+
+def test_a_module_under_two_names_is_one_unit() -> None:
+    module = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    module["b"] = module["a"]
+    units = find_units(module)
+    assert [(u.name, u.aliases) for u in units] == [("a", ("b",)), ("c", ())]
+    others, tied = unplanned_tensors(module, units)
+    assert set(others) == {"a.bias", "c.bias"}
+    assert tied == {"b.bias": "a.bias"}
+
+
+def test_only_what_fits_is_stored_in_the_checkpoint_dtype() -> None:
+    exact, fine = torch.tensor([1.5]), torch.tensor([1.0 + 2**-20])
+    assert as_stored(exact, torch.bfloat16).dtype == torch.bfloat16
+    assert as_stored(fine, torch.bfloat16).dtype == torch.float32
