@@ -94,7 +94,7 @@ class LoadedModel:
                 f"The output rule of {self.id!r} gave {type(logits).__name__}, expected logits of "
                 "shape [samples, ..., classes]. Return a Workload with logits=<function>."
             )
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(logits.detach().sum()):
             raise ValueError(
                 f"{self.id!r} produced NaN or Inf; the first bad activation is the output of "
                 f"{self._first_bad_module(batch)!r}. Check that part of the model or its input."
