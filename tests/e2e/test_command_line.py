@@ -87,7 +87,7 @@ def test_a_profile_made_with_other_settings_is_not_overwritten(
     before = (job / "profile.safetensors").read_bytes()
     done = run("search", tiny_folder, "--out", job, *SMALL, "--seed", "1")
     assert done.returncode == 1
-    assert "was made with other settings (calibration:" in " ".join(done.stderr.split())
+    assert "was made with other settings (calibration.seed: 0, now 1)" in " ".join(done.stderr.split())
     assert (job / "profile.safetensors").read_bytes() == before
 
 
