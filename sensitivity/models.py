@@ -289,8 +289,10 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if Path(name).is_dir():
+        logging.disable_progress_bar()  # worth showing for downloads only
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **options
@@ -299,6 +301,8 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if absent:
         raise ValueError(
