@@ -93,17 +93,10 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 def _settings(
     model: str,
     formats: str | None,
-    metric: str,
-    rounding: str,
-    calibration: str,
-    sequences: int,
-    length: int,
-    batch_tokens: int,
     include: list[str] | None,
     exclude: list[str] | None,
     group: list[str] | None,
-    seed: int,
-    device: str,
+    **others: Any,
 ) -> ProfileSettings:
     from .search.job import ProfileSettings
     from .sensitivity.profile import DEFAULT_FORMATS
@@ -111,17 +104,10 @@ def _settings(
     return ProfileSettings(
         model=model,
         formats=_split(formats) if formats else DEFAULT_FORMATS,
-        metric=metric,
-        rounding=rounding,
-        calibration=calibration,
-        sequences=sequences,
-        length=length,
-        batch_tokens=batch_tokens,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         groups=tuple(group or ()),
-        seed=seed,
-        device=device,
+        **others,
     )
 
 
@@ -166,17 +152,17 @@ def search(
     settings = _settings(
         model,
         formats,
-        metric,
-        rounding,
-        calibration,
-        sequences,
-        length,
-        batch_tokens,
         include,
         exclude,
         group,
-        seed,
-        device,
+        metric=metric,
+        rounding=rounding,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        device=device,
     )
     wanted = SearchSettings(
         budget=budget,
@@ -190,7 +176,7 @@ def search(
     written = write_report(run)
     files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
     print_summary(out, plan, files)
-    out.print(f"Another budget, at once: bitplan solve {run / 'profile.safetensors'} --budget …")
+    _hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
 
 
 @app.command()
@@ -221,17 +207,17 @@ def profile(
     settings = _settings(
         model,
         formats,
-        metric,
-        rounding,
-        calibration,
-        sequences,
-        length,
-        batch_tokens,
         include,
         exclude,
         group,
-        seed,
-        device,
+        metric=metric,
+        rounding=rounding,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        device=device,
     )
     table = run_profile(settings, run, Reporter(quiet))
     shown = Table("format", "bpw", "predicted KL (nats/token)", title="Uniform plans")
@@ -239,7 +225,7 @@ def profile(
         bpw = 8 * table.uniform_bytes(name) / table.weights
         shown.add_row(name, f"{bpw:.3f}", f"{table.kl[:, i].sum():.4g}")
     out.print(shown)
-    out.print(f"Profile: {run / 'profile.safetensors'}")
+    _hint("Next:", "solve", run / "profile.safetensors", "--budget …")
 
 
 @app.command()
@@ -247,7 +233,9 @@ def solve(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
     budget: BudgetOption = "4.3bpw",
     pin: PinOption = None,
-    formats: FormatsOption = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Use only these of the profile's formats, comma-separated.")
+    ] = None,
     solver: SolverOption = "certified",
     seed: SeedOption = 0,
     plan_file: Annotated[
@@ -269,6 +257,7 @@ def solve(
     )
     files = {}
     if plan_file is not None:
+        _check_json(plan_file)
         plan.save(plan_file)
         files["plan"] = plan_file
     print_summary(out, plan, files)
@@ -302,8 +291,9 @@ def frontier(
         shown.add_row(name, f"{size:,}", f"{8 * size / table.weights:.3f}", f"{kl:.4g}")
     out.print(shown)
     if frontier_file is not None:
+        _check_json(frontier_file)
         whole.save(frontier_file)
-        out.print(f"Frontier: {frontier_file}")
+        out.print(f"Frontier: {frontier_file}", markup=False)
 
 
 @app.command()
@@ -315,18 +305,24 @@ def quantize(
     """Write the packed mixed-precision weights of a plan."""
     from .search.budget import format_bytes
     from .search.materialize import quantize as write
+    from .search.plan import Plan
     from .sensitivity.progress import Reporter
 
     write(plan, folder, reporter=Reporter(quiet))
-    size = (folder / "model.safetensors").stat().st_size
-    out.print(f"{folder}/model.safetensors: {format_bytes(size)}")
-    out.print(f"Next: bitplan eval {folder}   or   bitplan generate {folder} --prompt 'Hello'")
+    whole = (folder / "model.safetensors").stat().st_size
+    planned = Plan.load(plan).bytes
+    out.print(
+        f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "
+        f"{format_bytes(whole - planned)} that the plan leaves as it was"
+    )
+    _hint("Next:", "eval", folder)
 
 
 @app.command(name="eval")
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="PLAN|FOLDER", help="A plan.json or a packed folder.")
+        Path,
+        typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, a run or a packed folder."),
     ],
     text: TextOption = "builtin",
     tokens: Annotated[
@@ -342,10 +338,11 @@ def evaluate(
 
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
     shown = Table("", "value", title=escape(str(target)))
-    shown.add_row("measured KL", f"{result.mean_kl:.6f} ± {result.kl_stderr:.6f} nats/token")
-    shown.add_row("predicted KL", f"{plan.predicted_kl:.6f} ± {plan.predicted_kl_stderr:.6f}")
-    if plan.measured is not None:
-        shown.add_row("KL recorded in the plan", f"{plan.measured.kl:.6f} ({plan.measured.text})")
+    shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} nats/token")
+    shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
+    if (before := plan.measured) is not None:
+        recorded = f"{before.kl:.6g} ({before.tokens:,} positions of {before.text})"
+        shown.add_row("KL recorded in the plan", escape(recorded))
     if result.perplexity is not None:
         shown.add_row("perplexity", f"{result.perplexity:.4f} (original {ppl_original:.4f})")
     shown.add_row("positions", f"{result.tokens:,}")
@@ -385,7 +382,7 @@ def report(
     from .reports.html import write_report
 
     for path in write_report(run):
-        out.print(str(path))
+        out.print(str(path), markup=False)
 
 
 @app.command()
@@ -448,6 +445,16 @@ def _command() -> str:
     return shlex.join(["bitplan", *sys.argv[1:]])
 
 
+def _hint(text: str, *command: object) -> None:
+    words = [part if part == "--budget …" else shlex.quote(str(part)) for part in command]
+    out.print(f"{text} bitplan {' '.join(map(str, words))}", markup=False, soft_wrap=True)
+
+
+def _check_json(path: Path) -> None:
+    if path.suffix != ".json":
+        raise ValueError(f"--out {path} would not be a .json file. Give a name such as plan.json.")
+
+
 def _run_name(model: str) -> str:
     return Path(model).name.removesuffix(".gguf").replace(".py:", "-").replace(":", "-")
 
@@ -463,8 +470,8 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         _fail(str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+    except RuntimeError as error:
+        if not ("can't allocate" in str(error) or "OutOfMemory" in type(error).__name__):
             raise
         _fail("Out of memory. Use fewer --batch-tokens, or a machine with more memory.")
     except SystemExit as stop:
@@ -480,14 +487,6 @@ def _fail(message: str) -> None:
     errors.print("[red]Error:[/] ", end="")
     errors.print(message, markup=False, highlight=False)
     sys.exit(1)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _share(temporary)
         if temporary.is_dir() and path.is_dir():
             _replace_folder(temporary, path)
         else:
@@ -49,7 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise OSError(
                 errno.ENOSPC,
                 f"The disk is full: {path} could not be written ({free:,} bytes free). "
-                "Nothing was changed. Free some space or choose another --out",
+                "It is as it was before. Free some space or choose another --out",
             ) from error
         raise
     finally:
@@ -79,6 +80,15 @@ def read_json_text(path: Path, kind: str) -> str:
         raise ValueError(
             f"{path} is not a {kind} (not a JSON text file). Give the path of a {kind}.json."
         ) from error
+
+
+def _share(path: Path) -> None:
+    """Give a file, or those of a folder, the usual permissions; safetensors makes private ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _replace_folder(new: Path, path: Path) -> None:

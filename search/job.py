@@ -28,10 +28,10 @@ from ..sensitivity.calibration import (
 from ..sensitivity.evaluate import Measurement, Run, measure, plan_runner
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.models import LoadedModel, load_model
-from ..sensitivity.profile import DEFAULT_FORMATS, price, provenance, stored_bytes
+from ..sensitivity.profile import DEFAULT_FORMATS, price, provenance
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import SensitivityTable, UnitInfo
+from ..sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
 from ..sensitivity.units import find_units
 from .budget import Budget
 from .frontier import Frontier
@@ -109,7 +109,7 @@ def run_search(
     Problem.from_table(blank, search.pins).check_feasible(
         budget.resolve(blank.weights, blank.provenance["outside_bytes"])
     )
-    if search.evaluation == settings.calibration != BUILTIN and work.model.is_language_model:
+    if work.model.is_language_model and _is_same_text(search.evaluation, settings.calibration):
         raise ValueError(
             f"{search.evaluation} is both --calibration and --eval: a plan measured on the text it "
             "was made from proves nothing. Give another text to one of them."
@@ -132,6 +132,11 @@ def run_search(
     Frontier.from_problem(problem, plan.model).save(run / FRONTIER_FILE)
     plan.save(run / PLAN_FILE)
     return plan
+
+
+def _is_same_text(first: str, second: str) -> bool:
+    files = [Path(name) for name in (first, second)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +183,9 @@ def _prepare(settings: ProfileSettings, reporter: Reporter) -> _Work:
         f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
         "parameters stay as they are"
     )
+    if model.is_language_model:
+        error = (2 / samples.count) ** 0.5
+        reporter.say(f"{samples.count} calibration sequences: each price errs by about {error:.0%}")
     return _Work(
         model,
         units,
@@ -192,6 +200,8 @@ def _profile_stage(work: _Work, run: Path, reporter: Reporter) -> SensitivityTab
     if path.exists():
         table = SensitivityTable.load(path)
         _check_same(table, work.blank_table(), path)
+        if not path.with_suffix(".json").exists():  # the disk was full
+            table.save(path)
         reporter.say(f"Profile found in {path}, not computed again")
         return table
     run.mkdir(parents=True, exist_ok=True)
@@ -369,10 +379,12 @@ def _measure_plans(
 
 
 def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
-    if cache.is_file():
-        known: dict[str, Any] = json.loads(cache.read_text())
+    try:
+        known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
         if known["text_sha256"] == samples.sha256:
             return known
+    except (OSError, ValueError, KeyError):
+        pass  # not there yet, or damaged: measured again
     return {"text_sha256": samples.sha256, "ppl_original": None, "plans": {}}
 
 

@@ -124,6 +124,11 @@ def load_packed(folder: Path, device: str = "cpu") -> LoadedModel:
     """:func:`load` with tokenizer and identity."""
     plan = Plan.load(folder / PLAN_FILE)
     packed, others, header = read_checkpoint(folder)
+    if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
+        raise ValueError(
+            f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
+            "the plan again."
+        )
     skeleton, workload = _skeleton(folder, plan)
     replace(skeleton, packed, header["aliases"])
     state = {
@@ -172,7 +177,15 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
             f"The plan was made for other weights of {plan.model.id!r} (sha256 "
             f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
         )
-    return tuple(unit for unit in units if unit.name in plan.assignments)
+    planned = tuple(unit for unit in units if unit.name in plan.assignments)
+    formats = assignment_formats(plan)
+    size = sum(formats[u.name].stored_bytes(shape) for u in planned for shape in u.shapes)
+    if size != plan.bytes:
+        raise ValueError(
+            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B: it was changed "
+            "after it was made. Solve again."
+        )
+    return planned
 
 
 def assignment_formats(plan: Plan) -> dict[str, Format]:
@@ -217,7 +230,14 @@ def _save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
 
 def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Workload]:
     """The architecture without weights, and the workload that feeds it."""
-    if function_reference(plan.model.id) or not (folder / "config.json").is_file():
+    function = function_reference(plan.model.id)
+    if function or not (folder / "config.json").is_file():
+        if not function:
+            raise ValueError(
+                f"{folder} was packed from a {plan.model.id} made in Python, which cannot be "
+                "rebuilt from a folder. Make the module and call bitplan.apply(module, plan), or "
+                "search it as file.py:function."
+            )
         original = load_model(plan.model.id, "cpu")
         return original.module, original.workload
     from accelerate import init_empty_weights

@@ -329,7 +329,10 @@ def _from_python(path: Path, function: str) -> LoadedModel:
         near = get_close_matches(function, dir(code), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{path} has no function {function!r}.{hint}")
-    workload = factory()
+    try:
+        workload = factory()
+    except Exception as error:
+        raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(workload, Workload):
         raise ValueError(
             f"{name} returned {type(workload).__name__}, expected bitplan.Workload(model, "

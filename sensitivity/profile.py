@@ -26,7 +26,7 @@ from .models import (
 )
 from .progress import Reporter
 from .rendering import Renderer
-from .table import SensitivityTable, UnitInfo
+from .table import SensitivityTable, UnitInfo, stored_bytes
 from .units import as_stored, find_units, unplanned_tensors
 
 DEFAULT_FORMATS = (
@@ -178,14 +178,6 @@ def _as_samples(
     if batches is None:
         return calibration_samples(model, seed=seed)
     return samples_from_batches(batches, model, "batches", seed)
-
-
-def stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
-    """Exact bytes of every unit in every format: int64 [U, F]."""
-    return np.array(
-        [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
-        dtype=np.int64,
-    )
 
 
 def _prices(scores: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..quantizers.files import atomic_path, write_json
+from ..quantizers.format import Format
 
 SCHEMA = 1
 
@@ -116,31 +118,66 @@ class SensitivityTable:
         """
         if not path.is_file():
             raise ValueError(f"No profile at {path}. Make one with `bitplan profile MODEL`.")
+        if path.suffix == ".json":
+            raise ValueError(f"{path} is not a profile; give the profile.safetensors of a run.")
         try:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {})["bitplan_profile"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is truncated or not a safetensors file ({error}). "
-                "Delete it and profile again."
+                f"{path} is truncated or not a safetensors file ({error}). Profile again."
             ) from error
         except KeyError as error:
             raise ValueError(f"{path} is a safetensors file but not a bitplan profile.") from error
-        if header["schema"] != SCHEMA:
+        except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} has profile schema {header['schema']}, this version reads {SCHEMA}. "
+                f"The header of {path} is damaged ({error}). Profile again."
+            ) from error
+        if header.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{path} has profile schema {header.get('schema')}, this version reads {SCHEMA}. "
                 "Profile again, or use the bitplan version that wrote it."
             )
-        return cls(
-            units=tuple(_unit(entry) for entry in header["units"]),
-            formats=tuple(header["formats"]),
-            bytes=tensors["bytes"],
-            kl=tensors["kl"],
-            stderr=tensors["stderr"],
-            scores=tensors.get("scores"),
-            provenance=header["provenance"],
-        )
+        try:
+            table = cls(
+                units=tuple(_unit(entry) for entry in header["units"]),
+                formats=tuple(header["formats"]),
+                bytes=tensors["bytes"],
+                kl=tensors["kl"],
+                stderr=tensors["stderr"],
+                scores=tensors.get("scores"),
+                provenance=header["provenance"],
+            )
+            table.check_consistent()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Profile again.") from error
+        return table
+
+    def check_consistent(self) -> None:
+        """Raise if the bytes are not those of the formats, or a price is no price.
+
+        Raises:
+            ValueError: Names the first unit and format that is wrong.
+        """
+        exact = stored_bytes(self.units, [Format.parse(name) for name in self.formats])
+        priced = ~np.isnan(self.kl)
+        sound = np.isfinite(self.kl) & (self.kl >= 0) & (self.stderr >= 0)
+        wrong = (self.bytes != exact) | (priced & ~sound)
+        if wrong.any():
+            u, f = (int(i) for i in np.argwhere(wrong)[0])
+            raise ValueError(
+                f"unit {self.units[u].name!r} in {self.formats[f]} has {self.bytes[u, f]} B and KL "
+                f"{self.kl[u, f]} ± {self.stderr[u, f]}, but takes {exact[u, f]} B"
+            )
+
+
+def stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
+    """Exact bytes of every unit in every format: int64 [U, F]."""
+    return np.array(
+        [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
+        dtype=np.int64,
+    )
 
 
 def _unit(entry: dict[str, Any]) -> UnitInfo:

@@ -124,3 +124,14 @@ def test_a_full_disk_is_explained(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(OSError, match=message), atomic_path(tmp_path / "plan.json"):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_readable_by_others(tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        private = temporary / "model.safetensors"
+        private.touch(mode=0o600)
+    usual = tmp_path / "usual"
+    usual.touch()
+    assert (folder / "model.safetensors").stat().st_mode == usual.stat().st_mode

@@ -76,3 +76,20 @@ def test_other_folders_are_not_replaced(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a packed model"):
         bitplan.quantize(plan, tmp_path)
     assert (tmp_path / "precious").is_file()
+
+
+def test_a_plan_changed_by_hand_is_refused(plan: Plan, tmp_path: Path) -> None:
+    edited = plan.model_copy(update={"bytes": plan.bytes - 1})
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        bitplan.quantize(edited, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_packed_folder_with_the_plan_of_another(plan: Plan, tmp_path: Path) -> None:
+    folder = bitplan.quantize(plan, tmp_path / "packed")
+    name = "model.layers.0.mlp.up_proj"
+    plan.model_copy(update={"assignments": plan.assignments | {name: "fp16"}}).save(
+        folder / "plan.json"
+    )
+    with pytest.raises(ValueError, match="is not the plan"):
+        bitplan.load(folder)

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitplan.quantizers.format import Format
 from bitplan.search.budget import Budget
 from bitplan.search.plan import Plan
 from bitplan.search.solve import plan_from_choice, predicted_kl_stderr, solve
 from bitplan.sensitivity.calibration import samples_from_batches
 from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
 from bitplan.tests.toys import softmax_regression
 
 PROVENANCE = {
@@ -70,10 +71,13 @@ def test_budgets_of_every_type(table: SensitivityTable, budget: Budget | str | i
 
 
 def test_solve_reads_a_saved_profile(table: SensitivityTable, tmp_path: Path) -> None:
-    table.save(tmp_path / "profile.safetensors")
-    from_file = solve(tmp_path / "profile.safetensors", 50)
-    from_text = solve(str(tmp_path / "profile.safetensors"), 50)
-    assert from_file.assignments == from_text.assignments == solve(table, 50).assignments
+    formats = ("int4-gc", "int8-gc")
+    size = stored_bytes(table.units, [Format.parse(name) for name in formats])
+    real = replace(table, formats=formats, bytes=size)
+    real.save(tmp_path / "profile.safetensors")
+    from_file = solve(tmp_path / "profile.safetensors", 100)
+    from_text = solve(str(tmp_path / "profile.safetensors"), 100)
+    assert from_file.assignments == from_text.assignments == solve(real, 100).assignments
 
 
 def test_pins_formats_and_solver_reach_the_search(table: SensitivityTable) -> None:
