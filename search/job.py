@@ -31,18 +31,16 @@ from ..sensitivity.models import LoadedModel, load_model
 from ..sensitivity.profile import DEFAULT_FORMATS, price, provenance
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored_bytes
 from ..sensitivity.units import find_units
 from .budget import Budget
 from .frontier import Frontier
-from .materialize import assignment_formats, load_packed, planned_units
+from .materialize import PLAN_FILE, assignment_formats, is_packed, load_packed, planned_units
 from .plan import Baseline, Measured, Plan
 from .problem import Problem
 from .solve import plan_from_choice, solve
 from .solvers import SOLVERS
 
-PROFILE_FILE = "profile.safetensors"
-PLAN_FILE = "plan.json"
 FRONTIER_FILE = "frontier.json"
 MEASUREMENTS_FILE = "measurements.json"
 REPORT_FILES = ("report.html", "frontier.png", "allocation.png", "sensitivity.png")
@@ -302,7 +300,7 @@ def run_eval(
     Raises:
         ValueError: If the target is neither, or does not match the model.
     """
-    packed = (target / "model.safetensors").is_file()
+    packed = is_packed(target)
     plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
     reporter.say(f"Loading {plan.model.id}")
     model = load_model(plan.model.id, device)

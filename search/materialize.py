@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..sensitivity.models import (
 from ..sensitivity.profile import as_loaded_model
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import UnitInfo
+from ..sensitivity.table import PROFILE_FILE, UnitInfo
 from ..sensitivity.units import as_stored, find_units, unplanned_tensors
 from .plan import Plan
 
@@ -93,7 +93,7 @@ def quantize(
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
     with atomic_path(out) as folder:
         folder.mkdir()
-        header = {"aliases": dict(_aliases(units)), "tied": tied}
+        header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header)
         plan.save(folder / PLAN_FILE)
         _save_hugging_face_files(model, folder)
@@ -102,7 +102,7 @@ def quantize(
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds packed weights, and nothing of a run."""
-    return (folder / FILE_NAME).is_file() and not (folder / "profile.safetensors").exists()
+    return (folder / FILE_NAME).is_file() and not (folder / PROFILE_FILE).exists()
 
 
 def load(folder: Path | str, device: str = "cpu") -> nn.Module:
@@ -141,18 +141,11 @@ def load_packed(folder: Path, device: str = "cpu") -> LoadedModel:
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
         raise ValueError(
-            f"{folder}/model.safetensors does not fit the architecture: tensor {culprit!r} is "
+            f"{folder / FILE_NAME} does not fit the architecture: tensor {culprit!r} is "
             f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
         )
     skeleton.requires_grad_(False).eval().to(find_device(device))
-    return LoadedModel(
-        str(folder),
-        skeleton,
-        "float32",
-        Workload(
-            skeleton, workload.calibration, workload.evaluation, workload.logits, workload.tokenizer
-        ),
-    )
+    return LoadedModel(str(folder), skeleton, "float32", workload)
 
 
 def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
@@ -206,7 +199,7 @@ def _pack(
             advance(1)
 
 
-def _aliases(units: tuple[UnitInfo, ...]) -> Mapping[str, str]:
+def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
     """Alias -> canonical module name."""
     return {alias: unit.name for unit in units for alias in unit.aliases}
 

@@ -37,16 +37,15 @@ class Renderer:
     """
 
     def __init__(self, model: nn.Module, units: Sequence[UnitInfo], rounding: str = "rtn") -> None:
-        self.rounding = rounding
         self._fit = METHODS.get(rounding)
         modules = dict(model.named_modules(remove_duplicate=False))
-        self._modules: dict[str, list[nn.Module]] = {}
+        self._modules: dict[str, nn.Module] = {}
         self._canonical: dict[nn.Module, str] = {}
         for unit in units:
             for name in (*unit.modules, *unit.aliases):
                 module = modules[name]
                 owner = name if name in unit.modules else _owner(unit, module, modules)
-                self._modules.setdefault(owner, []).append(module)
+                self._modules.setdefault(owner, module)
                 self._canonical[module] = owner
         self._grids: dict[tuple[str, str], Grid | None] = {}
 
@@ -62,7 +61,7 @@ class Renderer:
 
     def weight(self, name: str) -> Tensor:
         """The original weight of a matrix [rows, cols], a view where possible."""
-        matrix = weight_matrix(self._modules[name][0])
+        matrix = weight_matrix(self._modules[name])
         assert matrix is not None
         return matrix.detach().float()
 
@@ -80,8 +79,7 @@ class Renderer:
             for fmt in formats:
                 self.grid(name, fmt)
 
-        on_cpu = all(self.weight(name).device.type == "cpu" for name in self.names)
-        for _ in parallel_map(work, self.names) if on_cpu else map(work, self.names):
+        for _ in parallel_map(work, self.names, self.weight(self.names[0]).device):
             advance()
 
     def render(
@@ -206,7 +204,7 @@ def map_errors(
         return work(some, errors)
 
     starts = range(0, count, step)
-    yield from parallel_map(run, starts) if weight.device.type == "cpu" else map(run, starts)
+    yield from parallel_map(run, starts, weight.device)
 
 
 def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from ..quantizers.files import atomic_path, write_json
 from ..quantizers.format import Format
 
 SCHEMA = 1
+PROFILE_FILE = "profile.safetensors"  # its name in a run folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def parallel_map(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def parallel_map(work: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[R]:
     """``map`` over as many threads as torch uses, each running torch on one core; in order.
 
     Work made of operations too small to be split well by torch itself gets all cores this way,
-    without a synchronization after each operation.
+    without a synchronization after each operation. On any other device than the CPU a plain
+    ``map``.
     """
+    if device.type != "cpu":
+        return map(work, items)
     return _pool(torch.get_num_threads()).map(work, items)
 
 
