@@ -35,8 +35,8 @@ from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored
 from ..sensitivity.units import find_units
 from .budget import Budget
 from .frontier import Frontier
-from .materialize import PLAN_FILE, assignment_formats, is_packed, load_packed, planned_units
-from .plan import Baseline, Measured, Plan
+from .materialize import assignment_formats, is_packed, load_packed, planned_units
+from .plan import PLAN_FILE, Baseline, Measured, Plan
 from .problem import Problem
 from .solve import plan_from_choice, solve
 from .solvers import SOLVERS

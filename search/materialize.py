@@ -28,9 +28,8 @@ from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import PROFILE_FILE, UnitInfo
 from ..sensitivity.units import as_stored, find_units, unplanned_tensors
-from .plan import Plan
+from .plan import PLAN_FILE, Plan
 
-PLAN_FILE = "plan.json"
 GENERATION_FILE = "generation_config.json"
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..quantizers.files import read_json_text, write_json
 
 SCHEMA = 1
+PLAN_FILE = "plan.json"  # its name in a run folder
 
 
 class _Strict(BaseModel):

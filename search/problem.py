@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantizers.format import resolve_formats
-from ..sensitivity.table import SensitivityTable, UnitInfo
+from ..sensitivity.table import SensitivityTable
 from .budget import format_bytes
+from .matching import format_index, unit_names
+from .oracle import Oracle
 
 NO_BYTES = np.iinfo(np.int64).max  # larger than any option: stands in for "not allowed"
 
@@ -27,18 +26,37 @@ class Solution:
         bytes: Exact stored bytes of the choice.
         lower_bound: No choice within the budget has a smaller loss (nats per token); equal to
             ``loss`` when the choice is proven optimal.
+        note: What the solver has to say about this answer, in a sentence or two; often nothing.
     """
 
     choice: NDArray[np.intp]
     loss: float
     bytes: int
     lower_bound: float
+    note: str = ""
 
     @property
     def gap(self) -> float:
         """Relative optimality gap ``(loss - lower_bound) / loss``; 0 means proven optimal."""
         excess = self.loss - self.lower_bound
         return excess / max(abs(self.loss), abs(self.lower_bound)) if excess > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One more linear limit besides the bytes: ``sum_u cost[u, choice[u]] <= limit``.
+
+    Attributes:
+        name: What is limited, such as ``latency``.
+        cost: float64 [U, F], what every unit adds in every format.
+        limit: The most the sum may be.
+        symbol: Unit of cost and limit, such as ``ms``.
+    """
+
+    name: str
+    cost: NDArray[np.float64]
+    limit: float
+    symbol: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,15 @@ class Problem:
             changes from the current plan.
         weights: Number of weights of all units, for bits per weight; 0 if there is no such
             number.
+        unit_weights: int64 [U], weights of every unit; None if there are no such numbers.
+        kinds: Matrix type of every unit (``mlp.up_proj``); empty if unknown.
+        layers: Layer of every unit, None outside the repeated stack; empty if unknown.
+        scores: float32 [N, U, F], per-sequence scores with ``loss`` near ``mean(scores**2)``, in
+            sqrt(nats per token); None if the metric gives none.
+        constraints: Further limits besides the bytes.
+        max_loss: Quality target in nats per token, for solvers that minimize bytes.
+        oracle: Measures the true KL of a choice, for solvers that search on it; without one they
+            search on ``loss``.
     """
 
     units: tuple[str, ...]
@@ -61,6 +88,13 @@ class Problem:
     bytes: NDArray[np.int64]
     loss: NDArray[np.float64]
     weights: int = 0
+    unit_weights: NDArray[np.int64] | None = None
+    kinds: tuple[str, ...] = ()
+    layers: tuple[int | None, ...] = ()
+    scores: NDArray[np.float32] | None = None
+    constraints: tuple[Constraint, ...] = ()
+    max_loss: float = np.inf
+    oracle: Oracle | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and values, so that no solver has to.
@@ -104,8 +138,9 @@ class Problem:
 
         Args:
             table: The sensitivity table.
-            pins: Glob on unit, module or alias names -> the only format they may take.  A later
-                pin overrides an earlier one; a pin on one module of a fused unit pins the unit.
+            pins: Glob on unit, module or alias names or kinds -> the only format they may take.
+                A later pin overrides an earlier one; a pin on one module of a fused unit pins
+                the unit.
             formats: The formats that units without a pin may take; all by default.
 
         Raises:
@@ -113,22 +148,22 @@ class Problem:
         """
         allowed = np.zeros(table.kl.shape, dtype=bool)
         for name in table.formats if formats is None else formats:
-            allowed[:, _format_index(table, name)] = True
+            allowed[:, format_index(table, name)] = True
+        names = unit_names(table.units if pins else ())
         for pattern, name in (pins or {}).items():
-            matched = [_matches(unit, pattern) for unit in table.units]
-            if not any(matched):
-                raise ValueError(
-                    f"The pin {pattern!r} matches no unit or module."
-                    f"{_nearest(pattern, [n for unit in table.units for n in _names(unit)])}"
-                )
-            allowed[matched] = False
-            allowed[matched, _format_index(table, name)] = True
+            pinned = names.find(pattern, "--pin")
+            allowed[pinned] = False
+            allowed[pinned, format_index(table, name)] = True
         return cls(
             units=tuple(unit.name for unit in table.units),
             formats=table.formats,
             bytes=table.bytes,
             loss=np.where(allowed & ~np.isnan(table.kl), table.kl, np.inf),
             weights=table.weights,
+            unit_weights=np.array([unit.weights for unit in table.units], dtype=np.int64),
+            kinds=tuple(unit.kind for unit in table.units),
+            layers=tuple(unit.layer for unit in table.units),
+            scores=table.scores,
         )
 
     @property
@@ -189,49 +224,20 @@ class Problem:
             "Raise the budget or allow a format with fewer bits."
         )
 
+    def require_bytes_only(self, solver: str) -> None:
+        """Raise if there are limits besides the bytes, for a solver that would overlook them.
+
+        Raises:
+            ValueError: Naming the constraints and the solvers that obey them.
+        """
+        if self.constraints:
+            names = ", ".join(constraint.name for constraint in self.constraints)
+            raise ValueError(
+                f"The {solver!r} solver limits bytes only and cannot obey the constraints given "
+                f"besides ({names}). Use 'certified', 'highs' or 'ilp', or drop them."
+            )
+
     def describe_bytes(self, count: int) -> str:
         """``120,000 B, 3.200 bits per weight``; without the second part if weights are unknown."""
         bpw = f", {8 * count / self.weights:.3f} bits per weight" if self.weights else ""
         return f"{count:,} B{bpw}"
-
-
-def _names(unit: UnitInfo) -> tuple[str, ...]:
-    return (unit.name, *unit.modules, *unit.aliases)
-
-
-def _matches(unit: UnitInfo, pattern: str) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for name in _names(unit))
-
-
-def _format_index(table: SensitivityTable, name: str) -> int:
-    if name == "keep":
-        name = _kept_format(table)
-    if name not in table.formats:
-        raise ValueError(
-            f"Format {name!r} is not in the profile.{_nearest(name, table.formats)} "
-            f"It has {', '.join(table.formats)}."
-        )
-    return table.formats.index(name)
-
-
-def _kept_format(table: SensitivityTable) -> str:
-    """The format of the checkpoint's own dtype, which must be among the table's."""
-    dtype = table.provenance.get("dtype")
-    if dtype is None:
-        raise ValueError(
-            "'keep' means the checkpoint's own dtype, which this profile does not record. Name "
-            f"one of its formats ({', '.join(table.formats)}), or profile again with 'keep' among "
-            "--formats."
-        )
-    kept = resolve_formats(["keep"], dtype)[0].name
-    if kept not in table.formats:
-        raise ValueError(
-            f"'keep' means {kept!r} for this model, which is not in the profile (it has "
-            f"{', '.join(table.formats)}). Profile again with {kept!r} added to --formats."
-        )
-    return kept
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.3)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,35 +64,79 @@ class Factors:
         return result.index_put_((sample, where[sample, position]), picked, accumulate=True)
 
 
-def inner_products(
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one matrix: what a product may look at.
+
+    Attributes:
+        factors: Factors of the gradients G_i.
+        rows: The rows.
+        errors: Rendering errors of all formats [F, rows, cols].
+    """
+
+    factors: Factors
+    rows: Rows
+    errors: Tensor
+
+    @cached_property
+    def gradients(self) -> Tensor:
+        """Per-sample gradients at the rows [samples, rows * cols]."""
+        return self.factors.gradient(self.rows).flatten(1)
+
+
+Product = Callable[[Part], Tensor]  # [samples, F]; the parts of a matrix are added
+
+
+def inner(part: Part) -> Tensor:
+    """``<G_i, dW_f>``."""
+    return part.gradients @ part.errors.flatten(1).T
+
+
+def squared(part: Part) -> Tensor:
+    """``sum G_i^2 dW_f^2``."""
+    return part.gradients.square() @ part.errors.flatten(1).square().T
+
+
+def absolute(part: Part) -> Tensor:
+    """``sum |G_i dW_f|``."""
+    return part.gradients.abs() @ part.errors.flatten(1).abs().T
+
+
+def gradient_norm(part: Part) -> Tensor:
+    """``||G_i||^2``, the same for all formats: an estimate of the trace of the Fisher matrix."""
+    return part.gradients.square().sum(1, keepdim=True).expand(-1, len(part.errors))
+
+
+def gradient_products(
     factors: Factors,
     renderer: Renderer,
     name: str,
     formats: Sequence[Format],
-    squared: bool = False,
+    products: Sequence[Product],
+    current: int | None = None,
 ) -> NDArray[np.float64]:
-    """Inner products of per-sample gradients with the rendering errors of all formats.
+    """Products of per-sample gradients with the rendering errors of all formats.
 
     Args:
         factors: Factors of the gradients G_i.
         renderer: Source of the renderings.
         name: Canonical module name.
         formats: The F formats.
-        squared: Square both sides elementwise first: sum of G^2 * dW^2.
+        products: The P products, such as :func:`inner`.
+        current: Index of the format that errors are counted from; None for the original weights.
 
     Returns:
-        ``<G_i, dW_f>``: float64 [samples, F].
+        float64 [P, samples, F].
     """
 
     def work(rows: Rows, errors: Tensor) -> NDArray[np.float64]:
-        left, right = factors.gradient(rows).flatten(1), errors.flatten(1)
-        if squared:
-            left, right = left.square_(), right.square_()
-        product: NDArray[np.float64] = (left @ right.T).double().cpu().numpy()
-        return product
+        if current is not None:
+            errors -= errors[current].clone()
+        part = Part(factors, rows, errors)
+        return np.stack([product(part).double().cpu().numpy() for product in products])
 
-    products = map_errors(work, renderer, name, formats, factors.touched_rows())
-    return sum(products, np.zeros((len(factors.x), len(formats))))
+    parts = map_errors(work, renderer, name, formats, factors.touched_rows())
+    return sum(parts, np.zeros((len(products), len(factors.x), len(formats))))
 
 
 Visitor = Callable[[str, Factors], None]
@@ -102,19 +147,18 @@ def stream(
     model: LoadedModel,
     renderer: Renderer,
     batch: Batch,
-    upstream: Upstream,
-    visit: Visitor,
+    *passes: tuple[Upstream, Visitor],
 ) -> Tensor:
-    """One forward and backward pass; ``visit`` gets each module's factors during the backward.
+    """One forward pass and a backward pass for every (upstream, visitor).
 
     Args:
         model: The model; its parameters must not require gradients.
         renderer: Says which modules are units.
         batch: Model inputs.
-        upstream: Gives the gradient at the logits, for example p - onehot(y).
-        visit: Called with the canonical module name and the factors, last module first. A
-            module used twice, or tied to another, is visited once per use; one that does not
-            influence the output is not visited.
+        *passes: The upstream gives the gradient at the logits, for example p - onehot(y). The
+            visitor is called during the backward pass with the canonical module name and its
+            factors, last module first. A module used twice, or tied to another, is visited once
+            per use; one that does not influence the output is not visited.
 
     Returns:
         The logits [samples, positions, classes].
@@ -124,6 +168,7 @@ def stream(
             the backward pass.
     """
     samples = samples_in(batch)
+    visit: Visitor  # that of the backward pass under way
 
     def record(name: str, module: nn.Module) -> ForwardHook:
         def hook(
@@ -161,9 +206,11 @@ def stream(
     try:
         with torch.enable_grad():
             logits = model.logits(batch)
-            gradient = upstream(logits.detach(), batch)
-            if logits.requires_grad:  # otherwise no unit reaches the output
-                logits.backward(gradient)
+            for i, (upstream, chosen) in enumerate(passes, 1):
+                visit = chosen
+                gradient = upstream(logits.detach(), batch)
+                if logits.requires_grad:  # otherwise no unit reaches the output
+                    logits.backward(gradient, retain_graph=i < len(passes))
     finally:
         for handle in handles:
             handle.remove()

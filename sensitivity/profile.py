@@ -26,6 +26,7 @@ from .models import (
 )
 from .progress import Reporter
 from .rendering import Renderer
+from .shrinkage import Shrinkage
 from .table import SensitivityTable, UnitInfo, stored_bytes
 from .units import as_stored, find_units, unplanned_tensors
 
@@ -103,7 +104,11 @@ def price(
         task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
         scores = METRICS.get(origin["metric"])(task)
     values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
-    kl, stderr = _prices(scores)
+    if scores.diagonal is None:
+        kl, stderr = _prices(scores)
+    else:
+        shrinkage = Shrinkage(scores.values, scores.diagonal, [unit.kind for unit in units])
+        kl, stderr = shrinkage.prices(), shrinkage.stderr()
     scale = 1.0 if scores.in_nats else _fitted_scale(task, kl, reporter)
     return SensitivityTable(
         units=units,
@@ -112,6 +117,7 @@ def price(
         kl=kl * scale,
         stderr=stderr * scale,
         scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
+        diagonal=scores.diagonal,
         provenance=origin,
     )
 

@@ -1,9 +1,11 @@
-"""Progress bars with an estimate of the time left, on stderr."""
+"""Progress with an estimate of the time left: bars in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,22 +18,63 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LINE_INTERVAL = 30.0  # seconds between the lines of one bar where there is no terminal
+
 Advance = Callable[[int], None]
 
 
-class Reporter:
-    """Shows what a run is doing; silent when made with ``quiet=True``."""
+class Listener(Protocol):
+    """Hears what a Reporter shows, also when it is quiet."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def on_text(self, text: str) -> None:
+        """One line was said."""
+        ...
+
+    def on_progress(self, description: str, done: int, total: int) -> None:
+        """A bar began (``done`` is 0) or moved."""
+        ...
+
+
+class Reporter:
+    """Shows what a run is doing, on stderr; silent when made with ``quiet=True``.
+
+    Where stderr is no terminal (CI, a log file) a bar is a line when it begins, one when it ends,
+    and one every LINE_INTERVAL seconds in between.
+
+    Args:
+        quiet: Show nothing.
+        listener: Told everything that is shown or would be.
+    """
+
+    def __init__(self, quiet: bool = False, listener: Listener | None = None) -> None:
         self.console = Console(stderr=True, quiet=quiet)
+        self._listener = listener
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, highlight=False)
+        self._print(text)
+        if self._listener:
+            self._listener.on_text(text)
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:
         """A progress bar; yields a function that advances it by a number of steps."""
+        done = 0
+        drawn = self.console.is_interactive or self.console.is_jupyter
+        with self._bar(description, total) if drawn else self._lines(description, total) as show:
+
+            def advance(steps: int) -> None:
+                nonlocal done
+                done += steps
+                show(done)
+                if self._listener:
+                    self._listener.on_progress(description, done, total)
+
+            advance(0)
+            yield advance
+
+    @contextmanager
+    def _bar(self, description: str, total: int) -> Iterator[Advance]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -43,4 +86,47 @@ class Reporter:
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(description, total=total)
-            yield lambda steps: progress.update(task, advance=steps)
+            yield lambda done: progress.update(task, completed=done)
+
+    @contextmanager
+    def _lines(self, description: str, total: int) -> Iterator[Advance]:
+        started = shown = time.monotonic()
+        finished = 0
+        self._print(f"{description}: {total} steps")
+
+        def show(done: int) -> None:
+            nonlocal shown, finished
+            finished = done
+            now = time.monotonic()
+            if now - shown < LINE_INTERVAL or done >= total:
+                return
+            shown = now
+            left = seconds_left(now - started, done, total)
+            eta = "" if left is None else f", about {clock(left)} left"
+            self._print(f"{description}: {done}/{total} after {clock(now - started)}{eta}")
+
+        try:
+            yield show
+        finally:
+            outcome = "done in" if finished >= total else f"stopped at {finished}/{total} after"
+            self._print(f"{description}: {outcome} {clock(time.monotonic() - started)}")
+
+    def _print(self, text: str) -> None:
+        soft = not self.console.is_terminal  # a line of a log stays one line
+        self.console.print(text, markup=False, highlight=False, soft_wrap=soft)
+
+
+def seconds_left(elapsed: float, done: int, total: int) -> float | None:
+    """Time left at the average pace so far, in seconds; None before the first step."""
+    return elapsed * (total - done) / done if done else None
+
+
+def clock(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> clock(7), clock(88), clock(3725)
+    ('0:07', '1:28', '1:02:05')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

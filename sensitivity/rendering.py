@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..quantizers.format import Format
 from ..quantizers.grid import Grid, grid_rows, render
@@ -97,7 +98,7 @@ class Renderer:
         """Run the model with rendered weights inside the block.
 
         Each module renders its weight just before its own forward pass and forgets it right
-        after, so only one rendered matrix exists at a time.
+        after, so only one rendered matrix exists at a time; a backward pass renders it again.
         """
         handles: list[Any] = []
         swaps: list[_WeightSwap] = []
@@ -121,22 +122,42 @@ class Renderer:
 
 
 class _WeightSwap:
-    """Forward hooks that put a rendered weight in a module for the time of one call."""
+    """Forward hooks that put a rendered weight in a module for the time of one call.
+
+    What a backward pass needs of the rendered weight is rendered again when it is needed.
+    """
 
     def __init__(self, renderer: Renderer, name: str, fmt: Format, module: nn.Module) -> None:
         self.renderer, self.name, self.fmt = renderer, name, fmt
         assert isinstance(module.weight, Tensor)
         self.weight, self.transposed = module.weight, is_conv1d(module)
         self.original: Tensor | None = None
+        self.saving: saved_tensors_hooks | None = None
 
     def enter(self, *_: Any) -> None:
         matrix = self.renderer.render(self.name, self.fmt)
         self.original = self.weight.data
         self.weight.data = matrix.T if self.transposed else matrix.view(self.original.shape)
+        if torch.is_grad_enabled():
+            self.saving = saved_tensors_hooks(self._pack, self._unpack)
+            self.saving.__enter__()
 
     def leave(self, *_: Any) -> None:
+        if self.saving is not None:
+            self.saving.__exit__()
+            self.saving = None
         if self.original is not None:
             self.weight.data, self.original = self.original, None
+
+    def _pack(self, tensor: Tensor) -> Tensor | _View:
+        if tensor.data_ptr() != self.weight.data_ptr():
+            return tensor
+        return _View(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, saved: Tensor | _View) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        return self.renderer.render(self.name, self.fmt).as_strided(*saved)
 
     def look_up(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
@@ -144,6 +165,14 @@ class _WeightSwap:
         """Render only the rows an embedding looks up."""
         rows, where = first_input(args, kwargs).unique(return_inverse=True)
         return F.embedding(where, self.renderer.render(self.name, self.fmt, rows))
+
+
+class _View(NamedTuple):
+    """How a saved tensor looks at the storage of a rendered matrix."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

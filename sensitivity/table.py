@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 from ..quantizers.files import atomic_path, write_json
 from ..quantizers.format import Format
+from .fusion import fuse
+from .shrinkage import Shrinkage
 
 SCHEMA = 1
 PROFILE_FILE = "profile.safetensors"  # its name in a run folder
@@ -59,6 +61,8 @@ class SensitivityTable:
         scores: float32 [N, U, F] per-sequence scores ``s`` with ``kl = mean(s**2)``, in
             sqrt(nats per token), signed where the metric is an inner product; None for metrics
             without samples.
+        diagonal: float64 [U, F], the shape that ``kl`` was shrunk toward
+            (:class:`.shrinkage.Shrinkage`), nats per token; None if ``kl`` is the plain mean.
         provenance: Model, calibration, metric, rounding, versions and fingerprint.
     """
 
@@ -68,13 +72,15 @@ class SensitivityTable:
     kl: NDArray[np.float64]
     stderr: NDArray[np.float64]
     scores: NDArray[np.float32] | None = None
+    diagonal: NDArray[np.float64] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that every array has the shape the names say."""
         shape = (len(self.units), len(self.formats))
-        for name, array in (("bytes", self.bytes), ("kl", self.kl), ("stderr", self.stderr)):
-            if array.shape != shape:
+        named = {"bytes": self.bytes, "kl": self.kl, "stderr": self.stderr}
+        for name, array in (named | {"diagonal": self.diagonal}).items():
+            if array is not None and array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
         if self.scores is not None and self.scores.shape[1:] != shape:
             raise ValueError(f"scores has shape {self.scores.shape}, expected (N, {shape}).")
@@ -91,6 +97,64 @@ class SensitivityTable:
         """Bytes of the plan that gives every unit the format ``fmt``."""
         return int(self.bytes[:, self.formats.index(fmt)].sum())
 
+    def merged(self, groups: Sequence[str]) -> SensitivityTable:
+        """Fuse units as ``find_units`` with these ``groups`` would, without profiling again.
+
+        Bytes add.  Signed per-sequence scores add, so that ``mean(s**2)`` keeps its cross terms,
+        and are shrunk again if they were: prices equal those of a profile made with the groups.
+        Unsigned scores (roots of prices) add as squares.  Without scores, prices add and standard
+        errors add in quadrature.  A format that any member lacks stays NaN.
+
+        Args:
+            groups: Fusion rules such as ``q_proj,k_proj,v_proj``.  One that matches nothing, or
+                only what is fused already, changes nothing.
+
+        Raises:
+            ValueError: If a rule is malformed, or its units were measured in no common format.
+        """
+        table = self
+        for rule in groups:
+            fused = fuse(table.units, rule)
+            if len(fused) < len(table.units):
+                table = table._with_sums(fused)
+        return table
+
+    def _with_sums(self, fused: Sequence[tuple[UnitInfo, Sequence[int]]]) -> SensitivityTable:
+        """The table of units that are the sums of the named rows."""
+        order = np.concatenate([members for _, members in fused])
+        sizes = np.array([len(members) for _, members in fused])
+        starts = np.append(0, sizes[:-1].cumsum())
+
+        def add(values: NDArray[Any], axis: int = 0) -> NDArray[Any]:
+            summed: NDArray[Any] = np.add.reduceat(values.take(order, axis), starts, axis)
+            return summed
+
+        units = tuple(unit for unit, _ in fused)
+        kl, stderr = add(self.kl), np.sqrt(add(self.stderr**2))
+        scores, diagonal = self.scores, self.diagonal
+        if scores is not None:
+            parts = scores.astype(np.float64)
+            signed = bool((parts < 0).any())
+            totals = add(parts, 1) if signed else np.sqrt(add(parts**2, 1))
+            # Ratios, as the mean of the squares is not always the price: negative traces count 0.
+            kl *= _ratio((totals**2).mean(axis=0), add((parts**2).mean(axis=0)))
+            stderr *= _ratio((totals**2).std(axis=0), np.sqrt(add((parts**2).var(axis=0))))
+            scores = totals.astype(np.float32)
+            if diagonal is not None:
+                diagonal = add(diagonal)
+                shrinkage = Shrinkage(scores, diagonal, [unit.kind for unit in units])
+                kl = np.where(np.isnan(kl), kl, shrinkage.prices())
+                stderr = np.where(np.isnan(kl), stderr, shrinkage.stderr())
+        return replace(
+            self,
+            units=units,
+            bytes=add(self.bytes),
+            kl=kl,
+            stderr=stderr,
+            scores=scores,
+            diagonal=diagonal,
+        )
+
     def save(self, path: Path) -> None:
         """Write ``path`` (safetensors, self-contained) and a readable ``.json`` beside it."""
         tensors: dict[str, NDArray[Any]] = {
@@ -100,6 +164,8 @@ class SensitivityTable:
         }
         if self.scores is not None:
             tensors["scores"] = self.scores
+        if self.diagonal is not None:
+            tensors["diagonal"] = self.diagonal
         header = {
             "schema": SCHEMA,
             "units": [asdict(unit) for unit in self.units],
@@ -148,6 +214,7 @@ class SensitivityTable:
                 kl=tensors["kl"],
                 stderr=tensors["stderr"],
                 scores=tensors.get("scores"),
+                diagonal=tensors.get("diagonal"),
                 provenance=header["provenance"],
             )
             table.check_consistent()
@@ -179,6 +246,11 @@ def stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArra
         [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
         dtype=np.int64,
     )
+
+
+def _ratio(value: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``value / base``, and 1 where the base is zero."""
+    return np.divide(value, base, out=np.ones_like(base), where=base > 0)
 
 
 def _unit(entry: dict[str, Any]) -> UnitInfo:

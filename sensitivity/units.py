@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from .fusion import fuse
 from .table import UnitInfo
 
 
@@ -95,7 +95,13 @@ def find_units(
         layer, kind = _locate(name, stack)
         units.append(UnitInfo(name, (name,), (shapes[name],), kind, layer, tuple(aliases[name])))
     for rule in groups:
-        units = _fuse(units, rule)
+        fused = fuse(units, rule)
+        if len(fused) == len(units):
+            raise ValueError(
+                f"--group {rule!r} matches nothing: no module has two of these children. "
+                f"A layer name looks like {units[0].name!r}."
+            )
+        units = [unit for unit, _ in fused]
     return tuple(units)
 
 
@@ -172,46 +178,3 @@ def _locate(name: str, stack: str | None) -> tuple[int | None, str]:
     if index is not None and prefix == stack and rest:
         return index, rest
     return None, name
-
-
-def _fuse(units: Sequence[UnitInfo], rule: str) -> list[UnitInfo]:
-    suffixes = [part.strip() for part in rule.split(",") if part.strip()]
-    if len(suffixes) < 2:
-        raise ValueError(f"--group {rule!r} needs at least two names, such as 'q_proj,k_proj'.")
-    members: dict[str, list[UnitInfo]] = {}
-    for parent, unit in _members(units, suffixes):
-        members.setdefault(parent, []).append(unit)
-    fused = {parent: found for parent, found in members.items() if len(found) > 1}
-    if not fused:
-        raise ValueError(
-            f"--group {rule!r} matches nothing: no module has two of these children. "
-            f"A layer name looks like {units[0].name!r}."
-        )
-    first = {found[0].name: _merge(parent, found) for parent, found in fused.items()}
-    absorbed = {unit.name for found in fused.values() for unit in found}
-    return [
-        first.get(unit.name, unit)
-        for unit in units
-        if unit.name in first or unit.name not in absorbed
-    ]
-
-
-def _members(units: Sequence[UnitInfo], suffixes: Sequence[str]) -> Iterator[tuple[str, UnitInfo]]:
-    for unit in units:
-        for suffix in suffixes:
-            if unit.name == suffix or unit.name.endswith("." + suffix):
-                yield unit.name[: -len(suffix)], unit
-
-
-def _merge(parent: str, found: Sequence[UnitInfo]) -> UnitInfo:
-    names = ",".join(unit.name[len(parent) :] for unit in found)
-    kind = found[0].kind
-    kind_parent = kind[: len(kind) - len(found[0].name[len(parent) :])]
-    return replace(
-        found[0],
-        name=f"{parent}{{{names}}}",
-        modules=tuple(name for unit in found for name in unit.modules),
-        shapes=tuple(shape for unit in found for shape in unit.shapes),
-        kind=f"{kind_parent}{{{names}}}",
-        aliases=tuple(name for unit in found for name in unit.aliases),
-    )

@@ -34,6 +34,8 @@ def certified(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     it has to drop states to stay within MAX_STATES and MAX_WORK, ``lower_bound`` is the least
     bound among the dropped ones, which still holds for every plan.
 
+    Limits besides the bytes are left to the ``highs`` solver.
+
     Args:
         problem: The table as arrays.
         max_bytes: The most bytes the plan may take.
@@ -48,6 +50,8 @@ def certified(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         multiple-choice knapsack problem".
     """
     problem.check_feasible(max_bytes)
+    if problem.constraints:
+        return SOLVERS.get("highs")(problem, max_bytes, seed=seed)
     best = problem.evaluate(problem.best_choice(), np.inf)
     if best.bytes <= max_bytes:
         return best
@@ -216,7 +220,7 @@ def _search(core: _Core, excess: float, tolerance: float) -> _Found:
         rest = np.maximum(core.completion(stage + 1, slack), core.cheapest[stage + 1])
         bound = cost + rest  # of plans that change at least one more unit
         live = np.flatnonzero(bound < best - tolerance)
-        live = live[_pareto(size[live], cost[live] - core.slope * size[live])]
+        live = live[pareto(size[live], cost[live] - core.slope * size[live])]
         work += len(size) + (len(core.rises[0]) + len(core.falls[0])) // 8
         room = MAX_STATES if work <= MAX_WORK else 0
         if len(live) > room:
@@ -232,7 +236,7 @@ def _search(core: _Core, excess: float, tolerance: float) -> _Found:
     return _Found(deviations, min(best, dropped), dropped < best - tolerance)
 
 
-def _pareto(size: NDArray[np.int64], loss: NDArray[np.float64]) -> NDArray[np.intp]:
+def pareto(size: NDArray[np.int64], loss: NDArray[np.float64]) -> NDArray[np.intp]:
     """intp, the states no other matches in both bytes and loss, in order of bytes."""
     order = np.lexsort((loss, size))
     ahead = np.minimum.accumulate(np.append(np.inf, loss[order]))[:-1]

@@ -1,4 +1,4 @@
-"""The same knapsack as a 0/1 program through PuLP, for CBC or any solver a user owns."""
+"""The same problem as a 0/1 program through PuLP, for CBC, HiGHS or any solver a user owns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import pulp
 
 from ...quantizers.files import atomic_path
+from ..conflicts import explain_infeasible
 from ..hull import lower_hull
 from ..problem import Problem, Solution
+from ..program import all_limits, excess, scaled_row, usable
 from . import SOLVERS
 
 OPTIMUM = 1e5  # scaled LP optimum: CBC ignores improvements of about 1e-5
@@ -18,37 +20,47 @@ SMALLEST_OPTIMUM = 1e-6  # of the largest loss: what is below may be rounding of
 
 @SOLVERS.register("ilp")
 def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
-    """Solve the knapsack to optimality with CBC; independent of bitplan's own solver.
+    """Solve a 0/1 program with PuLP (CBC, else HiGHS); independent of bitplan's own solver.
 
     Args:
-        problem: The table as arrays.
+        problem: The table as arrays, with its constraints.
         max_bytes: The most bytes the plan may take.
-        seed: CBC's random seed.
+        seed: The random seed of CBC or HiGHS.
 
     Returns:
-        A solution whose lower bound is its loss: CBC stops at a relative gap of zero.
+        A solution whose lower bound is its loss: the solver stops at a relative gap of zero.
 
     Raises:
-        ValueError: If nothing fits, CBC is missing, or it ends without an optimal solution.
+        ValueError: If nothing fits, no solver is installed, or it ends without an optimal
+            solution.
+
+    References:
+        Mitchell, O'Sullivan and Dunning (2011), "PuLP: a linear programming toolkit for Python";
+        Yao et al. (2021), "HAWQ-V3: dyadic neural network quantization", ICML: bits by ILP.
     """
     problem.check_feasible(max_bytes)
     program, take = _program(problem, max_bytes)
-    status = pulp.LpStatus[program.solve(_cbc(seed))]
+    solver = _installed_solver(seed)
+    status = pulp.LpStatus[program.solve(solver)]
+    if status == "Infeasible":
+        raise ValueError(explain_infeasible(problem, max_bytes))
     if status != "Optimal":
         raise ValueError(
-            f"CBC ended with the status {status!r} on {len(problem.units)} units. Use the "
-            "'certified' solver, or write the program for another one with write_ilp."
+            f"{solver.name} ended with the status {status!r} on {len(problem.units)} units. Use "
+            "the 'certified' solver, or write the program for another one with write_ilp."
         )
     choice = np.array(
         [max(options, key=lambda f: options[f].value() or 0.0) for options in take], dtype=np.intp
     )
-    solution = problem.evaluate(choice, np.inf)
-    if solution.bytes > max_bytes:
-        raise ValueError(
-            f"CBC's plan takes {solution.bytes - max_bytes:,} B more than the {max_bytes:,} B "
-            "allowed, within its own tolerance. Use the 'certified' solver, which counts exactly."
-        )
-    return solution
+    for limit in all_limits(problem, max_bytes):
+        over = excess(limit, choice)
+        if over:
+            raise ValueError(
+                f"{solver.name}'s plan exceeds {limit.name} <= {limit.limit:,} {limit.symbol} by "
+                f"{over:,.6g}, within its own tolerance. Use the 'certified' solver, which counts "
+                "exactly."
+            )
+    return problem.evaluate(choice, np.inf)
 
 
 def write_ilp(problem: Problem, max_bytes: int, path: Path) -> None:
@@ -71,12 +83,12 @@ def write_ilp(problem: Problem, max_bytes: int, path: Path) -> None:
 def _program(
     problem: Problem, max_bytes: int
 ) -> tuple[pulp.LpProblem, list[dict[int, pulp.LpVariable]]]:
-    """Least loss subject to one format per unit and the budget; variables by unit and format.
+    """Least loss subject to one format per unit and all limits; variables by unit and format.
 
     CBC's tolerances are absolute, so numbers count from each unit's least: bytes in units of
     their greatest common divisor, losses in units that make the LP optimum OPTIMUM.
     """
-    allowed = problem.allowed
+    allowed = usable(problem)
     smallest = problem.smallest_bytes()
     size = np.where(allowed, problem.bytes - smallest[:, None], 0)
     divisor = max(int(np.gcd.reduce(size, axis=None)), 1)
@@ -97,16 +109,26 @@ def _program(
         program += pulp.LpAffineExpression([(x, 1) for x in options.values()]) == 1, f"one_{u}"
     used = pulp.LpAffineExpression([(x, int(size[u, f]) // divisor) for u, f, x in entries])
     program += used <= (max_bytes - int(smallest.sum())) // divisor, "bytes"
+    for i, constraint in enumerate(problem.constraints):
+        row, room, _ = scaled_row(constraint, allowed)
+        terms = pulp.LpAffineExpression([(x, float(row[u, f])) for u, f, x in entries])
+        program += terms <= room, f"limit_{i}"
     return program, take
 
 
-def _cbc(seed: int) -> pulp.LpSolver:
-    """The CBC bundled with PuLP, else the one on the PATH; proves optimality, prints nothing."""
-    for path in (pulp.PULP_CBC_CMD.pulp_cbc_path, None):
-        solver = pulp.COIN_CMD(path=path, msg=False, gapRel=0, options=[f"randomCbcSeed {seed}"])
+def _installed_solver(seed: int) -> pulp.LpSolver:
+    """CBC, bundled with PuLP or on the PATH, else HiGHS; proves optimality, prints nothing."""
+    options = [f"randomCbcSeed {seed}"]
+    solvers = (
+        pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, gapRel=0, options=options),
+        pulp.COIN_CMD(msg=False, gapRel=0, options=options),
+        pulp.HiGHS(msg=False, gapRel=0, random_seed=seed),
+    )
+    for solver in solvers:
         if solver.available():
             return solver
     raise ValueError(
-        "PuLP brought no CBC for this machine and there is none on the PATH. Install CBC "
-        "(apt-get install coinor-cbc, brew install cbc) or use the 'certified' solver."
+        "PuLP brought no CBC for this machine, there is none on the PATH, and highspy is not "
+        "installed. Install CBC (apt-get install coinor-cbc, brew install cbc) or highspy (pip "
+        "install highspy), or use the 'certified' solver."
     )

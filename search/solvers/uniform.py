@@ -22,6 +22,7 @@ def uniform(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     Raises:
         ValueError: If no single format fits.
     """
+    problem.require_bytes_only("uniform")
     problem.check_feasible(max_bytes)
     choices = [problem.uniform_choice(f) for f in range(len(problem.formats))]
     plans = [problem.evaluate(choice, float("inf")) for choice in choices if choice is not None]

@@ -53,11 +53,14 @@ class Scores:
             the mean of ``values``.
         in_nats: Whether prices are nats per token of KL. If not, a scale is fitted to a few
             measured plans before the table is used.
+        diagonal: [U, F], a smooth shape, nats per token, that prices from signed ``values`` are
+            shrunk toward; None to take the values as they are.
     """
 
     values: NDArray[np.float32]
     signed: bool
     in_nats: bool
+    diagonal: NDArray[np.float64] | None = None
 
 
 Metric = Callable[[Task], Scores]

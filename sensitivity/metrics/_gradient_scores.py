@@ -1,55 +1,66 @@
-"""Per-sample inner products with the rendering errors, shared by the gradient metrics."""
+"""Per-sample products with the rendering errors, shared by the gradient metrics."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models import samples_in
-from ..probes import Factors, Upstream, check_reached, inner_products, positions_in, stream
+from ..probes import (
+    Factors,
+    Product,
+    Upstream,
+    check_reached,
+    gradient_products,
+    positions_in,
+    stream,
+)
 from . import Task
 
 
 def gradient_scores(
-    task: Task, upstream: Upstream, squared: bool = False, unlabelled: int = 0
-) -> NDArray[np.float32]:
-    """Scores of all samples, units and formats from one forward + backward pass per batch.
+    task: Task, upstream: Upstream, products: Sequence[Product], unlabelled: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Products of all samples, units and formats from one forward + backward pass per batch.
 
     Args:
         task: Model, units, formats and samples.
         upstream: The gradient at the logits.
-        squared: Sum of G^2 * dW^2 instead of the inner product <G, dW>.
+        products: The P products of gradients and errors, such as :func:`..probes.inner`.
         unlabelled: Positions per sample at which the upstream gradient is always zero.
 
     Returns:
-        float32 [N, U, F], normalized to sqrt(nats per token): <G, dW> / sqrt(2 T), or, when
-        ``squared``, to nats per token: sum(G^2 dW^2) / (2 T).
+        float64 [P, N, U, F], sums over the positions of a sample, and float64 [N, 1, 1], the
+        labelled positions T of every sample.
 
     Raises:
         ValueError: If a unit never influences the output, or a gradient is not finite.
     """
     index = task.unit_index()
-    scores = np.zeros((task.samples.count, len(task.units), len(task.formats)))
+    shape = (len(products), task.samples.count, len(task.units), len(task.formats))
+    scores = np.zeros(shape)
     reached: set[str] = set()
+    positions = np.zeros((task.samples.count, 1, 1))
     start = 0
     for batch in task.samples.batches:
         count = samples_in(batch)
-        rows = scores[start : start + count]
+        rows = scores[:, start : start + count]
 
         def visit(name: str, factors: Factors, rows: NDArray[np.float64] = rows) -> None:
-            products = inner_products(factors, task.renderer, name, task.formats, squared)
-            if not np.isfinite(products).all():
+            found = gradient_products(factors, task.renderer, name, task.formats, products)
+            if not np.isfinite(found).all():
                 raise ValueError(
                     f"The gradient of {name!r} is NaN or Inf on a calibration batch. Check the "
                     f"model there, or leave it out with --exclude {name!r}."
                 )
             reached.add(name)
-            rows[:, index[name]] += products
+            rows[:, :, index[name]] += found
 
-        logits = stream(task.model, task.renderer, batch, upstream, visit)
-        positions = positions_in(logits) - unlabelled
-        rows /= 2 * positions if squared else np.sqrt(2 * positions)
+        logits = stream(task.model, task.renderer, batch, (upstream, visit))
+        positions[start : start + count] = positions_in(logits) - unlabelled
         start += count
         task.advance(count)
     check_reached(task.renderer.names, reached)
-    return scores.astype(np.float32)
+    return scores, positions

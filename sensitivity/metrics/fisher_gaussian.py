@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from ..probes import gaussian_upstream
+from ..probes import gaussian_upstream, inner
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -22,4 +23,5 @@ def fisher_gaussian(task: Task) -> Scores:
         Hutchinson (1989); Dangel, Kunstner & Hennig (2020), BackPACK, on sampled GGN factors.
     """
     generator = torch.Generator().manual_seed(task.seed)
-    return Scores(gradient_scores(task, gaussian_upstream(generator)), signed=True, in_nats=True)
+    (scores,), positions = gradient_scores(task, gaussian_upstream(generator), [inner])
+    return Scores((scores / np.sqrt(2 * positions)).astype(np.float32), signed=True, in_nats=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from ..probes import data_upstream
+from ..probes import data_upstream, squared
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -25,5 +26,5 @@ def gradient(task: Task) -> Scores:
     generator = torch.Generator().manual_seed(task.seed)
     upstream = data_upstream(generator, task.model.is_language_model)
     unlabelled = 1 if task.model.is_language_model else 0
-    scores = gradient_scores(task, upstream, squared=True, unlabelled=unlabelled)
-    return Scores(scores, signed=False, in_nats=True)
+    (scores,), positions = gradient_scores(task, upstream, [squared], unlabelled)
+    return Scores((scores / (2 * positions)).astype(np.float32), signed=False, in_nats=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models import samples_in
-from ..probes import check_reached, module_input, positions_in
-from ..rendering import Rows, first_input, map_errors
+from ..rendering import Rows, map_errors
 from . import METRICS, Scores, Task
+from ._input_moments import input_moments
 
 
 @METRICS.register("salience")
@@ -30,7 +27,7 @@ def salience(task: Task) -> Scores:
     References:
         Frantar et al. (2023), GPTQ, Eq. 1; Nagel et al. (2020), AdaRound, Sec. 3.
     """
-    moments, positions = _second_moments(task)
+    moments, positions = input_moments(task, lambda x: torch.einsum("pgc,pgd->gcd", x, x))
     values = np.zeros((1, len(task.units), len(task.formats)))
     index = task.unit_index()
     for (name, _), moment in moments.items():
@@ -52,40 +49,3 @@ def _output_error(moment: Tensor, count: int, rows: Rows, errors: Tensor) -> Ten
         return ((errors @ moment[0]) * errors).sum((1, 2))
     group = torch.arange(count, device=errors.device)[rows] // (count // len(moment))
     return torch.einsum("frc,rcd,frd->f", errors, moment[group], errors)
-
-
-def _second_moments(task: Task) -> tuple[dict[tuple[str, type], Tensor], int]:
-    """Sum of x x' over all positions per matrix and kind of use, and the number of positions."""
-    moments: dict[tuple[str, type], Tensor] = {}
-
-    def collect(name: str) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Tensor
-        ) -> None:
-            x = module_input(module, first_input(args, kwargs), samples=1)[0]
-            if x.is_floating_point():
-                moment = torch.einsum("pgc,pgd->gcd", x, x)
-            else:
-                vocabulary = task.renderer.weight(name).shape[0]
-                moment = torch.bincount(x, minlength=vocabulary).float()
-            key = (name, type(module))
-            moments[key] = moments[key] + moment if key in moments else moment
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(collect(name), with_kwargs=True)
-        for name, module in task.renderer.hooked_modules()
-    ]
-    positions = 0
-    try:
-        with torch.no_grad():
-            for batch in task.samples.batches:
-                logits = task.model.logits(batch)
-                positions += logits.shape[0] * positions_in(logits)
-                task.advance(samples_in(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    check_reached(task.renderer.names, (name for name, _ in moments))
-    return moments, positions

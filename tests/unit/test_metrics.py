@@ -8,6 +8,7 @@ from torch import nn
 
 from bitplan.sensitivity.metrics import METRICS, Task
 from bitplan.sensitivity.models import LoadedModel, Workload
+from bitplan.sensitivity.probes import label_upstream
 from bitplan.sensitivity.profile import profile
 from bitplan.tests.toys import FORMATS, softmax_regression, task
 
@@ -90,3 +91,73 @@ def test_scale_of_a_metric_without_units_is_fitted_to_measured_kl() -> None:
         table = profile(module, batches, formats, metric=metric)
         ratio[metric] = table.kl[:, 2].sum()
     assert 0.5 < ratio["weight_mse"] / ratio["fisher"] < 2
+
+
+def test_imatrix_weighs_columns_by_their_inputs() -> None:
+    model, batches = softmax_regression()
+    work = task(model, batches)
+    second = torch.cat(batches).square().mean(0)
+    expected = [float((e.square() * second).sum()) for e in errors(work)]
+    np.testing.assert_allclose(METRICS.get("imatrix")(work).values[0, 0], expected, rtol=1e-4)
+
+
+def label_gradients(work: Task) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """x and delta of every sample, with the labels the metric itself draws."""
+    generator = torch.Generator().manual_seed(work.seed)
+    pairs = []
+    for x in work.samples.batches:
+        assert isinstance(x, torch.Tensor)
+        logits = work.model.logits(x)
+        delta = label_upstream(generator)(logits, x)
+        pairs += [(x[i], delta[i, 0]) for i in range(len(x))]
+    return pairs
+
+
+def test_gradient_scores_are_their_formulas() -> None:
+    work = task(*softmax_regression(6))
+    expected: dict[str, list[list[float]]] = {
+        name: [] for name in ("fisher_probe", "fisher_diagonal", "fisher_trace", "taylor")
+    }
+    outputs = []
+    for x, delta in label_gradients(work):
+        gradient = torch.outer(delta, x)
+        expected["fisher_probe"].append(
+            [float((gradient * e).sum()) / 2**0.5 for e in errors(work)]
+        )
+        expected["fisher_diagonal"].append(
+            [float((gradient**2 * e**2).sum()) / 2 for e in errors(work)]
+        )
+        expected["fisher_trace"].append(
+            [float(gradient.square().sum() * e.square().mean()) / 2 for e in errors(work)]
+        )
+        expected["taylor"].append([float((gradient * e).abs().sum()) for e in errors(work)])
+        outputs.append([float(((e @ x) * delta).square().sum()) for e in errors(work)])
+    for name, values in (*expected.items(), ("output_fisher", outputs)):
+        found = METRICS.get(name)(work).values[:, 0]
+        np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-7, err_msg=name)
+
+
+def test_output_fisher_of_grouped_convolution_and_embedding() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1)).requires_grad_(False)
+    model = LoadedModel(
+        "toy", module, "float32", Workload(module, logits=lambda y: y.permute(0, 2, 3, 1))
+    )
+    x = torch.randn(2, 4, 5, 5)
+    work = task(model, [x])
+    delta = label_upstream(torch.Generator().manual_seed(work.seed))(model.logits(x), x)
+    upstream = delta.view(2, 5, 5, 8).permute(0, 3, 1, 2)
+    for f, error in enumerate(errors(work)):
+        change = nn.functional.conv2d(x, error.view(8, 2, 3, 3), padding=1, groups=2)
+        expected = (change * upstream).square().sum((1, 2, 3)) / 25
+        found = METRICS.get("output_fisher")(work).values[:, 0, f]
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3)
+
+    table = nn.Sequential(nn.Embedding(10, 32)).requires_grad_(False)
+    ids = torch.tensor([[1, 1, 4], [0, 9, 9]])
+    work = task(LoadedModel("toy", table, "float32", Workload(table)), [ids])
+    delta = label_upstream(torch.Generator().manual_seed(work.seed))(work.model.logits(ids), ids)
+    for f, error in enumerate(errors(work)):
+        expected = (error[ids] * delta).square().sum((1, 2)) / 3
+        found = METRICS.get("output_fisher")(work).values[:, 0, f]
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3)

@@ -17,7 +17,8 @@ from bitplan.sensitivity.probes import (
     Upstream,
     data_upstream,
     gaussian_upstream,
-    inner_products,
+    gradient_products,
+    inner,
     label_upstream,
     stream,
 )
@@ -77,9 +78,9 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
     found = {unit.name: np.zeros((3, len(FORMATS))) for unit in units}
 
     def visit(name: str, factors: Factors) -> None:
-        found[name] += inner_products(factors, renderer, name, FORMATS)
+        found[name] += gradient_products(factors, renderer, name, FORMATS, [inner])[0]
 
-    stream(model, renderer, batch, lambda _logits, _batch: upstream_gradient, visit)
+    stream(model, renderer, batch, (lambda _logits, _batch: upstream_gradient, visit))
 
     modules = dict(model.module.named_modules())
     for unit in units:
@@ -101,7 +102,7 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
 def test_weights_collect_no_gradient() -> None:
     model = load(Tied)
     renderer = Renderer(model.module, find_units(model.module))
-    stream(model, renderer, torch.zeros(2, 3, dtype=torch.long), lambda z, _: z, lambda *_: None)
+    stream(model, renderer, torch.zeros(2, 3, dtype=torch.long), (lambda z, _: z, lambda *_: None))
     assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from bitplan.quantizers.format import Format
+from bitplan.sensitivity.calibration import calibration_samples
+from bitplan.sensitivity.models import LoadedModel
+from bitplan.sensitivity.profile import profile
 from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
 
 
@@ -21,7 +26,7 @@ def table() -> SensitivityTable:
     scores = np.ones((3, 2, 2), dtype=np.float32)
     formats = ("int4-g32", "int8-g32")
     size = stored_bytes(units, [Format.parse(name) for name in formats])
-    return SensitivityTable(units, formats, size, kl, kl / 10, scores, {"seed": 1})
+    return SensitivityTable(units, formats, size, kl, kl / 10, scores, provenance={"seed": 1})
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -79,3 +84,83 @@ def test_shapes_and_unmeasured_units_are_checked() -> None:
         SensitivityTable(good.units, good.formats, good.bytes, good.kl[:1], good.stderr)
     with pytest.raises(ValueError, match="Unit 'a' has no measured format"):
         SensitivityTable(good.units, good.formats, good.bytes, good.kl * np.nan, good.stderr)
+
+
+GROUPS = ("q_proj,k_proj,v_proj", "gate_proj,up_proj")
+
+
+@pytest.mark.parametrize("metric", ["fisher", "fisher_probe", "gradient"])
+def test_merging_equals_profiling_with_groups(tiny: LoadedModel, metric: str) -> None:
+    formats = ("int2-g32", "int4-g64-asym", "bf16")
+    samples = calibration_samples(tiny, sequences=12, length=48)
+    together = profile(tiny, samples, formats, metric=metric, groups=GROUPS)
+    merged = profile(tiny, samples, formats, metric=metric).merged(GROUPS)
+    assert merged.units == together.units
+    assert (merged.bytes == together.bytes).all()
+    assert merged.scores is not None
+    assert together.scores is not None
+    np.testing.assert_allclose(merged.scores, together.scores, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(merged.kl, together.kl, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(merged.stderr, together.stderr, rtol=1e-5, atol=1e-12)
+    assert merged.weights == together.weights
+
+
+def rows(scores: Any, kl: Any, stderr: Any) -> SensitivityTable:
+    """Units ``a.q``, ``b``, ``a.k`` in one format."""
+    units = tuple(UnitInfo(n, (n,), ((4, 8),), n[-1], 0) for n in ("a.q", "b", "a.k"))
+    size = stored_bytes(units, [Format.parse("int4-g32")])
+    return SensitivityTable(units, ("int4-g32",), size, kl, stderr, scores, provenance={"seed": 1})
+
+
+def test_signed_scores_add_with_their_cross_terms() -> None:
+    s = np.array([[1.0, 3.0, -2.0], [2.0, 1.0, 2.0]])[..., None]
+    kl = (s**2).mean(axis=0)
+    stderr = (s**2).std(axis=0, ddof=1) / 2**0.5
+    merged = rows(s.astype(np.float32), kl, stderr).merged(["q,k"])
+    assert [(u.name, u.kind) for u in merged.units] == [("a.{q,k}", "{q,k}"), ("b", "b")]
+    assert merged.scores is not None
+    assert merged.scores[:, 0, 0].tolist() == [-1.0, 4.0]
+    assert merged.kl[:, 0].tolist() == pytest.approx([(1 + 16) / 2, kl[1, 0]])
+    assert merged.stderr[:, 0].tolist() == pytest.approx([15 / 2, stderr[1, 0]])
+    assert merged.provenance == {"seed": 1}
+
+
+def test_without_scores_prices_add_and_errors_add_in_quadrature() -> None:
+    kl, stderr = np.array([[1.0], [2.0], [4.0]]), np.array([[0.3], [0.1], [0.4]])
+    merged = rows(None, kl, stderr).merged(["q,k"])
+    assert merged.kl[:, 0].tolist() == [5.0, 2.0]
+    assert merged.stderr[:, 0].tolist() == pytest.approx([0.5, 0.1])
+    assert merged.bytes[:, 0].tolist() == [48, 24]
+
+
+def test_a_format_that_one_member_lacks_stays_closed() -> None:
+    two = table()
+    units = tuple(
+        replace(u, name=n, modules=(n,), shapes=((4, 8),))
+        for u, n in zip(two.units, "qk", strict=True)
+    )
+    merged = replace(two, units=units).merged(["q,k"])
+    assert np.isnan(merged.kl).tolist() == [[False, True]]
+
+
+def test_rules_that_match_nothing_or_what_is_fused_change_nothing() -> None:
+    kl = np.ones((3, 1))
+    once = rows(None, kl, kl).merged(["q,k", "gate,up"])
+    again = once.merged(["q,k", "x,y"])
+    assert again.units == once.units
+    assert (again.kl == once.kl).all()
+    with pytest.raises(ValueError, match="needs at least two names"):
+        once.merged(["q"])
+
+
+def test_a_fused_unit_takes_part_with_all_its_matrices() -> None:
+    names = ("m.q", "m.k", "m.v")
+    units = tuple(UnitInfo(n, (n,), ((4, 8),), n[2:], 0) for n in names)
+    size = stored_bytes(units, [Format.parse("int4-g32")])
+    kl = np.ones((3, 1))
+    apart = SensitivityTable(units, ("int4-g32",), size, kl, kl)
+    merged = apart.merged(["q,v"]).merged(["q,k,v"])
+    assert [(u.name, u.kind, u.modules) for u in merged.units] == [
+        ("m.{q,v,k}", "{q,v,k}", ("m.q", "m.v", "m.k"))
+    ]
+    assert merged.kl[0, 0] == 3

@@ -1,0 +1,147 @@
+"""Linear costs besides bytes: bit operations, and a device's measured latency."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
+
+from ..quantizers.files import read_json_text
+from ..quantizers.format import Format
+from ..sensitivity.fusion import module_kinds
+from ..sensitivity.table import SensitivityTable
+from .matching import Names
+from .problem import Constraint
+
+ACTIVATION_BITS = 16
+LatencyTable = Mapping[str, Mapping[str, float]]  # unit or glob -> format or glob -> milliseconds
+
+_TABLE = TypeAdapter(dict[str, dict[str, NonNegativeFloat]])
+_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_GLOB, _KIND, _NAME = 0, 2, 4  # how specific a pattern is; a format named exactly adds one
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)")
+
+
+def bit_operations(table: SensitivityTable, limit: float) -> Constraint:
+    """BOPs per token: weights x bits per code x 16-bit activations, summed over the units.
+
+    For a convolution it is per output position.  Every weight counts as used once, so routed
+    experts and embeddings (which are looked up, not multiplied) count in full.
+
+    Args:
+        table: The sensitivity table.
+        limit: The most BOPs.
+
+    References:
+        Wang et al. (2020), "Differentiable joint pruning and quantization" (BOPs).
+    """
+    bits = np.array([Format.parse(name).bits for name in table.formats], dtype=np.float64)
+    weights = np.array([unit.weights for unit in table.units], dtype=np.float64)
+    return Constraint("BOPs", ACTIVATION_BITS * weights[:, None] * bits, float(limit))
+
+
+def parse_count(text: str) -> float:
+    """Read a count such as ``12G``: k, M, G and T are powers of a thousand.
+
+    >>> parse_count("1.5k")
+    1500.0
+
+    Raises:
+        ValueError: If it is no positive count.
+    """
+    match = _COUNT.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"Cannot read {text!r} as a count. Write a positive one such as 12G.")
+    return float(match[1]) * _MULTIPLES[match[2]]
+
+
+def read_latency(path: Path) -> LatencyTable:
+    """Read ``{"unit or glob": {"format or glob": milliseconds}}``.
+
+    Raises:
+        ValueError: If the file is missing, is not JSON, or holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"No latency table at {path}.")
+    try:
+        return _TABLE.validate_python(json.loads(read_json_text(path, "latency table")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " -> ".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(
+            f"{path} is no latency table: {where}: {first['msg']}. Write "
+            '{"unit or glob": {"format or glob": milliseconds}}.'
+        ) from error
+
+
+def latency(
+    table: SensitivityTable, allowed: NDArray[np.bool_], times: LatencyTable, limit: float
+) -> Constraint:
+    """Total time of the units in milliseconds, from a table of measured times.
+
+    A pattern names modules by name, alias, kind or glob.  The most specific entry counts: a name
+    over a kind over a glob, then a format's name over a glob, then the later one.  A fused unit
+    takes the time of an entry that names it (or its kind) whole, otherwise the sum over its
+    modules.
+
+    Args:
+        table: The sensitivity table.
+        allowed: bool [U, F], the options that need a time.
+        times: The measured times.
+        limit: The most milliseconds.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or an allowed option has no time.
+    """
+    parts = [
+        (u, (module, *(unit.aliases if len(unit.modules) == 1 else ())), kind)
+        for u, unit in enumerate(table.units)
+        for module, kind in zip(unit.modules, module_kinds(unit), strict=True)
+    ]
+    fused = [u for u, unit in enumerate(table.units) if len(unit.modules) > 1]
+    wholes = [(u, (table.units[u].name,), table.units[u].kind) for u in fused]
+    found, level = _look_up([*parts, *wholes], table.formats, times)
+    cost = np.zeros(table.kl.shape)
+    np.add.at(cost, [u for u, _, _ in parts], found[: len(parts)])
+    named = level[len(parts) :] >= _KIND
+    cost[fused] = np.where(named, found[len(parts) :], cost[fused])
+    gaps = allowed & np.isnan(cost)
+    if gaps.any():
+        u, f = (int(i) for i in np.argwhere(gaps)[0])
+        raise ValueError(
+            f"The latency table has no time for {table.units[u].name!r} in {table.formats[f]} "
+            f"({gaps.sum():,} such gaps). Add an entry, or one for '*' as the default."
+        )
+    return Constraint("latency", np.nan_to_num(cost), float(limit), "ms")
+
+
+def _look_up(
+    rows: Sequence[tuple[int, tuple[str, ...], str]], formats: Sequence[str], times: LatencyTable
+) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+    """Milliseconds [R, F] of rows (unit, names, kind), NaN without an entry, and how specific."""
+    everything = Names([(*names, kind) for _, names, kind in rows])
+    by_name = Names([names for _, names, _ in rows])
+    by_kind = Names([(kind,) for _, _, kind in rows])
+    found = np.full((len(rows), len(formats)), np.nan)
+    level = np.full(found.shape, -1, dtype=np.int8)
+    for pattern, entries in times.items():
+        matched = everything.find(pattern, "--latency")
+        specific = np.where(by_kind.exact(pattern), _KIND, _GLOB)
+        specific = np.where(by_name.exact(pattern), _NAME, specific)
+        for fmt, milliseconds in entries.items():
+            columns = np.array([name == fmt or fnmatchcase(name, fmt) for name in formats])
+            if not (columns.any() or set(fmt) & set("*?[")):
+                Format.parse(fmt)  # one that was not profiled is fine, a misspelt one is not
+            rank = specific + np.array([name == fmt for name in formats])[:, None]
+            taken = matched & columns[:, None] & (rank >= level.T)
+            found.T[taken] = milliseconds
+            level.T[taken] = rank[taken]
+    return found, level

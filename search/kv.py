@@ -1,0 +1,267 @@
+"""The KV cache in the same search: one more row per layer, with its own widths as columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantizers.files import read_json_text, write_json
+from .budget import format_bytes
+from .problem import Constraint, Problem
+
+SCHEMA = 1
+KIND = "kv_cache"
+T = TypeVar("T", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class KVTable:
+    """What the key/value cache of every layer costs at every width.
+
+    Attributes:
+        layers: Names of the L layers that keep a cache (``model.layers.0``).
+        bits: The B widths, 16 for a cache that is not quantized.
+        bytes_per_token: int64 [L, B], bytes per token of one sequence, scales included.
+        kl: float64 [L, B], predicted KL increase in nats per token; 0 at the original width.
+        stderr: float64 [L, B], standard error of ``kl``.
+        scores: float32 [N, L, B], per-sequence scores with ``kl = mean(scores**2)``, in sqrt(nats
+            per token), on the sequences of the weights' table; None if there are none.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    bytes_per_token: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    scores: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes and values.
+
+        Raises:
+            ValueError: If a shape is not that of layers and bits, or a number cannot be.
+        """
+        shape = (len(self.layers), len(self.bits))
+        scores = np.zeros((1, *shape)) if self.scores is None else self.scores
+        arrays = {"bytes_per_token": self.bytes_per_token, "kl": self.kl, "stderr": self.stderr}
+        if scores.ndim != 3:
+            raise ValueError(f"scores has shape {scores.shape}, expected (N, {shape}).")
+        for name, array in (arrays | {"scores": scores[0]}).items():
+            if array.shape != shape or 0 in shape:
+                raise ValueError(f"{name} has shape {array.shape}, expected {shape}, not empty.")
+            if not np.isfinite(array).all() or (name != "scores" and (array < 0).any()):
+                raise ValueError(f"{name} of a KV table must be finite and not negative.")
+        if len(set(self.layers)) < len(self.layers) or len(set(self.bits)) < len(self.bits):
+            raise ValueError("A layer or a width is twice in the KV table.")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The widths as names of formats: ``kv16``, ``kv8`` ..."""
+        return tuple(f"kv{bits}" for bits in self.bits)
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, atomically."""
+        write_json(
+            path,
+            {
+                "schema": SCHEMA,
+                "layers": self.layers,
+                "bits": self.bits,
+                "bytes_per_token": self.bytes_per_token.tolist(),
+                "kl": self.kl.tolist(),
+                "stderr": self.stderr.tolist(),
+                "scores": None if self.scores is None else self.scores.tolist(),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> KVTable:
+        """Read a table written by :meth:`save`.
+
+        Raises:
+            ValueError: If the file is missing, or not such a table.
+        """
+        if not path.is_file():
+            raise ValueError(f"No KV table at {path}.")
+        try:
+            data = json.loads(read_json_text(path, "KV table"))
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+            scores = data["scores"]
+            return cls(
+                layers=tuple(data["layers"]),
+                bits=tuple(data["bits"]),
+                bytes_per_token=np.array(data["bytes_per_token"], dtype=np.int64),
+                kl=np.array(data["kl"], dtype=np.float64),
+                stderr=np.array(data["stderr"], dtype=np.float64),
+                scores=None if scores is None else np.array(scores, dtype=np.float32),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no sound KV table ({error}). Measure it again.") from error
+
+
+def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:
+    """Add one row per layer's cache and one column per width to a problem over weights.
+
+    Weights cannot take cache widths, nor caches weight formats.  Caches cost bytes and KL only:
+    nothing of further constraints.  ``weights`` becomes 0, as bytes then hold more than weights,
+    and the oracle is dropped, as it measures weights only.  Per-sequence scores are kept when
+    both tables have them for the same number of sequences.
+
+    Args:
+        problem: The weights, U units x F formats.
+        kv: The caches, L layers x B widths.
+        context: Tokens per sequence.
+        batch: Sequences held at the same time.
+
+    Returns:
+        U + L units (``model.layers.0.kv_cache``, of kind ``kv_cache``) x F + B formats.
+
+    Raises:
+        ValueError: If the context or batch is not positive.
+    """
+    if context < 1 or batch < 1:
+        raise ValueError(
+            f"A KV cache of {context} tokens x {batch} sequences: both must be at least 1."
+        )
+    rows, columns = len(kv.layers), len(kv.bits)
+    size = kv.bytes_per_token * (context * batch)
+    scores = None
+    if (
+        problem.scores is not None
+        and kv.scores is not None
+        and len(problem.scores) == len(kv.scores)
+    ):
+        scores = np.pad(problem.scores, ((0, 0), (0, rows), (0, columns)))
+        scores[:, -rows:, -columns:] = kv.scores
+    weights = problem.unit_weights
+    return replace(
+        problem,
+        units=(*problem.units, *(f"{layer}.{KIND}" for layer in kv.layers)),
+        formats=(*problem.formats, *kv.formats),
+        bytes=_diagonal(problem.bytes, size, 0),
+        loss=_diagonal(problem.loss, kv.kl, np.inf),
+        weights=0,
+        unit_weights=None if weights is None else np.pad(weights, (0, rows)),
+        kinds=(*problem.kinds, *(KIND for _ in kv.layers)) if problem.kinds else (),
+        layers=(*problem.layers, *map(_layer_index, kv.layers)) if problem.layers else (),
+        scores=scores,
+        constraints=tuple(
+            Constraint(c.name, np.pad(c.cost, ((0, rows), (0, columns))), c.limit, c.symbol)
+            for c in problem.constraints
+        ),
+        oracle=None,
+    )
+
+
+def split_choice(
+    problem: Problem, choice: NDArray[np.intp], units: int
+) -> tuple[NDArray[np.intp], dict[str, int]]:
+    """Part a choice of a problem with caches.
+
+    Args:
+        problem: The problem :func:`with_kv` returned.
+        choice: intp [U + L].
+        units: U, the number of weight units.
+
+    Returns:
+        The weights' choice, intp [U], whose indices are those of the weights' table, and the
+        cache's bits by layer.
+    """
+    layers = (name.removesuffix(f".{KIND}") for name in problem.units[units:])
+    widths = (int(problem.formats[f].removeprefix("kv")) for f in choice[units:].tolist())
+    return choice[:units], dict(zip(layers, widths, strict=True))
+
+
+def uniform_choices(problem: Problem) -> dict[str, NDArray[np.intp]]:
+    """Every plan with one format for all weights and one width for all caches, by name.
+
+    Names are ``int4-g64`` without caches and ``int4-g64 + kv8`` with them.  Units that may take
+    only one format keep it.
+    """
+    caches = _caches(problem)
+    if not caches.any():
+        return dict(_uniform_rows(problem, ~caches))
+    plans = {}
+    for name, weights in _uniform_rows(problem, ~caches):
+        for width, widths in _uniform_rows(problem, caches):
+            plans[f"{name} + {width}"] = choice = np.empty(len(caches), dtype=np.intp)
+            choice[~caches], choice[caches] = weights, widths
+    return plans
+
+
+def memory_budget(problem: Problem, memory: int, outside_bytes: int, context: int) -> int:
+    """The most bytes weights and caches may take together in a device's memory.
+
+    Activations and the runtime's own workspace come on top.
+
+    Args:
+        problem: The problem :func:`with_kv` returned.
+        memory: Bytes of the device.
+        outside_bytes: Bytes of the model outside the units, which are there as well.
+        context: Tokens per sequence, for the error.
+
+    Raises:
+        ValueError: If even the smallest plan does not fit; with every part, and the longest
+            context that does.
+    """
+    smallest = problem.smallest_bytes()
+    caches = _caches(problem)
+    weights, cache = int(smallest[~caches].sum()), int(smallest[caches].sum())
+    missing = weights + cache + outside_bytes - memory
+    if missing > 0:
+        room = max(memory - weights - outside_bytes, 0)
+        longest = context * room // cache if cache else 0
+        raise ValueError(
+            f"{format_bytes(memory)} of memory are {format_bytes(missing)} too little: the "
+            f"smallest weights take {format_bytes(weights)}, the rest of the model "
+            f"{format_bytes(outside_bytes)} and the smallest KV cache at {context:,} tokens "
+            f"{format_bytes(cache)}. "
+            + (
+                f"Raise --vram, shorten --context (at most {longest:,} tokens fit) or lower "
+                "--batch."
+                if longest
+                else "No context fits: raise --vram or allow formats with fewer bits."
+            )
+        )
+    return memory - outside_bytes
+
+
+def _caches(problem: Problem) -> NDArray[np.bool_]:
+    """bool [U + L], which rows are caches."""
+    return np.array([name.endswith(f".{KIND}") for name in problem.units])
+
+
+def _diagonal(top: NDArray[T], bottom: NDArray[T], fill: float) -> NDArray[T]:
+    """The block matrix [[top, fill], [fill, bottom]]."""
+    rows, columns = np.add(top.shape, bottom.shape)
+    blocks: NDArray[T] = np.full((rows, columns), fill, dtype=top.dtype)
+    blocks[: len(top), : top.shape[1]] = top
+    blocks[len(top) :, top.shape[1] :] = bottom
+    return blocks
+
+
+def _uniform_rows(
+    problem: Problem, rows: NDArray[np.bool_]
+) -> Iterator[tuple[str, NDArray[np.intp]]]:
+    part = Problem(
+        tuple(np.array(problem.units)[rows]),
+        problem.formats,
+        problem.bytes[rows],
+        problem.loss[rows],
+    )
+    for f, name in enumerate(problem.formats):
+        choice = part.uniform_choice(f)
+        if choice is not None:
+            yield name, choice
+
+
+def _layer_index(name: str) -> int | None:
+    last = name.rsplit(".", 1)[-1]
+    return int(last) if last.isdigit() else None

@@ -1,0 +1,267 @@
+"""Everything that restricts a search besides bytes: which formats a unit may take, and costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantizers.format import Format
+from ..sensitivity.fusion import fuse
+from ..sensitivity.table import SensitivityTable, UnitInfo
+from .costs import LatencyTable, bit_operations, latency, read_latency
+from .matching import format_index, nearest, unit_names
+from .problem import Constraint, Problem
+from .rules import Rules
+
+_BARE = re.compile(r"int([1-8])")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a plan may not do, besides taking too many bytes.
+
+    Globs match unit, module or alias names, and kinds (``mlp.up_proj``: that matrix of every
+    layer); a glob on one module of a fused unit means the unit.
+
+    Attributes:
+        formats: The formats that units without a pin may take; None for all of the profile.
+        pins: Glob -> the only format; later pins override earlier ones.
+        bans: Glob -> globs on formats that must not be taken.
+        at_least: Glob -> the least bits per code, as a format: ``int6`` allows int6, int8, bf16.
+        at_most: Glob -> the most bits per code.
+        max_bops: Most bit operations per token; see :func:`costs.bit_operations`.
+        latency: Measured milliseconds, or the JSON file that holds them; needs ``max_ms``.
+        max_ms: Most milliseconds of all units together; needs ``latency``.
+        rules: What the runtime the plan is for can run: ``Rules.load("vllm")``.
+    """
+
+    formats: tuple[str, ...] | None = None
+    pins: Mapping[str, str] = field(default_factory=dict)
+    bans: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_least: Mapping[str, str] = field(default_factory=dict)
+    at_most: Mapping[str, str] = field(default_factory=dict)
+    max_bops: float | None = None
+    latency: Path | LatencyTable | None = None
+    max_ms: float | None = None
+    rules: Rules | None = None
+
+    def __post_init__(self) -> None:
+        """Check what needs no table.
+
+        Raises:
+            ValueError: If only one of ``latency`` and ``max_ms`` is given.
+        """
+        if (self.latency is None) != (self.max_ms is None):
+            both = "--max-ms", "--latency"
+            given, missing = both if self.latency is None else reversed(both)
+            raise ValueError(f"{given} needs {missing}: a table of times and the most they may be.")
+
+    def fused(self, table: SensitivityTable) -> SensitivityTable:
+        """The table with the units fused that the runtime runs as one matrix."""
+        return table.merged(self.rules.fusion_groups) if self.rules else table
+
+
+def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
+    """Turn a table and limits into arrays; format indices stay those of the table.
+
+    Raises:
+        ValueError: If a glob matches nothing, a format is unknown, the runtime fuses units that
+            the table has apart, a time is missing, or a unit is left without a format.
+    """
+    problem = Problem.from_table(table, limits.pins, limits.formats)
+    if limits.rules:
+        _check_fused(table, limits.rules)
+    refusals = list(_refusals(table, limits))
+    allowed = problem.allowed.copy()
+    for refusal in refusals:
+        allowed &= ~refusal.mask
+    closed = np.flatnonzero(~allowed.any(axis=1))
+    if len(closed):
+        raise ValueError(_why_closed(table, limits, closed, problem.allowed, refusals))
+    return replace(
+        problem,
+        loss=np.where(allowed, problem.loss, np.inf),
+        constraints=tuple(_constraints(table, limits, allowed)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A limit as the user wrote it, and the options it refuses: bool [U, F]."""
+
+    text: str
+    mask: NDArray[np.bool_]
+
+
+def _refusals(table: SensitivityTable, limits: Limits) -> Iterator[_Refusal]:
+    names = unit_names(table.units)
+    bits = np.array([Format.parse(name).bits for name in table.formats])
+    for glob, patterns in limits.bans.items():
+        units = names.find(glob, "--ban")
+        for pattern in patterns:
+            banned = _matching_formats(table, pattern)
+            yield _Refusal(f"--ban '{glob}={pattern}'", units[:, None] & banned)
+    for glob, name in limits.at_least.items():
+        low = bits < _bits(table, name)
+        yield _Refusal(f"--min '{glob}={name}'", names.find(glob, "--min")[:, None] & low)
+    for glob, name in limits.at_most.items():
+        high = bits > _bits(table, name)
+        yield _Refusal(f"--max '{glob}={name}'", names.find(glob, "--max")[:, None] & high)
+    if limits.rules:
+        yield _Refusal(f"--for {limits.rules.name}", _refused(table, limits.rules))
+
+
+def _matching_formats(table: SensitivityTable, pattern: str) -> NDArray[np.bool_]:
+    found = np.array([fnmatchcase(name, pattern) for name in table.formats])
+    if pattern == "keep":
+        found[format_index(table, pattern)] = True
+    if not found.any():
+        raise ValueError(
+            f"--ban {pattern!r} matches no format of the profile.{nearest(pattern, table.formats)} "
+            f"It has {', '.join(table.formats)}."
+        )
+    return found
+
+
+def _bits(table: SensitivityTable, name: str) -> int:
+    """Bits per code of ``int6``, of a format, or of the checkpoint's own dtype (``keep``)."""
+    if match := _BARE.fullmatch(name):
+        return int(match[1])
+    return Format.parse(table.formats[format_index(table, name)] if name == "keep" else name).bits
+
+
+def _check_fused(table: SensitivityTable, rules: Rules) -> None:
+    for group in rules.fusion_groups:
+        for unit, members in fuse(table.units, group):
+            if len(members) > 1:
+                raise ValueError(
+                    f"{rules.name} runs {unit.name!r} as one matrix with one format, but the table "
+                    f"has {len(members)} units for it. Take Limits.fused(table), or profile with "
+                    f"--group '{group}'."
+                )
+
+
+def _refused(table: SensitivityTable, rules: Rules) -> NDArray[np.bool_]:
+    """bool [U, F], what a runtime does not run; units of one shape are looked at once."""
+    formats = [Format.parse(name) for name in table.formats]
+    known: dict[tuple[object, bool], list[bool]] = {}
+    rows = []
+    for unit in table.units:
+        key = unit.shapes, any(map(rules.must_stay_float, (*unit.modules, *unit.aliases)))
+        if key not in known:
+            known[key] = [_reason(unit, fmt, rules) is not None for fmt in formats]
+        rows.append(known[key])
+    return np.array(rows)
+
+
+def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
+    """Why a runtime does not run a unit in a format; None if it does."""
+    matrices = [*zip(unit.modules, unit.shapes, strict=True)]
+    matrices += [(alias, unit.shapes[0]) for alias in unit.aliases]
+    reasons = (rules.refusal(fmt, shape, name) for name, shape in matrices)
+    return next(filter(None, reasons), None)
+
+
+def _why_closed(
+    table: SensitivityTable,
+    limits: Limits,
+    closed: NDArray[np.intp],
+    before: NDArray[np.bool_],
+    refusals: Sequence[_Refusal],
+) -> str:
+    """What leaves the first of the closed units without a format, and what to do.
+
+    Args:
+        table: The sensitivity table.
+        limits: The limits.
+        closed: intp, the units without a format.
+        before: bool [U, F], what profile, formats and pins leave.
+        refusals: The other limits.
+    """
+    u = int(closed[0])
+    unit = table.units[u]
+    left = [name for name, open_ in zip(table.formats, before[u], strict=True) if open_]
+    parts = [f"{_origin(table, limits, u)} leaves {', '.join(left)}"]
+    for refusal in refusals:
+        hit = [table.formats[f] for f in np.flatnonzero(refusal.mask[u] & before[u])]
+        if hit:
+            parts.append(f"{refusal.text} refuses {', '.join(hit)}")
+    fix = "Drop or loosen one of these"
+    rules = limits.rules
+    if rules and (refusals[-1].mask[u] & before[u]).any():
+        reasons = [_reason(unit, Format.parse(name), rules) for name in left]
+        parts[-1] += f" ({'; '.join(dict.fromkeys(filter(None, reasons)))})"
+        offered = dict.fromkeys((*rules.candidates, *rules.floats))
+        taken = [n for n in offered if n != "keep" and not _reason(unit, Format.parse(n), rules)]
+        fix = (
+            f"Profile {unit.name!r} in a format that {rules.name} takes there ({', '.join(taken)})"
+        )
+    others = f" So are {len(closed) - 1:,} more." if len(closed) > 1 else ""
+    return (
+        f"Unit {unit.name!r} is left without a format: {', '.join(parts)}.{others} "
+        f"{fix}, or profile without it (--exclude {unit.modules[0]!r})."
+    )
+
+
+def _origin(table: SensitivityTable, limits: Limits, u: int) -> str:
+    """What decides which formats a unit has before the other limits."""
+    names = unit_names(table.units)
+    pins = [f"--pin '{g}={f}'" for g, f in limits.pins.items() if names.find(g, "--pin")[u]]
+    if pins:
+        return pins[-1]
+    return "the profile" if limits.formats is None else f"--formats {','.join(limits.formats)}"
+
+
+def _constraints(
+    table: SensitivityTable, limits: Limits, allowed: NDArray[np.bool_]
+) -> Iterator[Constraint]:
+    if limits.max_bops is not None:
+        yield bit_operations(table, limits.max_bops)
+    if limits.latency is not None and limits.max_ms is not None:
+        times = limits.latency
+        yield latency(
+            table, allowed, read_latency(times) if isinstance(times, Path) else times, limits.max_ms
+        )
+
+
+def parse_assignments(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Read texts like ``GLOB=FORMAT``; of equal globs the last counts.
+
+    >>> parse_assignments("--pin", ["lm_head=int6-g64-asym"])
+    {'lm_head': 'int6-g64-asym'}
+
+    Raises:
+        ValueError: If a text has no ``=`` or nothing on one side of it.
+    """
+    parsed = {}
+    for text in texts:
+        glob, _, name = (part.strip() for part in text.partition("="))
+        if not glob or not name:
+            raise ValueError(
+                f"{option} {text!r} is not GLOB=FORMAT, such as 'lm_head=int6-g64-asym'."
+            )
+        parsed[glob] = name
+    return parsed
+
+
+def parse_bans(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read texts like ``GLOB=FORMAT,FORMAT``, whose formats may be globs; equal globs add up.
+
+    >>> parse_bans(["lm_head=int2*,int3*", "lm_head=int4-gc"])
+    {'lm_head': ('int2*', 'int3*', 'int4-gc')}
+
+    Raises:
+        ValueError: As for :func:`parse_assignments`.
+    """
+    bans: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        for glob, names in parse_assignments("--ban", [text]).items():
+            patterns = (part.strip() for part in names.split(","))
+            bans[glob] = (*bans.get(glob, ()), *(part for part in patterns if part))
+    return bans

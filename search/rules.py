@@ -1,0 +1,172 @@
+"""What a runtime can read and run, as data: one TOML file per runtime in ``exporters/rules``."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from ..quantizers.format import PER_CHANNEL, PER_TENSOR, Format
+
+FOLDER = Path(__file__).resolve().parents[1] / "exporters" / "rules"
+
+Group = Literal["g32", "g64", "g128", "g256", "gc", "gt"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Integers(_Strict):
+    """A set of integer formats: every combination of these bits, groups and zero points.
+
+    Attributes:
+        bits: Bits per code.
+        groups: Weights per scale, as in a format's name.
+        zero_points: ``symmetric``, ``asymmetric`` or both.
+    """
+
+    bits: tuple[int, ...] = Field(min_length=1)
+    groups: tuple[Group, ...] = Field(min_length=1)
+    zero_points: tuple[Literal["symmetric", "asymmetric"], ...] = Field(min_length=1)
+
+
+class Rules(_Strict):
+    """The limits of one runtime.
+
+    Attributes:
+        name: The file's name without ``.toml``.
+        description: What the runtime is and which files it reads.
+        source: Versions and pages the rules come from.
+        integers: The integer formats it runs; one set that holds a format is enough.
+        floats: The formats it takes for matrices that are not quantized.
+        columns_multiple_of: Divides the input features of every quantized matrix.
+        rows_multiple_of: Divides its output features.
+        whole_groups: Whether the last group of a row must be full.
+        unquantized: Globs on modules that stay floats.
+        fused: Last names of modules that it runs as one matrix and that must share one format.
+        candidates: The formats to profile for it by default.
+        notes: What else to know before choosing it.
+    """
+
+    name: str
+    description: str
+    source: str
+    integers: tuple[Integers, ...]
+    floats: tuple[Literal["bf16", "fp16", "fp32"], ...]
+    columns_multiple_of: PositiveInt = 1
+    rows_multiple_of: PositiveInt = 1
+    whole_groups: bool = False
+    unquantized: tuple[str, ...] = ()
+    fused: tuple[tuple[str, ...], ...] = ()
+    candidates: tuple[str, ...] = Field(min_length=1)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for names in self.fused:
+            if len(names) < 2:
+                raise ValueError(f"fused: {list(names)} needs at least two names")
+        for name in self.candidates:
+            if name != "keep" and (reason := self._format_refusal(Format.parse(name))):
+                raise ValueError(f"candidates: {name} is refused ({reason})")
+        return self
+
+    @classmethod
+    def load(cls, name: str) -> Rules:
+        """The rules of a runtime by name, such as ``vllm``.
+
+        Raises:
+            ValueError: If there are no such rules, or their file is not valid.
+        """
+        if name not in names():
+            close = difflib.get_close_matches(name, names(), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Unknown runtime {name!r}.{hint} Available: {', '.join(names())}.")
+        return cls.read(FOLDER / f"{name}.toml")
+
+    @classmethod
+    def read(cls, path: Path) -> Rules:
+        """The rules in a TOML file.
+
+        Raises:
+            ValueError: If it is not TOML or breaks the schema; says where.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.model_validate({"name": path.stem} | tomllib.loads(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ValueError(f"{path} holds no valid rules: {where}: {first['msg']}.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}.") from error
+
+    @property
+    def fusion_groups(self) -> tuple[str, ...]:
+        """The fused modules as ``--group`` writes them: ``q_proj,k_proj,v_proj``."""
+        return tuple(",".join(names) for names in self.fused)
+
+    def must_stay_float(self, name: str) -> bool:
+        """Whether a module of this name cannot be quantized."""
+        return any(fnmatchcase(name, glob) for glob in self.unquantized)
+
+    def refusal(self, fmt: Format, shape: tuple[int, int], name: str) -> str | None:
+        """Why a matrix cannot take a format; None if it can.
+
+        Args:
+            fmt: The format.
+            shape: ``(rows, cols)``, rows = output features.
+            name: Module or alias name.
+
+        Returns:
+            The reason, which begins with the name of the rule.
+        """
+        if (reason := self._format_refusal(fmt)) or fmt.kind == "float":
+            return reason
+        if self.must_stay_float(name):
+            return f"unquantized: {name} must stay one of {', '.join(self.floats)}"
+        rows, cols = shape
+        group = fmt.group_size if self.whole_groups and fmt.group_size > 0 else 1
+        for rule, size, side, divisor in (
+            ("columns_multiple_of", cols, "input", self.columns_multiple_of),
+            ("rows_multiple_of", rows, "output", self.rows_multiple_of),
+            ("whole_groups", cols, "input", group),
+        ):
+            if size % divisor:
+                return f"{rule}: {size} {side} features are no multiple of {divisor}"
+        return None
+
+    def _format_refusal(self, fmt: Format) -> str | None:
+        if fmt.kind == "float":
+            taken = ", ".join(self.floats) or "no float format"
+            return None if fmt.name in self.floats else f"floats: it takes {taken}, not {fmt.name}"
+        sets = [s for s in self.integers if fmt.bits in s.bits]
+        if not sets:
+            taken = ", ".join(
+                str(bits) for bits in sorted({b for s in self.integers for b in s.bits})
+            )
+            return f"bits: it takes {taken or 'no integers'}, not {fmt.bits}"
+        group = _group(fmt)
+        with_group = [s for s in sets if group in s.groups]
+        if not with_group:
+            taken = ", ".join(dict.fromkeys(g for s in sets for g in s.groups))
+            return f"groups: at {fmt.bits} bits it takes {taken}, not {group}"
+        zero_point = "symmetric" if fmt.symmetric else "asymmetric"
+        if not any(zero_point in s.zero_points for s in with_group):
+            return f"zero_points: at {fmt.bits} bits and {group} it takes no {zero_point} format"
+        return None
+
+
+def names() -> list[str]:
+    """The runtimes there are rules for."""
+    return sorted(path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml"))
+
+
+def _group(fmt: Format) -> str:
+    special = {PER_CHANNEL: "gc", PER_TENSOR: "gt"}
+    return special.get(fmt.group_size, f"g{fmt.group_size}")

@@ -1,0 +1,137 @@
+"""The KL divergence around a quantized model: its gradient and curvature, per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..quantizers.format import Format
+from .calibration import Samples
+from .models import Batch, LoadedModel, samples_in
+from .probes import (
+    Factors,
+    Product,
+    Upstream,
+    Visitor,
+    check_reached,
+    gradient_products,
+    inner,
+    label_upstream,
+    positions_in,
+    squared,
+    stream,
+)
+from .rendering import Renderer
+from .table import UnitInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Linearization:
+    """What a change of one unit does to KL(p_original || p_plan), per calibration sequence.
+
+    For unit u moving from its format c in the plan to f, with ``D = W_f - W_c``:
+
+    Attributes:
+        first: float32 [N, U, F], ``<g_u, D>`` with g the exact gradient of the KL of the quantized
+            model; nats per token, 0 in the column of c.
+        second: float32 [N, U, F], ``<G_u, D> / sqrt(2 T)`` with G the Fisher probe of the
+            quantized model: ``mean(second**2)`` estimates ``D' F D / 2``; sqrt(nats per token).
+        diagonal: float64 [U, F], ``E[sum G_u^2 D^2] / (2 T)``: the diagonal's share of the same
+            form, with far less noise; nats per token.
+    """
+
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+    diagonal: NDArray[np.float64]
+
+
+def linearize(
+    model: LoadedModel,
+    renderer: Renderer,
+    units: Sequence[UnitInfo],
+    formats: Sequence[Format],
+    choice: NDArray[np.intp],
+    samples: Samples,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Linearization:
+    """Price every change of one unit of a plan, to second order, at the plan's own weights.
+
+    One forward pass of the original for p, one of the quantized model and two backward passes
+    through it: from ``q - p``, the exact gradient of the KL, and from ``q - onehot(y)``, y ~ q,
+    the Fisher probe of the quantized model.  The Gauss-Newton form at the original weights prices
+    only the distance from the original; here errors already made, and how they line up with
+    further ones, are part of the gradient.
+
+    Args:
+        model: The original model.
+        renderer: Renders the units' matrices.
+        units: The U units.
+        formats: The F formats.
+        choice: intp [U], the plan.
+        samples: The N calibration sequences.
+        seed: Seed of the sampled labels.
+        advance: Called with a number of finished sequences.
+
+    Raises:
+        ValueError: If a unit takes no part in the output.
+
+    References:
+        Nocedal and Wright (2006), Numerical Optimization, ch. 18 (sequential quadratic
+        programming); Martens (2020) for the Gauss-Newton form.
+    """
+    index = {name: i for i, unit in enumerate(units) for name in unit.modules}
+    assignment = {name: formats[int(choice[u])] for name, u in index.items()}
+    shape = (samples.count, len(units), len(formats))
+    first, second = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    diagonal = np.zeros(shape[1:])
+    generator = torch.Generator().manual_seed(seed)
+    start = 0
+    reached: set[str] = set()
+    for batch in samples.batches:
+        block = slice(start, start + samples_in(batch))
+        with torch.no_grad():
+            log_p = model.logits(batch).log_softmax(-1)
+        sums = {key: np.zeros((2, block.stop - start, *shape[1:])) for key in ("kl", "fisher")}
+
+        def into(key: str, *products: Product, sums: Mapping[str, NDArray[np.float64]]) -> Visitor:
+            def visit(name: str, factors: Factors) -> None:
+                reached.add(name)
+                u = index[name]
+                found = gradient_products(
+                    factors, renderer, name, formats, products, current=int(choice[u])
+                )
+                sums[key][: len(products), :, u] += found
+
+            return visit
+
+        with renderer.applied(assignment):
+            logits = stream(
+                model,
+                renderer,
+                batch,
+                (_kl_upstream(log_p), into("kl", inner, sums=sums)),
+                (label_upstream(generator), into("fisher", inner, squared, sums=sums)),
+            )
+        positions = positions_in(logits)
+        first[block] = sums["kl"][0] / positions
+        second[block] = sums["fisher"][0] / np.sqrt(2 * positions)
+        diagonal += sums["fisher"][1].sum(axis=0) / (2 * positions)
+        start = block.stop
+        advance(block.stop - block.start)
+    check_reached(renderer.names, reached)
+    return Linearization(first, second, diagonal / samples.count)
+
+
+def _kl_upstream(log_p: Tensor) -> Upstream:
+    """q - p: the gradient of ``sum_t KL(p_t || q_t)`` at the logits of q."""
+
+    def upstream(logits: Tensor, _batch: Batch) -> Tensor:
+        return logits.softmax(-1).sub_(log_p.exp())
+
+    return upstream

@@ -1,0 +1,27 @@
+"""Per-sequence Fisher probe with sampled labels, as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..probes import inner, label_upstream
+from . import METRICS, Scores, Task
+from ._gradient_scores import gradient_scores
+
+
+@METRICS.register("fisher_probe")
+def fisher_probe(task: Task) -> Scores:
+    """``mean <G, dW>^2 / 2T`` with labels sampled from the model: unbiased, and noisy.
+
+    One of the two parts of ``fisher``, which see.
+
+    Returns:
+        Signed scores [N, U, F] in sqrt(nats per token).
+
+    References:
+        Martens (2020), New insights and perspectives on the natural gradient method, JMLR 21.
+    """
+    generator = torch.Generator().manual_seed(task.seed)
+    (scores,), positions = gradient_scores(task, label_upstream(generator), [inner])
+    return Scores((scores / np.sqrt(2 * positions)).astype(np.float32), signed=True, in_nats=True)

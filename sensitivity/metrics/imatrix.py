@@ -1,0 +1,49 @@
+"""Weight error weighted by the second moment of the inputs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..rendering import Rows, map_errors
+from . import METRICS, Scores, Task
+from ._input_moments import input_moments
+
+
+@METRICS.register("imatrix")
+def imatrix(task: Task) -> Scores:
+    """``sum_rc E[x_c^2] dW_rc^2``: llama.cpp's importance matrix as a price.
+
+    The diagonal of ``salience``: blind to how inputs correlate and to what the rest of the
+    network does with the output. An embedding's rows weigh as often as they are looked up.
+
+    Returns:
+        Scores [1, U, F], squared output error per position; not in nats.
+
+    References:
+        llama.cpp, ``llama-imatrix``; Lin et al. (2024), AWQ, for activation-aware weights.
+    """
+    moments, positions = input_moments(task, lambda x: x.square().sum(0))
+    values = np.zeros((1, len(task.units), len(task.formats)))
+    index = task.unit_index()
+    for (name, _), moment in moments.items():
+        count = task.renderer.weight(name).shape[0]
+        for error in map_errors(
+            partial(_weighted_error, moment, count), task.renderer, name, task.formats
+        ):
+            values[0, index[name]] += error.double().cpu().numpy()
+    return Scores((values / positions).astype(np.float32), signed=False, in_nats=False)
+
+
+def _weighted_error(moment: Tensor, count: int, rows: Rows, errors: Tensor) -> Tensor:
+    """Weighted squares of the errors [F, rows, cols] of some of ``count`` rows: [F].
+
+    The moment is [channel_groups, cols], or one count per row for an embedding.
+    """
+    if moment.dim() == 1:
+        return torch.einsum("frc,frc,r->f", errors, errors, moment[rows])
+    group = torch.arange(count, device=errors.device)[rows] // (count // len(moment))
+    return torch.einsum("frc,frc,rc->f", errors, errors, moment[group])

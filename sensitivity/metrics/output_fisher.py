@@ -1,0 +1,57 @@
+"""Diagonal of the empirical Fisher matrix at the output of every layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..probes import Part, data_upstream
+from . import METRICS, Scores, Task
+from ._gradient_scores import gradient_scores
+
+
+@METRICS.register("output_fisher")
+def output_fisher(task: Task) -> Scores:
+    """``sum_tr (delta_tr dY_tr)^2`` per token with ``dY = dW x``: ModelOpt's gradient score.
+
+    delta is the gradient at the layer's output from the labels of the text itself.  Cross terms
+    between output channels and between tokens are dropped: little noise, and a level that is
+    not that of the KL.  One matrix product per format and batch: the cost grows with the formats.
+
+    Returns:
+        Non-negative scores [N, U, F], not in nats.
+
+    References:
+        NVIDIA Model Optimizer, ``auto_quantize`` (gradient method).
+    """
+    generator = torch.Generator().manual_seed(task.seed)
+    upstream = data_upstream(generator, task.model.is_language_model)
+    unlabelled = 1 if task.model.is_language_model else 0
+    (scores,), positions = gradient_scores(task, upstream, [_output_squared], unlabelled)
+    return Scores((scores / positions).astype(np.float32), signed=False, in_nats=False)
+
+
+def _output_squared(part: Part) -> Tensor:
+    """[samples, F] for some rows; rows of a grouped convolution see their group's inputs."""
+    x, delta = part.factors.x, part.factors.delta
+    if isinstance(part.rows, Tensor):
+        return _looked_up_squared(part, part.rows)
+    upstream = delta.flatten(2)[:, :, part.rows].square()
+    if x.shape[2] == 1:
+        changes = (x[:, :, 0] @ errors.T for errors in part.errors)
+    else:
+        groups = torch.arange(delta[0, 0].numel(), device=x.device) // delta.shape[-1]
+        picked = x[:, :, groups[part.rows]]
+        changes = (torch.einsum("nprc,rc->npr", picked, errors) for errors in part.errors)
+    return torch.stack([(change.square() * upstream).sum((1, 2)) for change in changes], 1)
+
+
+def _looked_up_squared(part: Part, rows: Tensor) -> Tensor:
+    """The same for an embedding, whose output at a token is the token's row."""
+    x, upstream = part.factors.x, part.factors.delta[:, :, 0].square()
+    where = torch.searchsorted(rows, x).clamp_(max=len(rows) - 1)
+    upstream = upstream * (rows[where] == x).unsqueeze(-1)
+    return torch.stack(
+        [(errors.square()[where] * upstream).sum((1, 2)) for errors in part.errors], 1
+    )
