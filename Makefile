@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0+cpu")
 DEMO := runs/demo
 
-.PHONY: demo test install lint type unit bench build clean
+.PHONY: demo test install lint type unit bench bench-search build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --out $(DEMO)
@@ -44,6 +44,10 @@ DATA ?= ../shared/data
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_solvers.py
 	$(BIN)/python benchmarks/bench_main.py --data $(DATA)
+
+# Hours on two cores; killed at any point, the same command goes on.
+bench-search: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_search.py --data $(DATA)
 
 build: clean $(VENV)/installed-dev
 	$(BIN)/python -m build

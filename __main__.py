@@ -6,17 +6,64 @@ import os
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ._options import (
+    AtLeastOption,
+    AtMostOption,
+    BanOption,
+    BatchOption,
+    BatchTokensOption,
+    BootstrapOption,
+    BudgetOption,
+    CalibrationOption,
+    ContextOption,
+    DeviceOption,
+    EvalTextOption,
+    EvalTokensOption,
+    ExcludeOption,
+    FormatsOption,
+    GroupOption,
+    GuardOption,
+    IncludeOption,
+    LatencyOption,
+    LengthOption,
+    MaxBopsOption,
+    MaxKlOption,
+    MaxMsOption,
+    MaxPplOption,
+    MetricOption,
+    ModelArgument,
+    OutRunOption,
+    PinOption,
+    QuietOption,
+    RefineOption,
+    ResumeOption,
+    RoundingOption,
+    RuntimeOption,
+    SearchBudgetOption,
+    SearchTokensOption,
+    SeedOption,
+    SequencesOption,
+    SolverOption,
+    StorageOption,
+    StudyOption,
+    TextOption,
+    VramOption,
+    limit_options,
+    limits_of,
+    profile_settings,
+)
+
 if TYPE_CHECKING:
-    from ._registry import Registry
-    from .search.job import ProfileSettings
+    pass
 
 # Threads that wait by spinning make torch many times slower when other programs use the cores.
 # Read when torch is loaded, so it is set before any command imports it.
@@ -35,90 +82,18 @@ app = typer.Typer(
 )
 out = Console()
 
-_MODEL_HELP = (
-    "Hugging Face id or folder, .gguf file, 'smollm2' (the embedded default) or "
-    "file.py:function returning a bitplan.Workload."
-)
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-BudgetOption = Annotated[
-    str,
-    typer.Option(
-        "--budget",
-        "-b",
-        help="Bits per weight of everything stored (4.3bpw), bytes (750MB, 6GiB), a ratio to "
-        "16 bits (0.3x) or the size of the written file (file:82MB).",
-    ),
-]
-FormatsOption = Annotated[
-    str | None,
-    typer.Option(help="Comma-separated candidate formats; `bitplan formats` shows the default."),
-]
-MetricOption = Annotated[str, typer.Option(help="Sensitivity metric; see `bitplan metrics`.")]
-RoundingOption = Annotated[str, typer.Option(help="Rounding method whose errors are priced.")]
-CalibrationOption = Annotated[
-    str,
-    typer.Option(
-        help="Calibration text: 'builtin' (English prose that ships with Python), a text file, "
-        "or 'self' (sampled from the model)."
-    ),
-]
-SequencesOption = Annotated[
-    int, typer.Option(min=1, help="Calibration sequences; prices err by about sqrt(2/N).")
-]
-LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
-BatchTokensOption = Annotated[
-    int, typer.Option(min=1, help="Tokens per pass: fewer take less memory and more time.")
-]
-IncludeOption = Annotated[
-    list[str] | None, typer.Option(help="Glob on layer names to quantize; repeatable.")
-]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option(help="Glob on layer names to leave as they are; repeatable.")
-]
-GroupOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable."),
-]
-PinOption = Annotated[
-    list[str] | None,
-    typer.Option(help="GLOB=FORMAT: layers that must take a format; repeatable."),
-]
-SolverOption = Annotated[str, typer.Option(help="Solver; see `bitplan solvers`.")]
-SeedOption = Annotated[int, typer.Option(help="The same seed gives the same plan.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-TextOption = Annotated[str, typer.Option(help="Held-out text: 'builtin' or a text file.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-
-
-def _settings(
-    model: str,
-    formats: str | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    group: list[str] | None,
-    **others: Any,
-) -> ProfileSettings:
-    from .search.job import ProfileSettings
-    from .sensitivity.profile import DEFAULT_FORMATS
-
-    return ProfileSettings(
-        model=model,
-        formats=_split(formats) if formats else DEFAULT_FORMATS,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        groups=tuple(group or ()),
-        **others,
-    )
-
 
 @app.command()
 def search(
     model: ModelArgument = "smollm2",
-    budget: BudgetOption = "4.3bpw",
-    run: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Run folder; default runs/MODEL-BUDGET."),
-    ] = None,
+    budget: SearchBudgetOption = None,
+    vram: VramOption = None,
+    max_kl: MaxKlOption = None,
+    max_ppl: MaxPplOption = None,
+    context: ContextOption = 4096,
+    batch: BatchOption = 1,
+    run: OutRunOption = None,
+    resume: ResumeOption = None,
     formats: FormatsOption = None,
     metric: MetricOption = "fisher",
     rounding: RoundingOption = "rtn",
@@ -126,57 +101,131 @@ def search(
     sequences: SequencesOption = 96,
     length: LengthOption = 128,
     batch_tokens: BatchTokensOption = 768,
-    evaluation: Annotated[
-        str, typer.Option("--eval", help="Held-out text: 'builtin' or a text file.")
-    ] = "builtin",
-    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 16384,
+    evaluation: EvalTextOption = "builtin",
+    eval_tokens: EvalTokensOption = 16384,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     group: GroupOption = None,
     pin: PinOption = None,
+    ban: BanOption = None,
+    at_least: AtLeastOption = None,
+    at_most: AtMostOption = None,
+    runtime: RuntimeOption = None,
+    max_bops: MaxBopsOption = None,
+    latency: LatencyOption = None,
+    max_ms: MaxMsOption = None,
     solver: SolverOption = "certified",
+    refine: RefineOption = None,
+    guard: GuardOption = 64,
+    search_tokens: SearchTokensOption = 500_000,
+    bootstrap: BootstrapOption = 200,
+    storage: StorageOption = None,
+    study: StudyOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """The main job: profile, solve with a certificate, validate on held-out text, report.
+    """The main job: profile, solve with a certificate, refine, validate on held-out text, report.
 
-    Run the same command again after an interruption: finished stages are not repeated.
+    Run the same command again after an interruption, or --resume RUN: finished stages are not
+    repeated.
     """
     from .reports.html import write_report
     from .reports.terminal import print_summary
-    from .search.job import SearchSettings, run_search
+    from .search.job import run_search
+    from .search.runs import JobRecord
+    from .search.settings import SearchSettings, read_settings
     from .sensitivity.progress import Reporter
 
-    run = run or Path("runs") / f"{_run_name(model)}-{budget}".replace(":", "-")
-    settings = _settings(
-        model,
-        formats,
-        include,
-        exclude,
-        group,
-        metric=metric,
-        rounding=rounding,
-        calibration=calibration,
-        sequences=sequences,
-        length=length,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        device=device,
-    )
-    wanted = SearchSettings(
-        budget=budget,
-        solver=solver,
-        pins=_pins(pin),
-        evaluation=evaluation,
-        eval_tokens=eval_tokens,
-        command=_command(),
-    )
+    if resume is not None:
+        run, record = resume, JobRecord.load(resume)
+        settings, wanted = read_settings(record.settings)
+        wanted = replace(wanted, command=record.command.text)
+    else:
+        if not (vram or max_kl or max_ppl):
+            budget = budget or "4.3bpw"
+        limits = limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
+        settings = profile_settings(
+            model,
+            formats,
+            include,
+            exclude,
+            group,
+            runtime,
+            metric=metric,
+            rounding=rounding,
+            calibration=calibration,
+            sequences=sequences,
+            length=length,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            device=device,
+        )
+        wanted = SearchSettings(
+            budget=budget,
+            vram=vram,
+            max_kl=max_kl,
+            max_ppl=max_ppl,
+            context=context,
+            batch=batch,
+            solver=solver,
+            refine=refine,
+            guard=guard,
+            search_tokens=search_tokens,
+            bootstrap=bootstrap,
+            storage=storage,
+            study=study,
+            evaluation=evaluation,
+            eval_tokens=eval_tokens,
+            command=_command(),
+            **limits,
+        )
+        run = run or Path("runs") / f"{_run_name(model)}-{wanted.goal}"
     plan = run_search(settings, wanted, run, Reporter(quiet))
     written = write_report(run)
     files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
     print_summary(out, plan, files)
     _hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
+
+
+@app.command()
+def worker(
+    storage: Annotated[
+        str, typer.Option(help="Optuna storage URL that a search with tpe or nsga2 was given.")
+    ],
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study; needed if there are several.")
+    ] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Help a search with tpe or nsga2 that runs elsewhere, until it is complete.
+
+    The storage tells the worker everything: model, text, budget. A worker that is killed loses
+    nothing: another one runs its trial again.
+    """
+    from .search.job import run_worker
+    from .sensitivity.progress import Reporter
+
+    done = run_worker(storage, study, device, Reporter(quiet))
+    out.print(f"The study is complete; this worker ran {done} of its trials.")
+
+
+@app.command()
+def jobs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to look for runs.")
+    ] = Path("runs"),
+) -> None:
+    """List the runs in a folder: what they do, how far they are, what they found."""
+    from .reports.terminal import jobs_table
+    from .search.runs import list_jobs
+
+    found = list_jobs(folder)
+    if not found:
+        out.print(f"No runs in {folder}. `bitplan search` makes one.", markup=False)
+        return
+    out.print(jobs_table(found))
 
 
 @app.command()
@@ -204,7 +253,7 @@ def profile(
     from .sensitivity.progress import Reporter
 
     run = run or Path("runs") / _run_name(model)
-    settings = _settings(
+    settings = profile_settings(
         model,
         formats,
         include,
@@ -232,7 +281,18 @@ def profile(
 def solve(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
     budget: BudgetOption = "4.3bpw",
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="The smallest plan within --budget of this predicted KL, or less."),
+    ] = None,
     pin: PinOption = None,
+    ban: BanOption = None,
+    at_least: AtLeastOption = None,
+    at_most: AtMostOption = None,
+    runtime: RuntimeOption = None,
+    max_bops: MaxBopsOption = None,
+    latency: LatencyOption = None,
+    max_ms: MaxMsOption = None,
     formats: Annotated[
         str | None, typer.Option(help="Use only these of the profile's formats, comma-separated.")
     ] = None,
@@ -241,21 +301,31 @@ def solve(
     plan_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan here.")
     ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(help="Also write the integer program, as .lp or .mps, for any other solver."),
+    ] = None,
 ) -> None:
-    """Answer a what-if in a moment: another budget, pins or formats from a saved profile."""
+    """Answer a what-if in a moment: another budget, limits or formats from a saved profile."""
     from .reports.terminal import print_summary
     from .search.solve import solve as run_solver
+    from .search.solve import write_program
 
+    options = limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
+    limits = limits_of(formats, options)
+    files = {}
+    if program is not None:
+        write_program(path, budget, limits, program)
+        files["program"] = program
     plan = run_solver(
         path,
         budget,
-        solver=solver,
-        pins=_pins(pin),
-        formats=_split(formats) if formats else None,
+        solver=solver if max_kl is None else "bisection",
+        limits=limits,
+        max_kl=max_kl,
         seed=seed,
         command=_command(),
     )
-    files = {}
     if plan_file is not None:
         _check_json(plan_file)
         plan.save(plan_file)
@@ -278,11 +348,12 @@ def frontier(
     import numpy as np
 
     from .search.frontier import Frontier
+    from .search.limits import parse_assignments
     from .search.problem import Problem
     from .sensitivity.table import SensitivityTable
 
     table = SensitivityTable.load(path)
-    whole = Frontier.from_problem(Problem.from_table(table, _pins(pin)))
+    whole = Frontier.from_problem(Problem.from_table(table, parse_assignments("--pin", pin or [])))
     shown = Table("plan", "bytes", "bpw", "predicted KL")
     rows = [(u.name, u.bytes, u.predicted_kl) for u in whole.uniform]
     picks = np.unique(np.linspace(0, len(whole.bytes) - 1, points).astype(int))
@@ -333,7 +404,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
-    from .search.job import run_eval
+    from .search.measuring import run_eval
     from .sensitivity.progress import Reporter
 
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
@@ -388,14 +459,9 @@ def report(
 @app.command()
 def formats() -> None:
     """List the default candidate formats and the grammar of all others."""
-    from .quantizers.format import Format
-    from .sensitivity.profile import DEFAULT_FORMATS
+    from .reports.terminal import formats_table
 
-    shown = Table("format", "bits per weight", title="Default candidates")
-    for name in DEFAULT_FORMATS:
-        size = Format.parse(name).stored_bytes((4096, 4096))
-        shown.add_row(name, f"{8 * size / 4096**2:.4f}")
-    out.print(shown)
+    out.print(formats_table())
     out.print(
         "Any of int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32, keep works with "
         "--formats: bits, weights per scale (c = one per output channel, t = one per tensor), and "
@@ -407,38 +473,19 @@ def formats() -> None:
 @app.command()
 def metrics() -> None:
     """List the sensitivity metrics."""
+    from .reports.terminal import plugins_table
     from .sensitivity.metrics import METRICS
 
-    _list_plugins(METRICS)
+    out.print(plugins_table(METRICS))
 
 
 @app.command()
 def solvers() -> None:
-    """List the solvers."""
+    """List the solvers: what each does and the paper it comes from."""
+    from .reports.terminal import plugins_table
     from .search.solvers import SOLVERS
 
-    _list_plugins(SOLVERS)
-
-
-def _list_plugins(registry: Registry[Any]) -> None:
-    shown = Table("name", "what it does")
-    for name in registry.names():
-        shown.add_row(name, escape((registry.get(name).__doc__ or "").strip().splitlines()[0]))
-    out.print(shown)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _pins(pins: list[str] | None) -> dict[str, str]:
-    parsed = {}
-    for pin in pins or ():
-        glob, separator, name = pin.partition("=")
-        if not separator:
-            raise ValueError(f"--pin {pin!r} is not GLOB=FORMAT, such as 'lm_head=int6-g64-asym'.")
-        parsed[glob] = name
-    return parsed
+    out.print(plugins_table(SOLVERS))
 
 
 def _command() -> str:

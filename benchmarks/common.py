@@ -16,7 +16,7 @@ from typing import Any
 from bitplan.quantizers.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("bitplan", "torch", "transformers", "numpy", "scipy", "pulp")
+PACKAGES = ("bitplan", "torch", "transformers", "numpy", "scipy", "pulp", "optuna", "matplotlib")
 
 Row = Mapping[str, Any]
 
@@ -26,6 +26,7 @@ def write_results(
     title: str,
     *,
     rows: Sequence[Row] = (),
+    tables: Mapping[str, Sequence[Row]] | None = None,
     figures: Row | None = None,
     notes: Sequence[str] = (),
     command: str | None = None,
@@ -38,6 +39,7 @@ def write_results(
         title: Heading of the Markdown file.
         rows: The table; all rows have the keys of the first, units spelled in the keys
             (``certified_s``, ``peak_mb``).
+        tables: Further tables by heading.
         figures: Single numbers outside the table, by name.
         notes: Sentences below the table: what was measured and how.
         command: What reproduces the file; by default this process's own command line.
@@ -50,6 +52,7 @@ def write_results(
         **origin(),
         "figures": dict(figures or {}),
         "rows": [dict(row) for row in rows],
+        "tables": {heading: [dict(row) for row in rs] for heading, rs in (tables or {}).items()},
         "notes": list(notes),
     }
     write_json(out / f"{name}.json", result)
@@ -104,11 +107,9 @@ def _commit() -> str | None:
 
 def _markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# {result['title']}", ""]
-    if result["rows"]:
-        keys = list(result["rows"][0])
-        lines += [_line(keys), _line(["---"] * len(keys))]
-        lines += [_line([_cell(row[key]) for key in keys]) for row in result["rows"]]
-        lines.append("")
+    lines += _table(result["rows"])
+    for heading, rows in result["tables"].items():
+        lines += [f"## {heading}", "", *_table(rows)]
     if result["figures"]:
         lines += [f"- {key}: {_cell(value)}" for key, value in result["figures"].items()] + [""]
     for note in result["notes"]:
@@ -122,6 +123,14 @@ def _markdown(result: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    keys = list(rows[0])
+    lines = [_line(keys), _line(["---"] * len(keys))]
+    return [*lines, *(_line([_cell(row[key]) for key in keys]) for row in rows), ""]
 
 
 def _line(cells: Sequence[str]) -> str:

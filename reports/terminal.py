@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .._registry import Registry
+from ..quantizers.format import Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..search.runs import JobInfo
+from ..sensitivity.profile import DEFAULT_FORMATS
+from ..sensitivity.progress import clock
 from .summary import comparison, facts
 from .words import UNIFORM, number, with_error
 
@@ -78,3 +87,51 @@ def uniform_table(plan: Plan) -> Table:
             style="bold green" if row is own else "" if row.fits else "dim",
         )
     return table
+
+
+def jobs_table(jobs: Sequence[JobInfo]) -> Table:
+    """One line per run: how far it is, and what its plan is."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for header in ("run", "status", "stage", "done", "left", "budget", "bpw", "measured KL"):
+        table.add_column(header, overflow="fold")
+    for job in jobs:
+        running = job.status == "running"
+        table.add_row(
+            Text(str(job.folder)),
+            Text(job.status, style={"done": "green", "failed": "red"}.get(job.status, "yellow")),
+            "" if job.status == "done" else job.doing or job.stage or "",
+            f"{job.done}/{job.total}" if job.total and job.status != "done" else "",
+            clock(job.eta) if running and job.eta is not None else "",
+            job.budget or "",
+            "" if job.bpw is None else f"{job.bpw:.3f}",
+            "" if job.kl is None else number(job.kl),
+        )
+    return table
+
+
+def formats_table() -> Table:
+    """The default candidate formats and what they store."""
+    table = Table("format", "bits per weight", title="Default candidates")
+    for name in DEFAULT_FORMATS:
+        size = Format.parse(name).stored_bytes((4096, 4096))
+        table.add_row(name, f"{8 * size / 4096**2:.4f}")
+    return table
+
+
+def plugins_table(registry: Registry[Any]) -> Table:
+    """Every plugin with the first line of its docstring and the first of its references."""
+    table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
+    for name in registry.names():
+        text = inspect.getdoc(registry.get(name)) or ""
+        table.add_row(name, escape(text.partition("\n")[0]), escape(_first_reference(text)))
+    return table
+
+
+def _first_reference(docstring: str) -> str:
+    """Authors and year, or the name, that the References section begins with."""
+    _, found, references = docstring.partition("References:\n")
+    if not found:
+        return ""
+    first = " ".join(references.split("\n\n")[0].split())
+    dated = re.match(r"[^;]*?\((?:19|20)\d\d\)", first)
+    return dated[0] if dated else re.split(r"[,;.]\s", first)[0]

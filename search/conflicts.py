@@ -10,7 +10,7 @@ import numpy as np
 from .problem import Constraint, Problem
 from .program import Program, excess, used
 
-GAP = 1e-4  # how close to the least possible the suggested limits are
+GAP = 1e-3  # relative; how close to the least possible the suggested limits are
 
 
 def explain_infeasible(problem: Problem, max_bytes: int) -> str:

@@ -1,410 +1,457 @@
-"""A search job: profile, solve, validate, report. The one place that wires a model to solvers.
-
-Every stage leaves a complete file in the run's folder before the next begins, so a run that was
-interrupted goes on where it stopped when the same command is given again.
-"""
+"""Resumable runs: the one place that wires a model to the search, stage by stage."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..quantizers.files import write_json
-from ..quantizers.format import Format, resolve_formats
-from ..quantizers.methods import METHODS
-from ..sensitivity.calibration import (
-    BUILTIN,
-    Samples,
-    calibration_samples,
-    evaluation_samples,
-)
-from ..sensitivity.evaluate import Measurement, Run, measure, plan_runner
-from ..sensitivity.metrics import METRICS
-from ..sensitivity.models import LoadedModel, load_model
-from ..sensitivity.profile import DEFAULT_FORMATS, price, provenance
+from ..sensitivity.calibration import Samples, evaluation_samples
+from ..sensitivity.kv_cache import KV_BITS, price_kv
+from ..sensitivity.models import LoadedModel
 from ..sensitivity.progress import Reporter
-from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored_bytes
-from ..sensitivity.units import find_units
-from .budget import Budget
+from ..sensitivity.shrinkage import Shrinkage
+from ..sensitivity.table import SensitivityTable
+from .confidence import CONFIDENCE_FILE, Confidence, bootstrap
 from .frontier import Frontier
-from .materialize import assignment_formats, is_packed, load_packed, planned_units
-from .plan import PLAN_FILE, Baseline, Measured, Plan
-from .problem import Problem
-from .solve import plan_from_choice, solve
+from .goal import Goal
+from .kv import KVTable, split_choice, uniform_choices
+from .limits import build_problem
+from .measuring import HeldOut
+from .plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
+from .problem import Problem, Solution
+from .quality import Tried, smallest_within
+from .refine import Refined, Step, refine
+from .runs import Job
+from .settings import (
+    REFINE_ABOVE,
+    REFINE_STEPS,
+    ProfileSettings,
+    SearchSettings,
+    read_settings,
+)
+from .solve import plan_from_choice, warn_of_spare_bytes
 from .solvers import SOLVERS
+from .study import OBJECTIVES, job_of, open_study, publish, read_job, work
+from .truth import Truth, guarded
+from .work import prepare, profile_stage
 
 FRONTIER_FILE = "frontier.json"
-MEASUREMENTS_FILE = "measurements.json"
+KV_FILE = "kv.json"
+STUDY_FILE = "job.sqlite"
 REPORT_FILES = ("report.html", "frontier.png", "allocation.png", "sensitivity.png")
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileSettings:
-    """Everything that determines a sensitivity table."""
-
-    model: str
-    formats: tuple[str, ...] = DEFAULT_FORMATS
-    metric: str = "fisher"
-    rounding: str = "rtn"
-    calibration: str = BUILTIN
-    sequences: int = 96
-    length: int = 128
-    batch_tokens: int = 768
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    seed: int = 0
-    device: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSettings:
-    """A budget, how to solve for it and what to validate on."""
-
-    budget: str
-    solver: str = "certified"
-    pins: Mapping[str, str] | None = None
-    evaluation: str = BUILTIN
-    eval_tokens: int = 16384
-    command: str | None = None
+KV_SAMPLES = 8  # sequences the KV cache is priced on: 3 passes per layer
 
 
 def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> SensitivityTable:
     """Profile a model into a run folder, or take the finished profile that is there.
 
     Raises:
-        ValueError: If a name is unknown, or the folder holds a profile made with other settings.
+        ValueError: If a name is unknown, another process works in the folder, or it holds a
+            profile made with other settings.
     """
-    return _profile_stage(_prepare(settings, reporter), run, reporter)
+    argv = ["bitplan", "profile", settings.model]
+    with _job(run, argv, {"profile": asdict(settings)}, reporter) as job, job.stage("profile"):
+        return profile_stage(prepare(settings, reporter), run, reporter)
 
 
 def run_search(
     settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
 ) -> Plan:
-    """The main job: profile, solve, validate against every uniform plan, save.
+    """The main job: profile, solve, refine, validate against every uniform plan, save.
 
-    Whatever can be checked without the slow profile is checked before it.
+    Whatever can be checked without the slow profile is checked before it.  Every stage keeps what
+    it found in the run folder: a run that was stopped at any point goes on from there.
 
     Returns:
-        The plan that measured best among the solver's and every uniform plan that fits the same
-        bytes; the others are its baselines.
+        The plan that measured best among the solver's, the refined one and every uniform plan
+        that fits the same bytes; the others are its baselines.
 
     Raises:
         ValueError: On bad input; nothing is left half-written.
     """
-    budget = Budget.parse(search.budget)
+    argv = shlex.split(search.command) if search.command else ["bitplan", "search", settings.model]
+    recorded = {"profile": asdict(settings), "search": asdict(replace(search, command=None))}
+    limits = search.limits()
     SOLVERS.get(search.solver)
-    work = _prepare(settings, reporter)
-    blank = work.blank_table()
-    Problem.from_table(blank, search.pins).check_feasible(
-        budget.resolve(blank.weights, blank.provenance["outside_bytes"])
-    )
-    if work.model.is_language_model and _is_same_text(search.evaluation, settings.calibration):
+    with _job(run, argv, recorded, reporter) as job:
+        loaded = prepare(settings, reporter)
+        goal = Goal(search, limits, loaded)
+        goal.resolve(goal.problem(loaded.blank_table()))  # what cannot fit is found out here
+        samples = _evaluation(loaded.model, settings, search)
+        if search.refine or getattr(SOLVERS.get(search.solver), "measures", False):
+            guarded(
+                loaded.model, settings, loaded.samples, search.guard
+            )  # too short a text, likewise
+        with job.stage("profile"):
+            profiled = profile_stage(loaded, run, reporter)
+        held_out = HeldOut(
+            loaded.model,
+            limits.fused(profiled).units,
+            settings.rounding,
+            samples,
+            run,
+            reporter,
+        )
+        return _Search(settings, goal, profiled, held_out, run, job, reporter).finish()
+
+
+def run_worker(storage: str, study: str | None, device: str, reporter: Reporter) -> int:
+    """Work on the trials of a search that was started elsewhere, until they are complete.
+
+    Args:
+        storage: Optuna storage URL.
+        study: Name of the study; None if there is only one.
+        device: ``cpu``, ``cuda`` or ``auto``; the worker's own.
+        reporter: Where progress is shown.
+
+    Returns:
+        Trials this process completed.
+
+    Raises:
+        ValueError: If there is no such study, or the model here is another one.
+    """
+    job = read_job(storage, study)
+    settings, search = read_settings(job)
+    settings = replace(settings, device=device)
+    loaded = prepare(settings, reporter)
+    here, there = loaded.provenance["model"]["sha256"], job["model"]["sha256"]
+    if here != there:
+        raise ValueError(
+            f"The weights of {settings.model} here (sha256 {here[:12]}) are not those of the "
+            f"search ({there[:12]}). Give every worker the same model."
+        )
+    inside, apart = guarded(loaded.model, settings, loaded.samples, search.guard)
+    table = search.limits().fused(loaded.blank_table())
+    with TemporaryDirectory() as folder:
+        truth = Truth(loaded.model, table, inside, apart, Path(folder), settings.seed, reporter)
+        return work(storage, job["study"], truth.oracle(search.search_tokens))
+
+
+@contextmanager
+def _job(
+    run: Path, argv: list[str], settings: Mapping[str, Any], reporter: Reporter
+) -> Iterator[Job]:
+    with Job(run, argv, settings) as job:
+        reporter.listener = job
+        try:
+            yield job
+        finally:
+            reporter.listener = None
+
+
+class _Search:
+    """The stages after the profile."""
+
+    def __init__(
+        self,
+        settings: ProfileSettings,
+        goal: Goal,
+        profiled: SensitivityTable,
+        held_out: HeldOut,
+        run: Path,
+        job: Job,
+        reporter: Reporter,
+    ) -> None:
+        self.settings, self.search, self.goal = settings, goal.search, goal
+        self.table = goal.limits.fused(profiled)
+        self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
+        self.units = len(self.table.units)
+        self._truth: Truth | None = None
+
+    def finish(self) -> Plan:
+        """Run every stage that is left and save the plan."""
+        if self.goal.kv is not None:
+            with self.job.stage("kv cache"):
+                self.goal.kv = self._kv_prices()
+        problem = self.goal.problem(self.table)
+        self.budget = self.goal.resolve(problem)
+        with self.job.stage("solve"):
+            problem, solution = self._solve(problem)
+        plans = {f"{self.search.solver} plan": self._plan(problem, solution)}
+        refined = None
+        if steps := self._steps(solution):
+            with self.job.stage("refine"):
+                refined = self._refine(problem, solution, steps)
+            plans |= self._refined_plans(problem, solution, refined)
+        with self.job.stage("validate"):
+            uniform = self._uniform_plans(problem, solution, plans)
+            plan = self.held_out.best(plans | uniform)
+        with self.job.stage("confidence"):
+            self._confidence(problem, plan, plans, solution, refined)
+        for stale in REPORT_FILES:  # of an earlier plan in this folder
+            (self.run / stale).unlink(missing_ok=True)
+        weights = build_problem(self.table, self.goal.limits)
+        Frontier.from_problem(weights, plan.model).save(self.run / FRONTIER_FILE)
+        plan.save(self.run / PLAN_FILE)
+        return plan
+
+    def _kv_prices(self) -> KVTable:
+        path = self.run / KV_FILE
+        if path.exists():
+            self.reporter.say(f"KV cache prices found in {path}, not measured again")
+            return KVTable.load(path)
+        samples = self.goal.work.samples.head(KV_SAMPLES)
+        layers = len(self.goal.kv.layers) if self.goal.kv else 0
+        passes = len(samples.batches) * (1 + layers * (len(KV_BITS) - 1))
+        with self.reporter.bar("Pricing the KV cache", passes) as advance:
+            found = price_kv(self.goal.work.model, samples, KV_BITS, lambda: advance(1))
+        table = KVTable(found.layers, found.bits, found.bytes_per_token, found.kl, found.stderr)
+        table.save(path)
+        return table
+
+    def _solve(self, problem: Problem) -> tuple[Problem, Solution]:
+        """Solve for the bytes or the quality; the problem gets the oracle that solvers may ask."""
+        search, seed = self.search, self.settings.seed
+        if search.budget is None and search.vram is None:
+            return problem, self._smallest(problem)
+        if getattr(SOLVERS.get(search.solver), "measures", False):
+            if self.goal.kv is not None:
+                raise ValueError(
+                    f"{search.solver!r} measures weights only. Use 'certified' with --vram."
+                )
+            storage = search.storage or f"sqlite:///{self.run / STUDY_FILE}"
+            study = search.study or self.run.name
+            oracle = self.truth.oracle(search.search_tokens, storage, study)
+            problem = replace(problem, oracle=oracle)
+            if search.storage and search.solver in OBJECTIVES:
+                self._publish(problem, storage, study)
+        solution = SOLVERS.get(search.solver)(problem, self.budget.bytes, seed=seed)
+        if not problem.constraints:
+            warn_of_spare_bytes(problem, self.budget.bytes)
+        if solution.note:
+            self.reporter.say(solution.note)
+        return problem, solution
+
+    def _publish(self, problem: Problem, storage: str, study: str) -> None:
+        job = job_of(problem, self.budget.bytes, self.search.solver, self.settings.seed)
+        recorded = {"profile": asdict(self.settings), "search": asdict(self.search)}
+        model = self.table.provenance["model"]
+        publish(open_study(storage, study, self.search.solver), job | recorded | {"model": model})
+        self.reporter.say(f"Share the work: bitplan worker --storage {storage} --study {study}")
+
+    def _smallest(self, problem: Problem) -> Solution:
+        """The smallest plan that measures within the target on held-out text."""
+
+        def measured(choice: NDArray[np.intp]) -> float:
+            plan = self._plan(problem, problem.evaluate(choice, np.inf))
+            result = self.held_out.measure({f"{plan.bpw:.2f} bpw": plan})[f"{plan.bpw:.2f} bpw"]
+            if self.search.max_kl is not None:
+                return result.mean_kl
+            if result.perplexity is None or self.held_out.ppl_original is None:
+                raise ValueError("--max-ppl needs a language model. Use --max-kl.")
+            return float(np.log(result.perplexity / self.held_out.ppl_original))
+
+        target, what = self.search.max_kl, "KL"
+        if target is None:
+            assert self.search.max_ppl is not None
+            whole = self._plan(problem, problem.evaluate(problem.best_choice(), np.inf))
+            self.held_out.measure({"the largest plan": whole})
+            original = self.held_out.ppl_original
+            if original is None or self.search.max_ppl <= original:
+                raise ValueError(
+                    f"--max-ppl {self.search.max_ppl:g} is not above the original's perplexity"
+                    + (f" of {original:.4g}." if original else ": it has none. Use --max-kl.")
+                )
+            target, what = float(np.log(self.search.max_ppl / original)), "log perplexity increase"
+        solution = smallest_within(
+            problem,
+            target,
+            measured,
+            what=what,
+            solver=self.search.solver,
+            seed=self.settings.seed,
+            report=self._tried,
+        )
+        self.budget = BudgetRef(text=self.goal.target, bytes=solution.bytes)
+        return solution
+
+    def _tried(self, tried: Tried) -> None:
+        self.reporter.say(
+            f"{tried.bytes:,} B: predicted {tried.predicted:.4g}, measured {tried.measured:.4g}"
+        )
+
+    def _steps(self, solution: Solution) -> int:
+        """Refinement steps to take."""
+        asked = self.search.refine
+        if self.goal.kv is not None or self.search.budget is None:
+            if asked:
+                raise ValueError("--refine works with --budget only, not with --vram or a target.")
+            return 0
+        if asked is not None:
+            return asked
+        if solution.loss <= REFINE_ABOVE:
+            return 0
+        try:
+            return REFINE_STEPS if self.truth else 0
+        except ValueError as error:
+            self.reporter.say(f"Not refined: {error}")
+            return 0
+
+    def _refine(self, problem: Problem, solution: Solution, steps: int) -> Refined:
+        oracle = self.truth.oracle(max_tokens=1 << 62)
+        return refine(
+            problem,
+            self.budget.bytes,
+            solution.choice,
+            self.truth.linearize,
+            oracle,
+            steps=steps,
+            seed=self.settings.seed,
+            report=self._step,
+        )
+
+    def _step(self, step: Step) -> None:
+        self.job.log("refinement candidate", **asdict(step))
+        self.reporter.say(
+            f"Step {step.number}: {step.changed} units changed, KL {step.difference:+.4f} ± "
+            f"{step.difference_stderr:.4f} nats/token" + (", accepted" if step.accepted else "")
+        )
+
+    def _refined_plans(
+        self, problem: Problem, solution: Solution, refined: Refined
+    ) -> dict[str, Plan]:
+        if len(refined.choices) == 1:
+            return {}
+        plan = self._plan(problem, problem.evaluate(refined.choice, solution.lower_bound))
+        note = Refinement(
+            steps=len(refined.choices) - 1, kl_before=refined.kl[0], kl_after=refined.kl[-1]
+        )
+        return {"refined plan": plan.model_copy(update={"refinement": note})}
+
+    def _plan(self, problem: Problem, solution: Solution, solver: str | None = None) -> Plan:
+        choice, cache = solution.choice, None
+        if self.goal.kv is not None:
+            choice, bits = split_choice(problem, choice, self.units)
+            rows = np.arange(self.units, len(problem.units))
+            picked = solution.choice[self.units :]
+            cache = KVCache(
+                bits=bits,
+                context=self.search.context,
+                batch=self.search.batch,
+                bytes=int(problem.bytes[rows, picked].sum()),
+                predicted_kl=float(problem.loss[rows, picked].sum()),
+            )
+        return plan_from_choice(
+            self.table,
+            choice,
+            solver or self.search.solver,
+            lower_bound=solution.lower_bound,
+            budget=self.budget,
+            kv_cache=cache,
+            runtime=self.search.runtime,
+            note=solution.note or None,
+            command=self.search.command,
+        )
+
+    def _uniform_plans(
+        self, problem: Problem, solution: Solution, plans: Mapping[str, Plan]
+    ) -> dict[str, Plan]:
+        """Uniform plans within the budget and the smallest one above it, by name.
+
+        Those that break a further limit are no rivals.
+        """
+        rivals = {
+            name: self._plan(problem, problem.evaluate(choice, solution.lower_bound), "uniform")
+            for name, choice in uniform_choices(problem).items()
+            if all(
+                c.cost[np.arange(len(choice)), choice].sum() <= c.limit for c in problem.constraints
+            )
+        }
+        larger = sorted(p.total_bytes for p in rivals.values() if p.total_bytes > self.budget.bytes)
+        limit = larger[0] if larger and self.goal.kv is None else self.budget.bytes
+        ours = [(p.assignments, p.kv_cache) for p in plans.values()]
+        kept = {
+            f"uniform {name}": p
+            for name, p in rivals.items()
+            if p.total_bytes <= limit and (p.assignments, p.kv_cache) not in ours
+        }
+        if self.goal.kv is not None:  # every pair of widths would be too many to measure
+            best = sorted(kept, key=lambda name: kept[name].predicted_kl)[:6]
+            kept = {name: kept[name] for name in best}
+        return kept
+
+    def _confidence(
+        self,
+        problem: Problem,
+        plan: Plan,
+        plans: Mapping[str, Plan],
+        solution: Solution,
+        refined: Refined | None,
+    ) -> None:
+        """Bootstrap the prices that the shipped plan was solved from."""
+        path = self.run / CONFIDENCE_FILE
+        path.unlink(missing_ok=True)
+        skip = self._no_confidence(problem, plan)
+        if skip or not self.search.bootstrap:
+            if skip:
+                self.reporter.say(f"No bootstrap: {skip}")
+            return
+        problem = replace(problem, oracle=None)
+        choice = solution.choice
+        reprice, sequences = None, None
+        if plan.refinement is not None and refined is not None and refined.last is not None:
+            reprice, sequences = refined.last.loss, len(refined.last.prices.first)
+            loss = np.where(problem.allowed, refined.last.loss(), np.inf)
+            problem = replace(problem, loss=loss, scores=None)
+            choice = refined.choice
+        elif self.table.scores is not None and self.table.diagonal is not None:
+            kinds = [unit.kind for unit in self.table.units]
+            shrinkage = Shrinkage(self.table.scores, self.table.diagonal, kinds)
+            reprice, sequences = shrinkage.prices, len(self.table.scores)
+        with self.reporter.bar("Bootstrap", self.search.bootstrap) as advance:
+            found: Confidence = bootstrap(
+                problem,
+                self.budget.bytes,
+                choice,
+                reprice=reprice,
+                sequences=sequences,
+                resamples=self.search.bootstrap,
+                seed=self.settings.seed,
+                advance=advance,
+            )
+        found.save(path)
+        for line in found.summary():
+            self.reporter.say(line)
+
+    def _no_confidence(self, problem: Problem, plan: Plan) -> str:
+        """Why prices cannot be resampled; empty if they can."""
+        if plan.solver == "uniform":
+            return "a uniform plan measured best, which no price decides."
+        if self.table.scores is None:
+            return f"the metric {self.table.provenance['metric']!r} has no per-sequence scores."
+        if problem.constraints or self.goal.kv is not None:
+            return "only plans under a single budget of bytes are resampled."
+        return ""
+
+    @property
+    def truth(self) -> Truth:
+        """The model as solvers may ask it, on sequences kept apart."""
+        if self._truth is None:
+            work = self.goal.work
+            inside, apart = guarded(work.model, self.settings, work.samples, self.search.guard)
+            self._truth = Truth(
+                work.model, self.table, inside, apart, self.run, self.settings.seed, self.reporter
+            )
+        return self._truth
+
+
+def _evaluation(model: LoadedModel, settings: ProfileSettings, search: SearchSettings) -> Samples:
+    if model.is_language_model and _is_same_text(search.evaluation, settings.calibration):
         raise ValueError(
             f"{search.evaluation} is both --calibration and --eval: a plan measured on the text it "
             "was made from proves nothing. Give another text to one of them."
         )
-    samples = evaluation_samples(work.model, search.evaluation, search.eval_tokens, settings.length)
-
-    table = _profile_stage(work, run, reporter)
-    plan = solve(
-        table,
-        budget,
-        solver=search.solver,
-        pins=search.pins,
-        seed=settings.seed,
-        command=search.command,
-    )
-    problem = Problem.from_table(table, search.pins)
-    plan = validate(plan, table, problem, work.model, samples, run / MEASUREMENTS_FILE, reporter)
-    for stale in REPORT_FILES:  # of an earlier plan in this folder
-        (run / stale).unlink(missing_ok=True)
-    Frontier.from_problem(problem, plan.model).save(run / FRONTIER_FILE)
-    plan.save(run / PLAN_FILE)
-    return plan
+    return evaluation_samples(model, search.evaluation, search.eval_tokens, settings.length)
 
 
 def _is_same_text(first: str, second: str) -> bool:
     files = [Path(name) for name in (first, second)]
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A loaded model, what is asked of it, and what that will be recorded as."""
-
-    model: LoadedModel
-    units: tuple[UnitInfo, ...]
-    formats: tuple[Format, ...]
-    samples: Samples
-    provenance: dict[str, Any]
-
-    def blank_table(self) -> SensitivityTable:
-        """The table with exact bytes and no prices."""
-        shape = (len(self.units), len(self.formats))
-        return SensitivityTable(
-            units=self.units,
-            formats=tuple(fmt.name for fmt in self.formats),
-            bytes=stored_bytes(self.units, self.formats),
-            kl=np.zeros(shape),
-            stderr=np.zeros(shape),
-            provenance=self.provenance,
-        )
-
-
-def _prepare(settings: ProfileSettings, reporter: Reporter) -> _Work:
-    METRICS.get(settings.metric)  # unknown names fail before the model is loaded
-    METHODS.get(settings.rounding)
-    resolve_formats(settings.formats, "float32")
-    reporter.say(f"Loading {settings.model}")
-    model = load_model(settings.model, settings.device)
-    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
-    samples = calibration_samples(
-        model,
-        settings.calibration,
-        settings.sequences,
-        settings.length,
-        settings.seed,
-        settings.batch_tokens,
-    )
-    inside = sum(unit.weights for unit in units)
-    everything = sum(p.numel() for p in model.module.parameters())
-    reporter.say(
-        f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
-        "parameters stay as they are"
-    )
-    if model.is_language_model:
-        error = (2 / samples.count) ** 0.5
-        reporter.say(f"{samples.count} calibration sequences: each price errs by about {error:.0%}")
-    return _Work(
-        model,
-        units,
-        resolve_formats(settings.formats, model.source_dtype),
-        samples,
-        provenance(model, units, samples, settings.metric, settings.rounding, settings.seed),
-    )
-
-
-def _profile_stage(work: _Work, run: Path, reporter: Reporter) -> SensitivityTable:
-    path = run / PROFILE_FILE
-    if path.exists():
-        table = SensitivityTable.load(path)
-        _check_same(table, work.blank_table(), path)
-        if not path.with_suffix(".json").exists():  # the disk was full
-            table.save(path)
-        reporter.say(f"Profile found in {path}, not computed again")
-        return table
-    run.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=run):
-        pass  # a folder that cannot be written is found out before the slow part
-    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
-    table.save(path)
-    return table
-
-
-def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) -> None:
-    """Raise if a finished profile was made with other settings than those asked for."""
-    before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
-    now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
-    before |= _flat(found.provenance)
-    now |= _flat(asked.provenance)
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{path} was made with other settings ({key}: {_short(before.get(key))}, now "
-                f"{_short(value)}). Choose another --out, or delete that file to profile again."
-            )
-
-
-def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance by dotted key, without what does not change a price."""
-    flat: dict[str, Any] = {}
-    for key, value in provenance.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    return {k: v for k, v in flat.items() if not k.startswith("versions") and k != "model.id"}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def validate(
-    plan: Plan,
-    table: SensitivityTable,
-    problem: Problem,
-    model: LoadedModel,
-    samples: Samples,
-    cache: Path,
-    reporter: Reporter,
-) -> Plan:
-    """Measure a plan and its uniform rivals on held-out sequences, paired, and pick the best.
-
-    Rivals are all uniform plans within the plan's budget, and for reference the next larger one.
-
-    Returns:
-        The plan with the least measured KL among those within the budget, with ``measured`` and
-        ``baselines`` filled in.
-    """
-    rivals = _uniform_plans(plan, table, problem)
-    plans = {f"{plan.solver} plan": plan} | rivals
-    measured, ppl_original = _measure_plans(plans, model, table, samples, cache, reporter)
-    fitting = [name for name, p in plans.items() if p.bytes <= plan.budget.bytes]
-    best = min(fitting, key=lambda name: measured[name].mean_kl)
-    winner, result = plans[best], measured[best]
-    return winner.model_copy(
-        update={
-            "measured": Measured(
-                kl=result.mean_kl,
-                kl_stderr=result.kl_stderr,
-                ppl=result.perplexity,
-                ppl_original=ppl_original,
-                tokens=result.tokens,
-                length=samples.length,
-                text=samples.source,
-                text_sha256=samples.sha256,
-            ),
-            "baselines": [
-                _baseline(name, plans[name], measured[name], result)
-                for name in plans
-                if name != best
-            ],
-        }
-    )
-
-
-def run_eval(
-    target: Path, text: str, tokens: int | None, device: str, reporter: Reporter
-) -> tuple[Plan, Measurement, float | None]:
-    """Measure a plan, or the packed model in a folder, against the original model.
-
-    Args:
-        target: A plan.json, a run folder, or a folder written by ``bitplan quantize``.
-        text: Held-out text: ``builtin`` or a file.
-        tokens: Tokens to measure on; None for as many as the plan was measured on.
-        device: ``cpu``, ``cuda`` or ``auto``.
-        reporter: Where progress is shown.
-
-    Returns:
-        The plan, the measurement, and the original's perplexity (None without text).
-
-    Raises:
-        ValueError: If the target is neither, or does not match the model.
-    """
-    packed = is_packed(target)
-    plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
-    reporter.say(f"Loading {plan.model.id}")
-    model = load_model(plan.model.id, device)
-    units = planned_units(model.module, plan)
-    if packed:
-        run: Run = load_packed(target, device).logits
-    else:
-        renderer = Renderer(model.module, units, plan.rounding)
-        run = plan_runner(model, renderer, assignment_formats(plan))
-    before = plan.measured
-    samples = evaluation_samples(
-        model,
-        text,
-        tokens or (before.tokens if before else 16384),
-        (before.length if before else None) or plan.calibration.get("length") or 128,
-    )
-    with reporter.bar("Measuring", 2 * len(samples.batches)) as advance:
-        measured, ppl = measure(model, {"plan": run}, samples, lambda: advance(1))
-    return plan, measured["plan"], ppl
-
-
-def _uniform_plans(plan: Plan, table: SensitivityTable, problem: Problem) -> dict[str, Plan]:
-    """Uniform plans within the budget and the smallest one above it, by name."""
-    plans = {
-        f"uniform {name}": plan_from_choice(
-            table,
-            choice,
-            "uniform",
-            lower_bound=plan.lower_bound_kl,
-            budget=plan.budget,
-            command=plan.command,
-        )
-        for f, name in enumerate(table.formats)
-        if (choice := problem.uniform_choice(f)) is not None
-    }
-    larger = sorted(p.bytes for p in plans.values() if p.bytes > plan.budget.bytes)
-    limit = larger[0] if larger else plan.budget.bytes
-    return {
-        name: p
-        for name, p in plans.items()
-        if p.bytes <= limit and p.assignments != plan.assignments
-    }
-
-
-def _measure_plans(
-    plans: Mapping[str, Plan],
-    model: LoadedModel,
-    table: SensitivityTable,
-    samples: Samples,
-    cache: Path,
-    reporter: Reporter,
-) -> tuple[dict[str, Measurement], float | None]:
-    """Measure plans, taking those already measured on the same text from ``cache``."""
-    known = _read_measurements(cache, samples)
-    keys = {name: _plan_key(plan) for name, plan in plans.items()}
-    todo = {name: plans[name] for name, key in keys.items() if key not in known["plans"]}
-    if todo:
-        renderer = Renderer(model.module, table.units, next(iter(plans.values())).rounding)
-        runs = {
-            name: plan_runner(model, renderer, assignment_formats(p)) for name, p in todo.items()
-        }
-        steps = len(samples.batches) * (1 + len(runs))
-        with reporter.bar(f"Validating {len(runs)} plans", steps) as advance:
-            fresh, known["ppl_original"] = measure(model, runs, samples, lambda: advance(1))
-        for name, m in fresh.items():
-            known["plans"][keys[name]] = {
-                "kl": m.kl.tolist(),
-                "nll": None if m.nll is None else m.nll.tolist(),
-                "tokens": m.tokens,
-            }
-        write_json(cache, known)
-    measured = {name: _measurement(known["plans"][key]) for name, key in keys.items()}
-    return measured, known["ppl_original"]
-
-
-def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
-        if known["text_sha256"] == samples.sha256:
-            return known
-    except (OSError, ValueError, KeyError):
-        pass  # not there yet, or damaged: measured again
-    return {"text_sha256": samples.sha256, "ppl_original": None, "plans": {}}
-
-
-def _measurement(entry: dict[str, Any]) -> Measurement:
-    nll = None if entry["nll"] is None else np.array(entry["nll"])
-    return Measurement(np.array(entry["kl"]), nll, entry["tokens"])
-
-
-def _plan_key(plan: Plan) -> str:
-    parts = [plan.model.sha256, plan.rounding, sorted(plan.assignments.items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement) -> Baseline:
-    difference, stderr = measured.minus(shipped)
-    return Baseline(
-        name=name,
-        bytes=plan.bytes,
-        predicted_kl=plan.predicted_kl,
-        kl=measured.mean_kl,
-        kl_stderr=measured.kl_stderr,
-        ppl=measured.perplexity,
-        difference=difference,
-        difference_stderr=stderr,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from .problem import NO_BYTES, Problem
 
 BANDS = 3  # parts of the depth that share a variable
 MAX_GROUPS = 48
+POWER = 5  # of a preference: fine near "like the others", yet every format is in reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +99,18 @@ class Ladder:
 class Groups:
     """Units that a black-box search moves together, one variable per group.
 
-    A variable is a place on the scale of formats: 0 is the smallest format, 1 the next.  A unit
-    takes the allowed format nearest to its group's place.
+    A variable in -1..1 is a group's preference: how many formats it is ahead of (or behind) a
+    group at 0, as a fraction of all formats, to the power of 1 / POWER.
 
     Attributes:
         names: The G variables, such as ``mlp.up_proj 0-9`` (its layers).
-        highest: The place of the largest format.
         ladder: The levels of all units.
         group: intp [U], the group of every unit; 0 where there is no choice.
-        threshold: float64 [U, F - 1], the place from which a unit is above a level; inf from its
-            highest level on.
+        threshold: float64 [U, F - 1], the place on the scale of all formats (0 is the smallest,
+            1 the next) from which a unit is above a level; inf from its highest level on.
     """
 
     names: tuple[str, ...]
-    highest: int
     ladder: Ladder
     group: NDArray[np.intp]
     threshold: NDArray[np.float64]
@@ -131,30 +131,26 @@ class Groups:
         threshold = (at[:, :-1] + at[:, 1:]) / 2
         threshold[np.arange(threshold.shape[1]) >= ladder.top[:, None]] = np.inf
         # A unit whose own order of bytes differs from the common one still climbs level by level.
-        return cls(names, len(place) - 1, ladder, group, np.maximum.accumulate(threshold, axis=1))
+        return cls(names, ladder, group, np.maximum.accumulate(threshold, axis=1))
 
-    def nearest(self, places: NDArray[np.float64]) -> NDArray[np.intp]:
-        """intp [U], the choice at ``places`` [G], whatever its bytes."""
-        above = self.threshold <= self._of_units(places)[:, None]
-        return self.ladder.choice(above.sum(axis=1))
+    def fit(self, preferences: Mapping[str, float], max_bytes: int, seed: int) -> NDArray[np.intp]:
+        """intp [U], the choice by ``preferences`` (-1..1 per group) that fills ``max_bytes``.
 
-    def fit(self, places: NDArray[np.float64], max_bytes: int, seed: int) -> NDArray[np.intp]:
-        """intp [U], the choice at ``places`` [G], all moved up or down to fill ``max_bytes``.
-
-        Starting from the smallest plan, the common shift of all places rises until the next step
+        Starting from the smallest plan, the common place of all groups rises until the next step
         does not fit; the units of a group then rise one by one in an order drawn from ``seed``,
-        and later steps that still fit spend the bytes left.  So only differences between places
-        matter, and every allocation by group is reached by some places.
+        and later steps that still fit spend the bytes left.  So only differences between
+        groups matter, and every allocation by group is reached by some preferences.
         """
-        wait = self.threshold - self._of_units(places)[:, None]
+        ahead = np.zeros(len(self.group))
+        if self.names:
+            x = np.array([preferences[name] for name in self.names])
+            ahead = (self.threshold.shape[1] * x**POWER)[self.group]
+        wait = self.threshold - ahead[:, None]
         lot = np.random.default_rng(seed).permutation(len(wait))
         unit, below = np.nonzero(wait < np.inf)
         order = np.lexsort((below, lot[unit], wait[unit, below]))
         lowest = np.zeros(len(wait), dtype=np.intp)
         return self.ladder.choice(self.ladder.climb(lowest, unit[order], below[order], max_bytes))
-
-    def _of_units(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
-        return places[self.group] if len(places) else np.zeros(len(self.group))
 
 
 def _labels(problem: Problem, units: NDArray[np.intp]) -> list[str]:

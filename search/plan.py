@@ -61,6 +61,31 @@ class Baseline(_Strict):
     difference_stderr: float
 
 
+class KVCache(_Strict):
+    """Widths of the key/value cache that share a memory budget with the weights.
+
+    ``bits`` maps layer names to bits; ``bytes`` holds ``context`` tokens x ``batch`` sequences.
+    """
+
+    bits: dict[str, int]
+    context: int
+    batch: int
+    bytes: int
+    predicted_kl: float
+
+
+class Refinement(_Strict):
+    """How far re-linearization went from the solver's first plan.
+
+    KL is measured on calibration sequences that no price comes from, over the original's likeliest
+    outcomes (a lower bound on the full KL): to be compared with each other only.
+    """
+
+    steps: int
+    kl_before: float
+    kl_after: float
+
+
 class Plan(_Strict):
     """Unit -> format with everything needed to check, reproduce and apply it.
 
@@ -71,6 +96,11 @@ class Plan(_Strict):
         predicted_kl: Predicted KL increase, nats per token.
         lower_bound_kl: No plan within the budget can be predicted below this (nats per token).
         gap: ``(predicted_kl - lower_bound_kl) / predicted_kl``.
+        runtime: The runtime whose rules the plan keeps; None for none.
+        kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
+        refinement: Set when the plan comes from measured refinement: it may be predicted worse
+            than the solver's first plan, and measure better.
+        note: What the solver had to say.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -91,10 +121,19 @@ class Plan(_Strict):
     rounding: str
     calibration: dict[str, Any]
     versions: dict[str, str]
+    runtime: str | None = None
+    kv_cache: KVCache | None = None
+    refinement: Refinement | None = None
+    note: str | None = None
     command: str | None = None
     created: str
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that the budget limits: of the weights and, if planned, of the KV cache."""
+        return self.bytes + (self.kv_cache.bytes if self.kv_cache else 0)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically, keys in declaration order."""

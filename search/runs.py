@@ -348,15 +348,6 @@ def list_jobs(root: Path) -> list[JobInfo]:
     return sorted(jobs, key=lambda job: job.updated, reverse=True)
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of the job in a run folder, to go on with it.
-
-    Raises:
-        ValueError: If there is no job in the folder, or none that this version can read.
-    """
-    return JobRecord.load(folder).settings
-
-
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The entries of a run's ``job.log``; a line cut off by a kill is left out."""
     path = folder / LOG_FILE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,19 @@ from numpy.typing import NDArray
 from ..sensitivity.table import SensitivityTable
 from .budget import Budget
 from .hull import lower_hull
-from .plan import BudgetRef, ModelRef, Plan
-from .problem import Problem
+from .limits import Limits, build_problem
+from .plan import BudgetRef, KVCache, ModelRef, Plan
+from .problem import Problem, Solution
 from .solvers import SOLVERS
+from .solvers.ilp import write_ilp
 
-SEARCH_PACKAGES = ("bitplan", "numpy", "pulp")  # versions that decide what a solver returns
+SEARCH_PACKAGES = (
+    "bitplan",
+    "numpy",
+    "scipy",
+    "pulp",
+    "optuna",
+)  # versions that decide what a solver returns
 
 
 def solve(
@@ -30,6 +39,8 @@ def solve(
     solver: str = "certified",
     pins: Mapping[str, str] | None = None,
     formats: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    max_kl: float | None = None,
     seed: int = 0,
     command: str | None = None,
 ) -> Plan:
@@ -38,10 +49,12 @@ def solve(
     Args:
         table: A sensitivity table, or the path of a saved profile.
         budget: Such as ``"4.3bpw"``, ``"750MB"``, a Budget, or a number of bytes.
-        solver: Name of the solver: ``certified``, ``ilp``, ``uniform`` or a plugin.
+        solver: Name of the solver; ``bitplan solvers`` lists them.
         pins: Glob on unit or module names -> the only format they may take; ``keep`` means the
             checkpoint's own dtype, here and in ``formats``.
         formats: The formats that units without a pin may take; all of the table by default.
+        limits: Further limits, instead of ``pins`` and ``formats``.
+        max_kl: Predicted KL that the ``bisection`` solver aims for, nats per token.
         seed: For solvers that draw random numbers.
         command: The command line to record in the plan.
 
@@ -55,24 +68,48 @@ def solve(
     if not isinstance(table, SensitivityTable):
         table = SensitivityTable.load(Path(table))
     budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
-    max_bytes = budget.resolve(table.weights, _outside_bytes(table, budget))
-    problem = Problem.from_table(table, pins, formats)
+    max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
+    if limits is None:
+        limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})
+    table = limits.fused(table)
+    problem = build_problem(table, limits)
+    if max_kl is not None:
+        problem = replace(problem, max_loss=max_kl)
     solution = SOLVERS.get(solver)(problem, max_bytes, seed=seed)
-    most = problem.evaluate(problem.best_choice(), math.inf).bytes
-    if max_bytes > most:
-        warnings.warn(
-            f"The budget of {max_bytes:,} B is above the largest useful plan "
-            f"({problem.describe_bytes(most)}): more bytes would not lower the predicted KL.",
-            stacklevel=2,
-        )
+    warn_of_spare_bytes(problem, max_bytes)
     return plan_from_choice(
         table,
         solution.choice,
         solver,
         lower_bound=solution.lower_bound,
         budget=BudgetRef(text=budget.text, bytes=max_bytes),
+        runtime=limits.rules.name if limits.rules else None,
+        note=solution.note or None,
         command=command,
     )
+
+
+def write_program(table: Path, budget: str, limits: Limits, path: Path) -> None:
+    """Write the integer program of a profile and a budget as ``.lp`` or ``.mps``.
+
+    Raises:
+        ValueError: As :func:`solve`, or for another suffix.
+    """
+    fused = limits.fused(SensitivityTable.load(table))
+    parsed = Budget.parse(budget)
+    max_bytes = parsed.resolve(fused.weights, outside_bytes(fused, parsed))
+    write_ilp(build_problem(fused, limits), max_bytes, path)
+
+
+def warn_of_spare_bytes(problem: Problem, max_bytes: int) -> None:
+    """Warn if the budget is more than any plan can make use of."""
+    most = problem.evaluate(problem.best_choice(), math.inf).bytes
+    if max_bytes > most:
+        warnings.warn(
+            f"The budget of {max_bytes:,} B is above the largest useful plan "
+            f"({problem.describe_bytes(most)}): more bytes would not lower the predicted KL.",
+            stacklevel=3,
+        )
 
 
 def plan_from_choice(
@@ -82,6 +119,9 @@ def plan_from_choice(
     *,
     lower_bound: float | None = None,
     budget: BudgetRef | None = None,
+    kv_cache: KVCache | None = None,
+    runtime: str | None = None,
+    note: str | None = None,
     command: str | None = None,
 ) -> Plan:
     """Write a choice down as a plan, with where its prices came from.
@@ -93,6 +133,9 @@ def plan_from_choice(
         lower_bound: No plan within the budget is predicted below this KL (nats per token); by
             default the LP bound over all formats of the table.
         budget: The budget as text and bytes; by default the plan's own bytes.
+        kv_cache: The KV cache that shares the budget; its KL is added.
+        runtime: The runtime whose rules the plan keeps.
+        note: What the solver had to say.
         command: The command line to record.
 
     Raises:
@@ -110,7 +153,9 @@ def plan_from_choice(
     budget = budget or BudgetRef(text=f"{size.sum()}B", bytes=int(size.sum()))
     if lower_bound is None:
         lower_bound = lower_hull(problem).relax(problem, budget.bytes).bound
-    solution = problem.evaluate(choice, lower_bound)
+    weights = problem.evaluate(choice, np.inf)
+    predicted = weights.loss + (kv_cache.predicted_kl if kv_cache else 0.0)
+    solution = Solution(choice, predicted, weights.bytes, min(lower_bound, predicted))
     provenance = _checked_provenance(table)
     return Plan(
         model=ModelRef.model_validate(provenance["model"]),
@@ -131,6 +176,9 @@ def plan_from_choice(
         solver=solver,
         rounding=provenance["rounding"],
         calibration=provenance["calibration"],
+        runtime=runtime,
+        kv_cache=kv_cache,
+        note=note,
         versions=provenance["versions"] | {name: version(name) for name in SEARCH_PACKAGES},
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -162,7 +210,7 @@ def _checked_provenance(table: SensitivityTable) -> dict[str, Any]:
     return table.provenance
 
 
-def _outside_bytes(table: SensitivityTable, budget: Budget) -> int:
+def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
     """Bytes of the written model file outside the units; only ``file:`` budgets need them."""
     if budget.kind != "file":
         return 0

@@ -16,6 +16,7 @@ from .models import Batch, LoadedModel, samples_in
 
 BUILTIN = "builtin"
 SELF = "self"
+_OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
 Split = Literal["calibration", "evaluation"]
 
 
@@ -51,6 +52,15 @@ class Samples:
                 break
         return replace(self, batches=tuple(kept))
 
+    def tail(self, count: int) -> Samples:
+        """The last whole batches that hold at most ``count`` samples, and at least one batch."""
+        kept: list[Batch] = [self.batches[-1]]
+        for batch in reversed(self.batches[:-1]):
+            if sum(map(samples_in, kept)) + samples_in(batch) > count:
+                break
+            kept.insert(0, batch)
+        return replace(self, batches=tuple(kept))
+
     def describe(self) -> dict[str, Any]:
         """Provenance for plan.json and the profile."""
         return {
@@ -69,6 +79,7 @@ def calibration_samples(
     length: int = 128,
     seed: int = 0,
     batch_tokens: int = 768,
+    skip: int = 0,
 ) -> Samples:
     """Choose calibration sequences at random, without overlap.
 
@@ -81,6 +92,7 @@ def calibration_samples(
         length: Tokens per sequence.
         seed: The same seed gives the same sequences.
         batch_tokens: Tokens per batch: more is faster and takes more memory.
+        skip: Leave out this many sequences of the seed's order: those another call has taken.
 
     Raises:
         ValueError: If the text is missing, empty or too short.
@@ -88,11 +100,11 @@ def calibration_samples(
     if not model.is_language_model:
         return _from_workload(model, "calibration", seed)
     if source == SELF:
-        ids = _sample_from_model(model, sequences, length, seed)
+        ids = _sample_from_model(model, sequences, length, seed + skip * _OTHER_SEED)
     else:
         windows = _windows(model, source, "calibration", length)
-        _check_enough(windows, source, sequences, length)
-        order = np.random.default_rng(seed).permutation(len(windows))[:sequences]
+        _check_enough(windows, source, skip + sequences, length)
+        order = np.random.default_rng(seed).permutation(len(windows))[skip : skip + sequences]
         ids = windows[torch.from_numpy(order)]
     return _batched(ids, model, source, length, seed, batch_tokens)
 

@@ -48,13 +48,13 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, listener: Listener | None = None) -> None:
         self.console = Console(stderr=True, quiet=quiet)
-        self._listener = listener
+        self.listener = listener
 
     def say(self, text: str) -> None:
         """Print one line."""
         self._print(text)
-        if self._listener:
-            self._listener.on_text(text)
+        if self.listener:
+            self.listener.on_text(text)
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:
@@ -67,8 +67,8 @@ class Reporter:
                 nonlocal done
                 done += steps
                 show(done)
-                if self._listener:
-                    self._listener.on_progress(description, done, total)
+                if self.listener:
+                    self.listener.on_progress(description, done, total)
 
             advance(0)
             yield advance

@@ -152,7 +152,7 @@ class _WeightSwap:
     def _pack(self, tensor: Tensor) -> Tensor | _View:
         if tensor.data_ptr() != self.weight.data_ptr():
             return tensor
-        return _View(tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _View(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _View) -> Tensor:
         if isinstance(saved, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..._registry import Registry
 from ..problem import Problem, Solution
@@ -18,6 +18,15 @@ class Solver(Protocol):
     def __call__(self, problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         """Solve ``problem``; ``seed`` is for solvers that draw random numbers."""
         ...
+
+
+S = TypeVar("S", bound=Solver)
+
+
+def measuring(solver: S) -> S:
+    """Mark a solver that asks ``problem.oracle``: a run then gives it one."""
+    solver.measures = True  # type: ignore[attr-defined]
+    return solver
 
 
 SOLVERS: Registry[Solver] = Registry("solver", __name__)

@@ -12,7 +12,7 @@ from ..hull import lower_hull
 from ..levels import Ladder
 from ..oracle import Oracle
 from ..problem import Problem, Solution
-from . import SOLVERS
+from . import SOLVERS, measuring
 
 OFFSPRING = 16  # children per generation
 STAGES = 3
@@ -25,6 +25,7 @@ Level = NDArray[np.intp]
 
 
 @SOLVERS.register("evolutionary")
+@measuring
 def evolutionary(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Improve the certified plan on measured KL by level switches at constant bytes (EvoPress).
 
@@ -119,7 +120,10 @@ def _kl(
 def _offspring(
     ladder: Ladder, parent: Level, max_bytes: int, generator: np.random.Generator
 ) -> list[Level]:
-    """OFFSPRING mutations of the parent, without repeats of it or of each other."""
+    """OFFSPRING mutations of the parent, without repeats of it or of each other.
+
+    Each is of as many switches as the smaller of two uniform draws from 1..MOST_SWITCHES.
+    """
     known = {parent.tobytes()}
     children = []
     for _ in range(OFFSPRING):

@@ -6,11 +6,12 @@ import numpy as np
 
 from ..levels import Ladder
 from ..problem import Problem, Solution
-from . import SOLVERS
+from . import SOLVERS, measuring
 from .evolutionary import evolve
 
 
 @SOLVERS.register("evolutionary_scratch")
+@measuring
 def evolutionary_scratch(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search on measured KL like `evolutionary`, from the largest uniform plan that fits.
 

@@ -41,9 +41,13 @@ def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     problem.check_feasible(max_bytes)
     program, take = _program(problem, max_bytes)
     solver = _installed_solver(seed)
-    status = pulp.LpStatus[program.solve(solver)]
+    try:
+        status = pulp.LpStatus[program.solve(solver)]
+    except pulp.PulpSolverError:  # CBC writes no answer when it sees at once that there is none
+        status = "Infeasible"
     if status == "Infeasible":
-        raise ValueError(explain_infeasible(problem, max_bytes))
+        why = explain_infeasible(problem, max_bytes)
+        raise ValueError(f"{solver.name} finds no plan: {why}")
     if status != "Optimal":
         raise ValueError(
             f"{solver.name} ended with the status {status!r} on {len(problem.units)} units. Use "
@@ -117,8 +121,11 @@ def _program(
 
 
 def _installed_solver(seed: int) -> pulp.LpSolver:
-    """CBC, bundled with PuLP or on the PATH, else HiGHS; proves optimality, prints nothing."""
-    options = [f"randomCbcSeed {seed}"]
+    """CBC, bundled with PuLP or on the PATH, else HiGHS; proves optimality, prints nothing.
+
+    CBC's preprocessing of several limits can lose the optimum, and saves no time.
+    """
+    options = [f"randomCbcSeed {seed}", "preprocess off"]
     solvers = (
         pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, gapRel=0, options=options),
         pulp.COIN_CMD(msg=False, gapRel=0, options=options),

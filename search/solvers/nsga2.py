@@ -1,11 +1,8 @@
-"""Black-box search of all budgets at once: formats of unit groups, evolved by Optuna."""
+"""Black-box search of all budgets at once: bytes and group preferences, evolved by Optuna."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import Trial, TrialState
 
@@ -13,28 +10,32 @@ from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
 from ..study import mean_kl, search
-from . import SOLVERS
+from . import SOLVERS, measuring
 
 POPULATION = 20
+FIRST_SIZES = 6
+BYTES = "bytes"  # the variable; groups have other names
 
 
 @SOLVERS.register("nsga2")
+@measuring
 def nsga2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Evolve the front of bytes and measured KL with NSGA-II; several workers may share it.
 
-    One variable per group of units (kind and third of the depth) is the group's format, in order
-    of bytes.  The first trials are the uniform plans.  The whole front stays in the study.
+    The variables are the bytes of the plan and, per group of units (kind and third of the
+    depth), how many formats the group is ahead of the others.  The first trials prefer no group,
+    at ``max_bytes`` and at FIRST_SIZES from the smallest plan to the largest.  The whole front
+    stays in the study.
 
     Args:
         problem: The table as arrays; its oracle measures and names the storage.  Without one the
             table's loss is searched, in memory and for few trials.
         max_bytes: The most bytes the plan may take.
-        seed: Draws the formats.
+        seed: Draws the variables and which units of a group get the last bytes.
 
     Returns:
-        The trial with the least KL that fits in ``max_bytes``.  If none fits, the smallest trial
-        with all groups moved down together until it does, which is not measured.  Loss and lower
-        bound are those of the table.
+        The trial with the least KL that fits in ``max_bytes``; if none fits, the preferences of
+        the smallest one, filled to ``max_bytes``.  Loss and lower bound are those of the table.
 
     Raises:
         ValueError: If nothing fits, the problem has further constraints, the oracle's tokens do
@@ -47,23 +48,24 @@ def nsga2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     problem.check_feasible(max_bytes)
     groups = Groups.build(problem)
 
-    def places(params: Mapping[str, int]) -> NDArray[np.float64]:
-        return np.array([params[name] for name in groups.names], dtype=np.float64)
+    ladder = groups.ladder
+    least, most = (max(1, ladder.size(level)) for level in (np.zeros_like(ladder.top), ladder.top))
 
     def objective(trial: Trial) -> tuple[float, float]:
-        params = {name: trial.suggest_int(name, 0, groups.highest) for name in groups.names}
-        choice = groups.nearest(places(params))
+        limit = trial.suggest_int(BYTES, least, most, log=True)
+        preferences = {group: trial.suggest_float(group, -1, 1) for group in groups.names}
+        choice = groups.fit(preferences, limit, seed)
         return float(problem.evaluate(choice, np.inf).bytes), mean_kl(problem, choice)
 
-    uniform = [dict.fromkeys(groups.names, level) for level in range(groups.highest + 1)]
-    study = search(problem, max_bytes, seed, "nsga2", objective, _sampler, uniform)
+    sizes = np.append(max_bytes, np.geomspace(least, most, FIRST_SIZES)).clip(least, most)
+    even = dict.fromkeys(groups.names, 0.0)
+    first = [{BYTES: int(size)} | even for size in sizes.tolist()]
+    study = search(problem, max_bytes, seed, "nsga2", objective, _sampler, first)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     fitting = [trial for trial in trials if trial.values[0] <= max_bytes]
-    if fitting:
-        choice = groups.nearest(places(min(fitting, key=lambda t: t.values[1]).params))
-    else:
-        smallest = min(trials, key=lambda t: t.values[0])
-        choice = groups.fit(places(smallest.params), max_bytes, seed)
+    best = min(fitting or trials, key=lambda trial: trial.values[1 if fitting else 0])
+    limit = best.params[BYTES] if fitting else max_bytes
+    choice = groups.fit(best.params, limit, seed)
     bound = lower_hull(problem).relax(problem, max_bytes).bound
     return problem.evaluate(choice, bound)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
-from numpy.typing import NDArray
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import Trial
 
@@ -13,10 +9,11 @@ from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
 from ..study import mean_kl, search
-from . import SOLVERS
+from . import SOLVERS, measuring
 
 
 @SOLVERS.register("tpe")
+@measuring
 def tpe(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search group preferences on measured KL with Optuna's TPE; several workers may share it.
 
@@ -44,19 +41,15 @@ def tpe(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     problem.check_feasible(max_bytes)
     groups = Groups.build(problem)
 
-    def plan(preferences: Mapping[str, float]) -> NDArray[np.intp]:
-        places = np.array([preferences[name] for name in groups.names])
-        return groups.fit(places, max_bytes, seed)
-
     def objective(trial: Trial) -> float:
-        preferences = {name: trial.suggest_float(name, 0, groups.highest) for name in groups.names}
-        return mean_kl(problem, plan(preferences))
+        preferences = {group: trial.suggest_float(group, -1, 1) for group in groups.names}
+        return mean_kl(problem, groups.fit(preferences, max_bytes, seed))
 
-    even = dict.fromkeys(groups.names, groups.highest / 2)
+    even = dict.fromkeys(groups.names, 0.0)
     study = search(problem, max_bytes, seed, "tpe", objective, _sampler, [even])
     bound = lower_hull(problem).relax(problem, max_bytes).bound
-    return problem.evaluate(plan(study.best_params), bound)
+    return problem.evaluate(groups.fit(study.best_params, max_bytes, seed), bound)
 
 
 def _sampler(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return TPESampler(seed=seed, multivariate=False, constant_liar=True)

@@ -14,8 +14,9 @@ import torch
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.job import ProfileSettings, SearchSettings, run_search
+from bitplan.search.job import run_search
 from bitplan.search.plan import Plan
+from bitplan.search.settings import ProfileSettings, SearchSettings
 from bitplan.sensitivity.progress import Reporter
 
 HERE = Path(__file__).parent

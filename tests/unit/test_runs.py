@@ -18,7 +18,7 @@ import pytest
 from bitplan.quantizers.files import write_json
 from bitplan.search import runs
 from bitplan.search.plan import Plan
-from bitplan.search.runs import Job, JobRecord, RunLock, list_jobs, read_log, settings_of
+from bitplan.search.runs import Job, JobRecord, RunLock, list_jobs, read_log
 from bitplan.sensitivity.progress import Reporter
 
 from ..fakes import fake_run, flat_units
@@ -225,7 +225,7 @@ def test_seconds_add_up_over_runs_and_other_settings_start_anew(
     assert list_jobs(tmp_path)[0].seconds == 112
     with Job(tmp_path, ARGV, SETTINGS | {"budget": "3bpw"}):
         assert JobRecord.load(tmp_path).stages == []
-    assert settings_of(tmp_path) == SETTINGS | {"budget": "3bpw"}
+    assert JobRecord.load(tmp_path).settings == SETTINGS | {"budget": "3bpw"}
 
 
 def test_a_finished_stage_that_works_again_is_running_again(tmp_path: Path) -> None:
@@ -337,15 +337,15 @@ def test_a_plan_of_an_earlier_job_or_a_damaged_one_is_not_shown(tmp_path: Path) 
 
 def test_settings_of_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no job in .*`bitplan jobs`"):
-        settings_of(tmp_path)
+        JobRecord.load(tmp_path).settings
     with Job(tmp_path, ARGV, SETTINGS):
         pass
-    assert settings_of(tmp_path) == SETTINGS
+    assert JobRecord.load(tmp_path).settings == SETTINGS
     path = tmp_path / "job.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"schema": 2}))
     with pytest.raises(ValueError, match=r"job.json is not a job this version.*schema"):
-        settings_of(tmp_path)
+        JobRecord.load(tmp_path).settings
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not a JSON text file"):
-        settings_of(tmp_path)
+        JobRecord.load(tmp_path).settings

@@ -41,7 +41,7 @@ def test_shrunk_prices_err_less_than_both_parts(count: int, spread: float) -> No
 
 
 def test_the_winners_curse_shrinks() -> None:
-    """Of options that differ by noise alone the cheapest one's price is below its truth: by less."""
+    """Of options that differ by noise alone the cheapest one has its price below its truth."""
     gaps = []
     for seed in range(20):
         scores, diagonal, truth = draw(seed, 48, 0.1)

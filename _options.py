@@ -1,0 +1,203 @@
+"""Options of the command line, each spelled once, and what they mean together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .search.limits import Limits
+    from .search.settings import ProfileSettings
+
+_MODEL_HELP = (
+    "Hugging Face id or folder, .gguf file, 'smollm2' (the embedded default) or "
+    "file.py:function returning a bitplan.Workload."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+_BUDGET_HELP = (
+    "Bits per weight of everything stored (4.3bpw), bytes (750MB, 6GiB), a ratio to 16 bits "
+    "(0.3x) or the size of the written file (file:82MB)."
+)
+BudgetOption = Annotated[str, typer.Option("--budget", "-b", help=_BUDGET_HELP)]
+SearchBudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", "-b", help=_BUDGET_HELP + " Default 4.3bpw."),
+]
+FormatsOption = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated candidate formats; `bitplan formats` shows the default."),
+]
+MetricOption = Annotated[str, typer.Option(help="Sensitivity metric; see `bitplan metrics`.")]
+RoundingOption = Annotated[str, typer.Option(help="Rounding method whose errors are priced.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: 'builtin' (English prose that ships with Python), a text file, "
+        "or 'self' (sampled from the model)."
+    ),
+]
+SequencesOption = Annotated[
+    int, typer.Option(min=1, help="Calibration sequences; prices err by about sqrt(2/N).")
+]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+BatchTokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens per pass: fewer take less memory and more time.")
+]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(help="Glob on layer names to quantize; repeatable.")
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Glob on layer names to leave as they are; repeatable.")
+]
+GroupOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable."),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(help="GLOB=FORMAT: layers that must take a format; repeatable."),
+]
+SolverOption = Annotated[str, typer.Option(help="Solver; see `bitplan solvers`.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same plan.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+TextOption = Annotated[str, typer.Option(help="Held-out text: 'builtin' or a text file.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+OutRunOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Run folder; default runs/MODEL-GOAL.")
+]
+AtLeastOption = Annotated[
+    list[str] | None,
+    typer.Option("--min", help="GLOB=FORMAT: layers that take no fewer bits; repeatable."),
+]
+AtMostOption = Annotated[
+    list[str] | None,
+    typer.Option("--max", help="GLOB=FORMAT: layers that take no more bits; repeatable."),
+]
+BanOption = Annotated[
+    list[str] | None,
+    typer.Option(help="GLOB=FORMAT-GLOB: formats that layers must not take; repeatable."),
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option("--for", help="Keep to what a runtime can run: vllm, llama.cpp, mlx, onnx, ..."),
+]
+MaxBopsOption = Annotated[
+    str | None, typer.Option(help="Most bit operations per token, such as 12G.")
+]
+LatencyOption = Annotated[
+    Path | None, typer.Option(help="JSON of milliseconds by layer and format; with --max-ms.")
+]
+MaxMsOption = Annotated[float | None, typer.Option(help="Most milliseconds; with --latency.")]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage URL of a search with tpe or nsga2; default job.sqlite."),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights and KV cache together (8GiB), instead of --budget."),
+]
+MaxKlOption = Annotated[
+    float | None,
+    typer.Option(help="The smallest plan whose measured KL is at most this (nats per token)."),
+]
+MaxPplOption = Annotated[
+    float | None, typer.Option(help="The smallest plan whose measured perplexity is this.")
+]
+ContextOption = Annotated[int, typer.Option(min=1, help="With --vram: tokens per sequence.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="With --vram: sequences at a time.")]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(help="Go on with the run in this folder, with the settings it recorded."),
+]
+EvalTextOption = Annotated[
+    str, typer.Option("--eval", help="Held-out text: 'builtin' or a text file.")
+]
+EvalTokensOption = Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Most steps of refinement on measured KL; by default 3 when the predicted KL is "
+        "above 0.2, else 0.",
+    ),
+]
+GuardOption = Annotated[
+    int, typer.Option(min=8, help="Calibration sequences kept apart to measure candidates on.")
+]
+SearchTokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens a solver that measures may run through the model.")
+]
+BootstrapOption = Annotated[
+    int, typer.Option(min=0, help="Resamples for the confidence in each format; 0 for none.")
+]
+StudyOption = Annotated[
+    str | None, typer.Option(help="Name of the study there; default the run's name.")
+]
+
+
+def profile_settings(
+    model: str,
+    formats: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    group: list[str] | None,
+    runtime: str | None = None,
+    **others: Any,
+) -> ProfileSettings:
+    """Settings of a profile; a runtime brings its own default formats."""
+    from .search.rules import Rules
+    from .search.settings import ProfileSettings
+    from .sensitivity.profile import DEFAULT_FORMATS
+
+    default = Rules.load(runtime).candidates if runtime else DEFAULT_FORMATS
+    return ProfileSettings(
+        model=model,
+        formats=split(formats) if formats else default,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        groups=tuple(group or ()),
+        **others,
+    )
+
+
+def limit_options(
+    pin: list[str] | None,
+    ban: list[str] | None,
+    at_least: list[str] | None,
+    at_most: list[str] | None,
+    runtime: str | None,
+    max_bops: str | None,
+    latency: Path | None,
+    max_ms: float | None,
+) -> dict[str, Any]:
+    """The fields of ``SearchSettings`` that limit a plan besides its bytes."""
+    from .search.costs import parse_count
+    from .search.limits import parse_assignments, parse_bans
+
+    return {
+        "pins": parse_assignments("--pin", pin or []),
+        "bans": parse_bans(ban or []),
+        "at_least": parse_assignments("--min", at_least or []),
+        "at_most": parse_assignments("--max", at_most or []),
+        "runtime": runtime,
+        "max_bops": None if max_bops is None else parse_count(max_bops),
+        "latency": None if latency is None else str(latency),
+        "max_ms": max_ms,
+    }
+
+
+def limits_of(formats: str | None, options: dict[str, Any]) -> Limits:
+    """The same as limits on a saved profile."""
+    from dataclasses import replace
+
+    from .search.settings import SearchSettings
+
+    limits = SearchSettings(budget="0", **options).limits()
+    return replace(limits, formats=split(formats)) if formats else limits
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Comma-separated names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

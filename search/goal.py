@@ -1,0 +1,70 @@
+"""What a run is asked for, as a problem and a number of bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..sensitivity.kv_cache import KV_BITS, kv_bytes_per_token
+from ..sensitivity.table import SensitivityTable
+from .budget import Budget
+from .kv import KVTable, memory_budget, with_kv
+from .limits import Limits, build_problem
+from .plan import BudgetRef
+from .problem import Problem
+from .settings import SearchSettings
+from .solve import outside_bytes
+from .work import Work
+
+
+class Goal:
+    """What is asked for, as a problem and a number of bytes.
+
+    Args:
+        search: The settings.
+        limits: Their limits.
+        work: The model and its units.
+    """
+
+    def __init__(self, search: SearchSettings, limits: Limits, work: Work) -> None:
+        self.search, self.limits, self.work = search, limits, work
+        self.kv: KVTable | None = None
+        if search.vram is not None:
+            config = getattr(work.model.module, "config", None)
+            size = kv_bytes_per_token(config, KV_BITS)
+            zero = np.zeros(size.shape)
+            layers = tuple(f"layer {i}" for i in range(len(size)))
+            self.kv = KVTable(layers, KV_BITS, size, zero, zero)  # prices come later
+        self.budget = Budget.parse(search.vram or search.budget or "1000bpw")
+
+    def problem(self, table: SensitivityTable) -> Problem:
+        """The problem over weights, and caches if they share the budget."""
+        problem = build_problem(self.limits.fused(table), self.limits)
+        if self.kv is None:
+            return problem
+        return with_kv(problem, self.kv, self.search.context, self.search.batch)
+
+    def resolve(self, problem: Problem) -> BudgetRef:
+        """The budget in bytes; without one, those of the largest useful plan.
+
+        Raises:
+            ValueError: If not even the smallest plan fits.
+        """
+        table = self.work.blank_table()
+        if self.search.vram is not None:
+            memory = self.budget.resolve(table.weights)
+            outside = int(table.provenance["outside_bytes"])
+            size = memory_budget(problem, memory, outside, self.search.context)
+            return BudgetRef(text=f"{self.budget.text} of memory", bytes=size)
+        if self.search.budget is None:
+            most = problem.evaluate(problem.best_choice(), np.inf).bytes
+            return BudgetRef(text=self.target, bytes=most)
+        size = self.budget.resolve(table.weights, outside_bytes(table, self.budget))
+        problem.check_feasible(size)
+        return BudgetRef(text=self.budget.text, bytes=size)
+
+    @property
+    def target(self) -> str:
+        """The quality target in words."""
+        if self.search.max_kl is not None:
+            return f"KL <= {self.search.max_kl:g}"
+        return f"perplexity <= {self.search.max_ppl:g}"

@@ -1,0 +1,134 @@
+"""A loaded model with what is asked of it, and its profile in a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+
+from ..quantizers.format import Format, resolve_formats
+from ..quantizers.methods import METHODS
+from ..sensitivity.calibration import Samples, calibration_samples
+from ..sensitivity.metrics import METRICS
+from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.profile import price, provenance
+from ..sensitivity.progress import Reporter
+from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored_bytes
+from ..sensitivity.units import find_units
+from .settings import ProfileSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A loaded model, what is asked of it, and what that will be recorded as."""
+
+    model: LoadedModel
+    units: tuple[UnitInfo, ...]
+    formats: tuple[Format, ...]
+    samples: Samples
+    provenance: dict[str, Any]
+
+    def blank_table(self) -> SensitivityTable:
+        """The table with exact bytes and no prices."""
+        shape = (len(self.units), len(self.formats))
+        return SensitivityTable(
+            units=self.units,
+            formats=tuple(fmt.name for fmt in self.formats),
+            bytes=stored_bytes(self.units, self.formats),
+            kl=np.zeros(shape),
+            stderr=np.zeros(shape),
+            provenance=self.provenance,
+        )
+
+
+def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
+    """Load a model, find its units and choose its calibration sequences.
+
+    Raises:
+        ValueError: If a name is unknown, or the model or text cannot be used.
+    """
+    METRICS.get(settings.metric)  # unknown names fail before the model is loaded
+    METHODS.get(settings.rounding)
+    resolve_formats(settings.formats, "float32")
+    reporter.say(f"Loading {settings.model}")
+    model = load_model(settings.model, settings.device)
+    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
+    samples = calibration_samples(
+        model,
+        settings.calibration,
+        settings.sequences,
+        settings.length,
+        settings.seed,
+        settings.batch_tokens,
+    )
+    inside = sum(unit.weights for unit in units)
+    everything = sum(p.numel() for p in model.module.parameters())
+    reporter.say(
+        f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
+        "parameters stay as they are"
+    )
+    if model.is_language_model:
+        error = (2 / samples.count) ** 0.5
+        reporter.say(f"{samples.count} calibration sequences: each price errs by about {error:.0%}")
+    return Work(
+        model,
+        units,
+        resolve_formats(settings.formats, model.source_dtype),
+        samples,
+        provenance(model, units, samples, settings.metric, settings.rounding, settings.seed),
+    )
+
+
+def profile_stage(work: Work, run: Path, reporter: Reporter) -> SensitivityTable:
+    """Profile into a run folder, or take the finished profile that is there.
+
+    Raises:
+        ValueError: If the folder holds a profile made with other settings.
+    """
+    path = run / PROFILE_FILE
+    if path.exists():
+        table = SensitivityTable.load(path)
+        _check_same(table, work.blank_table(), path)
+        if not path.with_suffix(".json").exists():  # the disk was full
+            table.save(path)
+        reporter.say(f"Profile found in {path}, not computed again")
+        return table
+    run.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=run):
+        pass  # a folder that cannot be written is found out before the slow part
+    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
+    table.save(path)
+    return table
+
+
+def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) -> None:
+    """Raise if a finished profile was made with other settings than those asked for."""
+    before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
+    now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
+    before |= _flat(found.provenance)
+    now |= _flat(asked.provenance)
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{path} was made with other settings ({key}: {_short(before.get(key))}, now "
+                f"{_short(value)}). Choose another --out, or delete that file to profile again."
+            )
+
+
+def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance by dotted key, without what does not change a price."""
+    flat: dict[str, Any] = {}
+    for key, value in provenance.items():
+        inner = value if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
+    return {k: v for k, v in flat.items() if not k.startswith("versions") and k != "model.id"}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
