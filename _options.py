@@ -151,7 +151,8 @@ def profile_settings(
     from .search.settings import ProfileSettings
     from .sensitivity.profile import DEFAULT_FORMATS
 
-    default = Rules.load(runtime).candidates if runtime else DEFAULT_FORMATS
+    # bf16 for the layers a runtime leaves as they are, should it not take the model's own dtype.
+    default = (*Rules.load(runtime).candidates, "bf16") if runtime else DEFAULT_FORMATS
     return ProfileSettings(
         model=model,
         formats=split(formats) if formats else default,

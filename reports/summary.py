@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..search.budget import format_bytes
+from ..search.budget import Budget, format_bytes
 from ..search.plan import Plan
 from .words import UNIFORM, number, with_error
 from .words import gap as gap_in_words
+
+NATS = "nats per token"
+OF_MEMORY = " of memory"  # ends the text of a budget that --vram gave
 
 
 class Comparison(NamedTuple):
     """One plan of the comparison table; measured numbers are None where not measured.
 
-    KL is in nats per token.  ``fits`` says whether the plan is within the budget; ``difference``
-    is its measured KL minus that of the plan in question, paired over sequences.
+    KL is in nats per token.  ``bytes`` are what the budget limits, a KV cache included; ``bpw`` is
+    of the weights alone, NaN where those are not known apart.  ``fits`` says whether the plan is
+    within the budget; ``difference`` is its measured KL minus that of the plan in question, paired
+    over sequences.
     """
 
     name: str
@@ -42,15 +49,16 @@ def comparison(plan: Plan, uniform: Sequence[tuple[str, int, float]] = ()) -> li
 
     Args:
         plan: The plan.
-        uniform: Format, bytes and predicted KL of every uniform plan, measured or not.
+        uniform: Format, bytes and predicted KL of every uniform plan of the weights, measured or
+            not; no rivals of a plan with a KV cache.
     """
     measured = plan.measured
-    own = Comparison("this plan", plan.bytes, plan.bpw, True, plan.predicted_kl)
+    own = Comparison("this plan", plan.total_bytes, plan.bpw, True, plan.predicted_kl)
     if measured is not None:
         own = own._replace(kl=measured.kl, kl_stderr=measured.kl_stderr, ppl=measured.ppl)
     rows = baselines(plan)
     known = {row.name for row in rows} | {UNIFORM + (only_format(plan) or "")}
-    for name, nbytes, predicted in uniform:
+    for name, nbytes, predicted in () if plan.kv_cache else uniform:
         if UNIFORM + name not in known:
             bpw, fits = 8 * nbytes / plan.weights, nbytes <= plan.budget.bytes
             rows.append(Comparison(UNIFORM + name, nbytes, bpw, fits, predicted))
@@ -63,7 +71,7 @@ def baselines(plan: Plan) -> list[Comparison]:
         Comparison(
             name=b.name,
             bytes=b.bytes,
-            bpw=8 * b.bytes / plan.weights,
+            bpw=math.nan if plan.kv_cache else 8 * b.bytes / plan.weights,
             fits=b.bytes <= plan.budget.bytes,
             predicted_kl=b.predicted_kl,
             kl=b.kl,
@@ -101,32 +109,95 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         plan: The plan.
         rows: Its rivals, from :func:`comparison`.
     """
-    before = 2 * plan.weights
+    before, same = 2 * plan.weights, only_format(plan)
     size = f"{format_bytes(before)} at 16 bits → "
     size += f"{format_bytes(plan.bytes)} ({100 * plan.bytes / before:.1f} %)"
-    unit = "nats per token"
-    predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
-    measured, ppl = "not measured", None
-    if (held_out := plan.measured) is not None:
-        measured = f"{with_error(held_out.kl, held_out.kl_stderr)} {unit}"
-        measured += f" on {held_out.tokens:,} held-out tokens"
-        ppl = held_out.ppl
     lines = [
-        ("size", size),
-        ("bits per weight", f"{plan.bpw:.3f} (budget {plan.budget.text})"),
-        ("KL predicted", f"{predicted} {unit}"),
-        ("KL measured", measured),
-        ("optimality", gap_in_words(plan.gap)),
+        ("weights" if plan.kv_cache else "size", size),
+        ("bits per weight", f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})")),
+        *_memory(plan),
+        *_quality(plan),
+        ("optimality", optimality(plan)),
     ]
-    if same := only_format(plan):
+    if same:
         lines.append(("format", f"{same} for every unit"))
     if rival := best_uniform(rows):
         lines.append(("other uniform" if same else "best uniform", describe_rival(rival)))
-    if ppl is not None:
-        original = held_out.ppl_original if held_out else None
+    if (measured := plan.measured) is not None and measured.ppl is not None:
+        original = measured.ppl_original
         before_text = f" (original {number(original)})" if original is not None else ""
-        lines.append(("perplexity", number(ppl) + before_text))
+        lines.append(("perplexity", number(measured.ppl) + before_text))
+    if plan.runtime:
+        lines.append(("runtime", f"keeps to what {plan.runtime} can run"))
+    if plan.note:
+        lines.append(("solver note", plan.note))
     return lines
+
+
+def optimality(plan: Plan) -> str:
+    """How far a plan can be from the best one, in words.
+
+    The bound is on the KL that one-shot prices predict.  A refined plan goes by what was measured
+    instead, so its distance from that bound says nothing about how good it is.
+    """
+    if plan.refinement is None:
+        words = gap_in_words(plan.gap)
+        return f"{words}, by predicted KL" if words.startswith("at most") else words
+    return (
+        "does not apply: refined by measured KL, away from the optimum of one-shot prices "
+        f"(whose bound is {number(plan.lower_bound_kl)})"
+    )
+
+
+def _goal(plan: Plan) -> str:
+    """What the plan was asked for: ``budget 4.3bpw``, or ``target KL <= 0.1``."""
+    text = plan.budget.text
+    return f"target {text}" if "<=" in text else f"budget {text}"
+
+
+def _quality(plan: Plan) -> list[tuple[str, str]]:
+    """Predicted and measured KL, and what refinement changed."""
+    predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
+    lines = [("KL predicted", f"{predicted} {NATS}" + (", one shot" if plan.refinement else ""))]
+    measured = "not measured"
+    if (held_out := plan.measured) is not None:
+        measured = f"{with_error(held_out.kl, held_out.kl_stderr)} {NATS}"
+        measured += f" on {held_out.tokens:,} held-out tokens"
+    lines.append(("KL measured", measured))
+    if (refined := plan.refinement) is not None:
+        steps = "1 step" if refined.steps == 1 else f"{refined.steps} steps"
+        kl = f"{number(refined.kl_before)} → {number(refined.kl_after)}"
+        lines.append(("refined", f"{steps}: KL on calibration text {kl}"))
+    return lines
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    """A planned KV cache, and what shares the memory with it."""
+    cache = plan.kv_cache
+    if cache is None:
+        return []
+    layers = Counter(cache.bits.values())
+    (bits, count), *fewer = sorted(layers.items(), reverse=True)
+    share = f"{count}" if fewer else f"all {count}"
+    widths = f"{bits} bits in {share} {'layer' if count == 1 else 'layers'}"
+    widths += "".join(f", {bits} bits in {count}" for bits, count in fewer)
+    size = f"{format_bytes(cache.bytes)} at {cache.context:,} tokens × {cache.batch}"
+    parts = [f"weights {format_bytes(plan.bytes)}", f"KV cache {format_bytes(cache.bytes)}"]
+    used, asked = plan.total_bytes, ""
+    if (memory := _asked(plan)) is not None:
+        rest = memory - plan.budget.bytes
+        used, asked = used + rest, f"{format_bytes(memory)} asked, "
+        parts.append(f"rest of the model {format_bytes(rest)}")
+    return [
+        ("KV cache", f"{widths}; {size}"),
+        ("memory", f"{asked}{format_bytes(used)} used: {', '.join(parts)}"),
+    ]
+
+
+def _asked(plan: Plan) -> int | None:
+    """Bytes of the memory the plan was made for; None if its budget is not one of memory."""
+    text = plan.budget.text.removesuffix(OF_MEMORY)
+    return None if text == plan.budget.text else Budget.parse(text).resolve(plan.weights)
 
 
 def describe_rival(rival: Comparison) -> str:

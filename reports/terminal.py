@@ -58,55 +58,75 @@ def uniform_table(plan: Plan) -> Table:
     """The plan and every baseline measured on the same tokens, by size.
 
     KL is in nats per token; ``difference`` is the KL above the plan's, paired over sequences.
+    Bits per weight are left out where sizes hold more than weights.
     """
+    caption = "KL in nats per token; difference to this plan is paired over sequences"
+    if plan.kv_cache:
+        caption += "; size of weights and KV cache"
     table = Table(
         title=Text("Measured on the same tokens", style="bold"),
         title_justify="left",
-        caption=Text("KL in nats per token; difference to this plan is paired over sequences"),
+        caption=Text(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,  # the box puts one space between columns: all seven fit 80 characters
     )
     table.add_column("plan", overflow="fold", min_width=len("int4-g128-asym"))
-    for header in ("size", "bpw", "predicted", "KL", "difference", "ppl"):
+    headers = ["size", "bpw", "predicted", "KL", "difference", "ppl"]
+    if plan.kv_cache:
+        headers.remove("bpw")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     own, *rivals = comparison(plan)
     for row in sorted([own, *rivals], key=lambda row: row.bytes):
-        difference = ""
-        if row.difference is not None:
-            difference = with_error(row.difference, row.difference_stderr, sign=True)
+        cells = {
+            "size": format_bytes(row.bytes),
+            "bpw": f"{row.bpw:.2f}",
+            "predicted": number(row.predicted_kl),
+            "KL": "" if row.kl is None else with_error(row.kl, row.kl_stderr),
+            "difference": ""
+            if row.difference is None
+            else with_error(row.difference, row.difference_stderr, sign=True),
+            "ppl": "" if row.ppl is None else number(row.ppl),
+        }
         table.add_row(
             Text(row.name.removeprefix(UNIFORM)),
-            format_bytes(row.bytes),
-            f"{row.bpw:.2f}",
-            number(row.predicted_kl),
-            "" if row.kl is None else with_error(row.kl, row.kl_stderr),
-            difference,
-            "" if row.ppl is None else number(row.ppl),
+            *(cells[header] for header in headers),
             style="bold green" if row is own else "" if row.fits else "dim",
         )
     return table
 
 
 def jobs_table(jobs: Sequence[JobInfo]) -> Table:
-    """One line per run: how far it is, and what its plan is."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for header in ("run", "status", "stage", "done", "left", "budget", "bpw", "measured KL"):
-        table.add_column(header, overflow="fold")
+    """One line per run: how far it is, and what its plan is; bpw and KL as measured."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    table.add_column("progress, or the plan")
     for job in jobs:
-        running = job.status == "running"
-        table.add_row(
-            Text(str(job.folder)),
-            Text(job.status, style={"done": "green", "failed": "red"}.get(job.status, "yellow")),
-            "" if job.status == "done" else job.doing or job.stage or "",
-            f"{job.done}/{job.total}" if job.total and job.status != "done" else "",
-            clock(job.eta) if running and job.eta is not None else "",
-            job.budget or "",
-            "" if job.bpw is None else f"{job.bpw:.3f}",
-            "" if job.kl is None else number(job.kl),
-        )
+        style = {"done": "green", "failed": "red"}.get(job.status, "yellow")
+        about = _plan_of(job) if job.status == "done" else _progress_of(job)
+        table.add_row(Text(str(job.folder)), Text(job.status, style=style), Text(about))
     return table
+
+
+def _progress_of(job: JobInfo) -> str:
+    """``Profiling (fisher) 32/96, 0:40 left``."""
+    text = job.doing or job.stage or ""
+    if job.total:
+        text += f" {job.done}/{job.total}"
+    if job.status == "running" and job.eta is not None:
+        text += f", {clock(job.eta)} left"
+    return text
+
+
+def _plan_of(job: JobInfo) -> str:
+    """``4.3bpw: 4.300 bpw, KL 0.180``; empty for a job that makes none."""
+    if job.bpw is None:
+        return ""
+    kl = "" if job.kl is None else f", KL {number(job.kl)}"
+    return f"{job.budget}: {job.bpw:.3f} bpw{kl}"
 
 
 def formats_table() -> Table:
@@ -133,5 +153,5 @@ def _first_reference(docstring: str) -> str:
     if not found:
         return ""
     first = " ".join(references.split("\n\n")[0].split())
-    dated = re.match(r"[^;]*?\((?:19|20)\d\d\)", first)
+    dated = re.match(r"[^;:]*?\((?:19|20)\d\d\)", first)
     return dated[0] if dated else re.split(r"[,;.]\s", first)[0]

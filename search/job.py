@@ -39,6 +39,7 @@ from .settings import (
 )
 from .solve import plan_from_choice, warn_of_spare_bytes
 from .solvers import SOLVERS
+from .storage import shown
 from .study import OBJECTIVES, job_of, open_study, publish, read_job, work
 from .truth import Truth, guarded
 from .work import prepare, profile_stage
@@ -218,7 +219,8 @@ class _Search:
                     f"{search.solver!r} measures weights only. Use 'certified' with --vram."
                 )
             storage = search.storage or f"sqlite:///{self.run / STUDY_FILE}"
-            study = search.study or self.run.name
+            goal = f"{search.solver}-{self.budget.bytes}-{seed}"
+            study = search.study or f"{self.run.name}-{goal}"
             oracle = self.truth.oracle(search.search_tokens, storage, study)
             problem = replace(problem, oracle=oracle)
             if search.storage and search.solver in OBJECTIVES:
@@ -232,10 +234,13 @@ class _Search:
 
     def _publish(self, problem: Problem, storage: str, study: str) -> None:
         job = job_of(problem, self.budget.bytes, self.search.solver, self.settings.seed)
-        recorded = {"profile": asdict(self.settings), "search": asdict(self.search)}
+        search = replace(self.search, storage=None)  # its URL may hold a password
+        recorded = {"profile": asdict(self.settings), "search": asdict(search)}
         model = self.table.provenance["model"]
         publish(open_study(storage, study, self.search.solver), job | recorded | {"model": model})
-        self.reporter.say(f"Share the work: bitplan worker --storage {storage} --study {study}")
+        self.reporter.say(
+            f"Share the work: bitplan worker --storage '{shown(storage)}' --study {study}"
+        )
 
     def _smallest(self, problem: Problem) -> Solution:
         """The smallest plan that measures within the target on held-out text."""

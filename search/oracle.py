@@ -56,7 +56,9 @@ class Oracle:
         self.tokens = 0
         self._measure = measure
         self._log = log
-        self._known: dict[str, dict[int, float]] = _read(log)
+        text = log.read_text(encoding="utf-8") if log is not None and log.is_file() else ""
+        self._known = _parse(text)
+        self._line_ended = not text or text.endswith("\n")  # a kill may cut the last line off
         self._asked: set[tuple[str, int]] = set()
 
     def spent(self, tokens: int = 0) -> bool:
@@ -90,7 +92,8 @@ class Oracle:
         if self._log is not None:
             line = json.dumps([key, sequences.start, kl.tolist()])
             with self._log.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(("" if self._line_ended else "\n") + line + "\n")
+            self._line_ended = True
 
 
 def _key(choice: Choice) -> str:
@@ -103,12 +106,10 @@ def _runs(indices: tuple[int, ...]) -> list[range]:
     return [range(int(part[0]), int(part[-1]) + 1) for part in np.split(np.array(indices), breaks)]
 
 
-def _read(log: Path | None) -> dict[str, dict[int, float]]:
+def _parse(log: str) -> dict[str, dict[int, float]]:
     """The figures of an earlier run; a last line that was cut off is measured again."""
     known: dict[str, dict[int, float]] = {}
-    if log is None or not log.is_file():
-        return known
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.splitlines():
         try:
             key, start, kl = json.loads(line)
         except ValueError:

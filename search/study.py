@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -66,7 +66,7 @@ def search(
     solver: str,
     objective: Objective,
     sampler: Callable[[int], BaseSampler],
-    first: list[dict[str, Any]],
+    first: Sequence[Mapping[str, float]],
 ) -> Study:
     """Run a problem's study to the number of trials that the oracle's tokens pay for.
 
@@ -93,9 +93,7 @@ def search(
         trials = _affordable(oracle)
         study = open_study(oracle.storage, oracle.study, solver)
     _claim(study, _fingerprint(problem, max_bytes, seed, solver))
-    study.sampler = SeededPerTrial(sampler, seed)
-    for params in first[:trials]:
-        study.enqueue_trial(params, skip_if_exists=True)
+    study.sampler = SeededPerTrial(sampler, seed, first)
     one_machine = oracle is not None and (oracle.storage or "").startswith("sqlite")
     run_trials(study, objective, trials, one_machine=one_machine)
     return study

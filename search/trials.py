@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -149,12 +149,24 @@ class SeededPerTrial(BaseSampler):
     Optuna's samplers start over with their seed in every process, so a resumed study would draw
     its first parameters again.  The position counts the trials before, without those that only
     repeat a lost one; a repeated trial has the position of the first attempt.
+
+    Args:
+        make: Makes a sampler from a seed.
+        seed: Seed of the search.
+        first: Parameters of the trials at the first positions, which are not drawn.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        seed: int,
+        first: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         self._make = make
         self._seed = seed
-        self._sampler: BaseSampler  # of the trial at hand
+        self._first = first
+        self._sampler: BaseSampler  # of the trial at hand, like what follows
+        self._given: Mapping[str, float] = {}
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Seed the sampler for ``trial``."""
@@ -163,6 +175,7 @@ class SeededPerTrial(BaseSampler):
         position = sum("failed_trial" not in t.system_attrs for t in earlier)
         state = np.random.SeedSequence([self._seed, position]).generate_state(1)
         self._sampler = self._make(int(state[0]))
+        self._given = self._first[position] if position < len(self._first) else {}
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(
@@ -175,7 +188,8 @@ class SeededPerTrial(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Draw the parameters that are drawn together."""
-        return self._sampler.sample_relative(study, trial, search_space)
+        drawn = self._sampler.sample_relative(study, trial, search_space)
+        return drawn | {name: value for name, value in self._given.items() if name in drawn}
 
     def sample_independent(
         self,
@@ -185,4 +199,6 @@ class SeededPerTrial(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Draw one parameter by itself."""
+        if param_name in self._given:
+            return self._given[param_name]
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)

@@ -39,7 +39,7 @@ rows = np.arange(len(problem.units))
 
 def measure(choices, sequences):
     print("measuring", flush=True)
-    time.sleep(0.5)
+    time.sleep(0.6)
     kl = problem.loss[rows, np.array(choices)].sum(axis=1)
     return np.repeat(kl[:, None], len(sequences), axis=1)
 
@@ -92,10 +92,14 @@ def start_worker(storage: str, output: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", WORKER, storage], stdout=file)
 
 
+def begun(output: Path) -> int:
+    return output.read_text().count("measuring")
+
+
 def wait_for(output: Path, count: int) -> None:
     """Wait until a worker has begun its ``count``-th trial."""
     limit = time.monotonic() + 30
-    while output.read_text().count("measuring") < count:
+    while begun(output) < count:
         assert time.monotonic() < limit, output.read_text()
         time.sleep(0.05)
 
@@ -118,7 +122,7 @@ def test_a_killed_worker_loses_nothing(server: str, tmp_path: Path) -> None:
     first, second = (start_worker(server, output) for output in outputs)
     try:
         wait_for(outputs[1], 2)
-        wait_for(outputs[0], 3)
+        wait_for(outputs[0], max(3, begun(outputs[0]) + 1))  # so that it has just begun one
         time.sleep(0.1)
         first.send_signal(signal.SIGKILL)
         first.wait()

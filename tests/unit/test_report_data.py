@@ -20,6 +20,7 @@ from bitplan.reports.data import (
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
+from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
 from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
@@ -164,6 +165,87 @@ def test_facts_say_what_was_not_measured(tmp_path: Path) -> None:
     assert lines["KL measured"] == "not measured"
     assert "best uniform" not in lines
     assert "perplexity" not in lines
+
+
+def fact(plan: Plan, name: str) -> str:
+    return dict(facts(plan, comparison(plan)))[name]
+
+
+def with_cache(plan: Plan, bits: dict[int, int], rest: int = 0) -> Plan:
+    """The plan with a cache of 12 MB, for 30 MB of memory of which the model takes ``rest``."""
+    cache = KVCache(
+        bits={f"model.layers.{layer}": width for layer, width in bits.items()},
+        context=8192,
+        batch=4,
+        bytes=12_000_000,
+        predicted_kl=0.01,
+    )
+    budget = BudgetRef(text="30MB of memory", bytes=30_000_000 - rest)
+    return plan.model_copy(update={"kv_cache": cache, "budget": budget})
+
+
+def test_facts_of_a_plan_with_a_cache(run: RunData) -> None:
+    plan = with_cache(run.plan, {0: 8, 1: 4, 2: 8}, rest=5_000_000)
+    lines = dict(facts(plan, comparison(plan, run.frontier.uniform)))
+    assert lines["KV cache"] == "8 bits in 2 layers, 4 bits in 1; 12.0 MB at 8,192 tokens × 4"
+    weights = plan.bytes / 1e6
+    assert lines["memory"] == (
+        f"30.0 MB asked, {weights + 17:.1f} MB used: weights {weights:.1f} MB, KV cache 12.0 MB, "
+        "rest of the model 5.0 MB"
+    )
+    assert "size" not in lines
+    assert lines["bits per weight"] == f"{8 * plan.bytes / plan.weights:.3f}"
+
+
+def test_a_cache_of_one_width_and_an_unknown_memory(run: RunData) -> None:
+    plan = with_cache(run.plan, dict.fromkeys(range(3), 4))
+    assert fact(plan, "KV cache").startswith("4 bits in all 3 layers; ")
+    plan.budget.text = "30MB"
+    weights = plan.bytes / 1e6
+    assert fact(plan, "memory") == (
+        f"{weights + 12:.1f} MB used: weights {weights:.1f} MB, KV cache 12.0 MB"
+    )
+
+
+def test_plans_with_caches_are_compared_in_total_bytes(run: RunData) -> None:
+    plan = with_cache(run.plan, {0: 8})
+    own, *rivals = comparison(plan, run.frontier.uniform)
+    assert own.bytes == plan.bytes + 12_000_000
+    assert own.bpw == pytest.approx(8 * plan.bytes / plan.weights)
+    assert len(rivals) == len(plan.baselines)  # uniform weights alone are no rivals
+    assert all(np.isnan(row.bpw) for row in rivals)
+
+
+def test_a_refined_plan_is_not_called_far_from_optimal(run: RunData) -> None:
+    refined = Refinement(steps=2, kl_before=0.868, kl_after=0.6803)
+    plan = run.plan.model_copy(update={"gap": 0.4, "lower_bound_kl": 0.6, "refinement": refined})
+    assert fact(plan, "refined") == "2 steps: KL on calibration text 0.868 → 0.680"
+    assert fact(plan, "optimality").startswith("does not apply: refined by measured KL")
+    assert "0.600" in fact(plan, "optimality")
+    assert "%" not in fact(plan, "optimality")
+    assert fact(plan, "KL predicted").endswith("one shot")
+    one = run.plan.model_copy(update={"refinement": refined.model_copy(update={"steps": 1})})
+    assert fact(one, "refined").startswith("1 step: ")
+
+
+def test_a_gap_is_that_of_predictions(run: RunData) -> None:
+    for gap, words in {
+        0.12: "at most 12 % from optimal, by predicted KL",
+        0.0: "proven optimal",
+        1.0: "no proof of optimality",
+    }.items():
+        assert fact(run.plan.model_copy(update={"gap": gap}), "optimality") == words
+
+
+def test_targets_runtimes_and_notes_are_named(run: RunData) -> None:
+    names = dict(facts(run.plan, comparison(run.plan)))
+    assert not {"runtime", "solver note", "KV cache", "memory", "refined"} & names.keys()
+    budget = run.plan.budget.model_copy(update={"text": "KL <= 0.1"})
+    more = {"budget": budget, "runtime": "vllm", "note": "5 plans measured."}
+    plan = run.plan.model_copy(update=more)
+    assert fact(plan, "bits per weight").endswith(" (target KL <= 0.1)")
+    assert fact(plan, "runtime") == "keeps to what vllm can run"
+    assert fact(plan, "solver note") == "5 plans measured."
 
 
 def test_shares_and_rows_add_up(run: RunData) -> None:

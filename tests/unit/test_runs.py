@@ -337,7 +337,7 @@ def test_a_plan_of_an_earlier_job_or_a_damaged_one_is_not_shown(tmp_path: Path) 
 
 def test_settings_of_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no job in .*`bitplan jobs`"):
-        JobRecord.load(tmp_path).settings
+        JobRecord.load(tmp_path)
     with Job(tmp_path, ARGV, SETTINGS):
         pass
     assert JobRecord.load(tmp_path).settings == SETTINGS
@@ -345,7 +345,7 @@ def test_settings_of_says_what_is_wrong(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"schema": 2}))
     with pytest.raises(ValueError, match=r"job.json is not a job this version.*schema"):
-        JobRecord.load(tmp_path).settings
+        JobRecord.load(tmp_path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not a JSON text file"):
-        JobRecord.load(tmp_path).settings
+        JobRecord.load(tmp_path)

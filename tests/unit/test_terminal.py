@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from bitplan.reports.terminal import print_summary, uniform_table
-from bitplan.search.plan import Plan
+from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
+from bitplan.search.plan import KVCache, Plan
+from bitplan.search.runs import JobInfo
+from bitplan.search.solvers import SOLVERS
 from bitplan.tests.fakes import fake_run, transformer_units
 
 
@@ -91,3 +94,69 @@ def test_markup_in_names_is_text(plan: Plan) -> None:
     assert "Plan for [bold]odd[/bold]" in text
     assert "(budget [/b]4bpw)" in text
     assert "runs/[/x]/[red]/  plan.json" in text
+
+
+def test_a_plan_with_a_cache_fits_eighty_columns(plan: Plan) -> None:
+    for baseline in plan.baselines:
+        baseline.name += " + kv16"
+        baseline.bytes += 700_000_000
+    bits = {f"model.layers.{i}": 16 if i == 3 else 8 for i in range(30)}
+    plan.kv_cache = KVCache(bits=bits, context=8192, batch=4, bytes=12_000_000, predicted_kl=0.01)
+    plan.budget.text = "1GiB of memory"
+    text = shown(plan, {})
+    assert max(map(len, text.splitlines())) <= 80
+    assert "16 bits in 1 layers" not in text
+    assert "KV cache          16 bits in 1 layer, 8 bits in 29; 12.0 MB at 8,192 tokens" in text
+    assert " bpw " not in text
+    for baseline in plan.baselines:  # no name is folded
+        assert f"\n{baseline.name.removeprefix('uniform ')} " in text
+    assert "\nthis plan " in text
+    assert "69.1 MB" in text  # weights and cache
+
+
+def job(folder: str = "runs/tiny", **values: object) -> JobInfo:
+    blank = dict.fromkeys(JobInfo.__dataclass_fields__)
+    given = {"folder": Path(folder), "status": "running", "doing": "", "done": 0, "total": 0}
+    return JobInfo(**{**blank, **given, **values})  # type: ignore[arg-type]
+
+
+def printed(table: Table, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
+    jobs = [
+        job("runs/a", doing="Profiling (fisher)", done=24, total=96, eta=40.0),
+        job("runs/b", status="interrupted", doing="Validating 5 plans", done=1, total=4, eta=9.0),
+        job("runs/c", status="done", doing="Bootstrap", budget="4.3bpw", bpw=4.2996, kl=0.18034),
+        job("runs/d", status="failed", stage="refine"),
+        job("runs/e", status="done"),
+    ]
+    lines = [" ".join(line.split()) for line in printed(jobs_table(jobs)).splitlines()[2:]]
+    assert lines == [
+        "runs/a running Profiling (fisher) 24/96, 0:40 left",
+        "runs/b interrupted Validating 5 plans 1/4",
+        "runs/c done 4.3bpw: 4.300 bpw, KL 0.180",
+        "runs/d failed refine",
+        "runs/e done",
+    ]
+
+
+def test_jobs_in_long_folders_stay_readable() -> None:
+    name = "runs/experiments/" + "a-model-with-a-very-long-name-" * 3 + "4.3bpw"
+    table = jobs_table([job(name, doing="Profiling (fisher)", done=1, total=96, eta=3725.0)])
+    lines = printed(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "running  Profiling (fisher) 1/96, 1:02:05 left" in lines[2]
+    assert "".join(line.split()[0] for line in lines[2:]) == name
+
+
+def test_solvers_name_the_first_paper() -> None:
+    table = plugins_table(SOLVERS)
+    papers = dict(zip(table.columns[0].cells, table.columns[2].cells, strict=True))
+    assert papers["greedy"] == "Fox (1966)"
+    assert papers["random"] == "Li and Talwalkar (2019)"
+    assert papers["bisection"] == "Burden and Faires"  # the year that follows is of another one
