@@ -86,7 +86,13 @@ class Lab:
         self.test = evaluation_samples(self.model, str(self._text("test")), settings.tokens, LENGTH)
         self._check_work()
 
-    def calibration(self, seed: int, skip: int = 0, sequences: int | None = None) -> Samples:
+    def calibration(
+        self,
+        seed: int,
+        skip: int = 0,
+        sequences: int | None = None,
+        batch_tokens: int = 768,
+    ) -> Samples:
         """Sequences of the validation text: those of the profile, or others after ``skip``."""
         return calibration_samples(
             self.model,
@@ -94,7 +100,8 @@ class Lab:
             sequences or self.settings.sequences,
             LENGTH,
             seed,
-            skip=skip,
+            batch_tokens,
+            skip,
         )
 
     def task(self, seed: int, advance: Callable[[int], None]) -> Task:

@@ -99,11 +99,11 @@ def uniform_table(plan: Plan) -> Table:
 
 
 def jobs_table(jobs: Sequence[JobInfo]) -> Table:
-    """One line per run: how far it is, and what its plan is; bpw and KL as measured."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("run", overflow="fold")
+    """One line per run: how far it is, or what its plan is; KL in nats per token, measured."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold", min_width=20)
     table.add_column("status", no_wrap=True)
-    table.add_column("progress, or the plan")
+    table.add_column("progress, or the plan", no_wrap=True)
     for job in jobs:
         style = {"done": "green", "failed": "red"}.get(job.status, "yellow")
         about = _plan_of(job) if job.status == "done" else _progress_of(job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,18 +15,16 @@ from .calibration import Samples
 from .models import Batch, LoadedModel, samples_in
 from .probes import (
     Factors,
-    Product,
+    Part,
     Upstream,
-    Visitor,
     check_reached,
-    gradient_products,
     inner,
     label_upstream,
     positions_in,
     squared,
     stream,
 )
-from .rendering import Renderer
+from .rendering import Renderer, Rows, map_errors
 from .table import UnitInfo
 
 
@@ -97,35 +95,59 @@ def linearize(
         block = slice(start, start + samples_in(batch))
         with torch.no_grad():
             log_p = model.logits(batch).log_softmax(-1)
-        sums = {key: np.zeros((2, block.stop - start, *shape[1:])) for key in ("kl", "fisher")}
+        found = np.zeros((3, block.stop - block.start, *shape[1:]))
+        waiting: dict[str, list[Factors]] = {}  # of the first backward pass, for the second
 
-        def into(key: str, *products: Product, sums: Mapping[str, NDArray[np.float64]]) -> Visitor:
-            def visit(name: str, factors: Factors) -> None:
-                reached.add(name)
-                u = index[name]
-                found = gradient_products(
-                    factors, renderer, name, formats, products, current=int(choice[u])
-                )
-                sums[key][: len(products), :, u] += found
+        def keep(name: str, factors: Factors, to: dict[str, list[Factors]] = waiting) -> None:
+            to.setdefault(name, []).append(factors)
 
-            return visit
+        def price(
+            name: str,
+            fisher: Factors,
+            waiting: dict[str, list[Factors]] = waiting,
+            found: NDArray[np.float64] = found,
+        ) -> None:
+            reached.add(name)
+            kl = waiting[name].pop(0)  # a module used twice comes in the same order again
+            u = index[name]
+            found[:, :, u] += _products(kl, fisher, renderer, name, formats, int(choice[u]))
 
         with renderer.applied(assignment):
             logits = stream(
                 model,
                 renderer,
                 batch,
-                (_kl_upstream(log_p), into("kl", inner, sums=sums)),
-                (label_upstream(generator), into("fisher", inner, squared, sums=sums)),
+                (_kl_upstream(log_p), keep),
+                (label_upstream(generator), price),
             )
         positions = positions_in(logits)
-        first[block] = sums["kl"][0] / positions
-        second[block] = sums["fisher"][0] / np.sqrt(2 * positions)
-        diagonal += sums["fisher"][1].sum(axis=0) / (2 * positions)
+        first[block] = found[0] / positions
+        second[block] = found[1] / np.sqrt(2 * positions)
+        diagonal += found[2].sum(axis=0) / (2 * positions)
         start = block.stop
         advance(block.stop - block.start)
     check_reached(renderer.names, reached)
     return Linearization(first, second, diagonal / samples.count)
+
+
+def _products(
+    kl: Factors,
+    fisher: Factors,
+    renderer: Renderer,
+    name: str,
+    formats: Sequence[Format],
+    current: int,
+) -> NDArray[np.float64]:
+    """Products of both gradients with the changes from one format to all: [3, samples, F]."""
+
+    def work(rows: Rows, errors: Tensor) -> NDArray[np.float64]:
+        errors -= errors[current].clone()
+        exact, probe = (Part(factors, rows, errors) for factors in (kl, fisher))
+        products = (inner(exact), inner(probe), squared(probe))
+        return np.stack([product.double().cpu().numpy() for product in products])
+
+    parts = map_errors(work, renderer, name, formats, kl.touched_rows())
+    return sum(parts, np.zeros((3, len(kl.x), len(formats))))
 
 
 def _kl_upstream(log_p: Tensor) -> Upstream:

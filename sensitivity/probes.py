@@ -113,7 +113,6 @@ def gradient_products(
     name: str,
     formats: Sequence[Format],
     products: Sequence[Product],
-    current: int | None = None,
 ) -> NDArray[np.float64]:
     """Products of per-sample gradients with the rendering errors of all formats.
 
@@ -123,15 +122,12 @@ def gradient_products(
         name: Canonical module name.
         formats: The F formats.
         products: The P products, such as :func:`inner`.
-        current: Index of the format that errors are counted from; None for the original weights.
 
     Returns:
         float64 [P, samples, F].
     """
 
     def work(rows: Rows, errors: Tensor) -> NDArray[np.float64]:
-        if current is not None:
-            errors -= errors[current].clone()
         part = Part(factors, rows, errors)
         return np.stack([product(part).double().cpu().numpy() for product in products])
 
