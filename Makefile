@@ -9,7 +9,7 @@ DEMO := runs/demo
 .PHONY: demo test install lint type unit bench bench-search build clean
 
 demo: $(VENV)/installed
-	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --out $(DEMO)
+	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
 
 test: lint type unit
 

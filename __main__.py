@@ -127,8 +127,7 @@ def search(
 ) -> None:
     """The main job: profile, solve with a certificate, refine, validate on held-out text, report.
 
-    Run the same command again after an interruption, or --resume RUN: finished stages are not
-    repeated.
+    After an interruption the same command, or --resume RUN, goes on where it stopped.
     """
     from .reports.html import write_report
     from .reports.terminal import print_summary

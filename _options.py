@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .search.limits import Limits
     from .search.settings import ProfileSettings
 
+_GOAL, _LIMITS = "Goal (one of them)", "Limits"  # panels of --help
+_PRICES, _SEARCH = "Candidates and prices", "Search and validation"
+
 _MODEL_HELP = (
     "Hugging Face id or folder, .gguf file, 'smollm2' (the embedded default) or "
     "file.py:function returning a bitplan.Workload."
@@ -23,43 +26,72 @@ _BUDGET_HELP = (
 BudgetOption = Annotated[str, typer.Option("--budget", "-b", help=_BUDGET_HELP)]
 SearchBudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", "-b", help=_BUDGET_HELP + " Default 4.3bpw."),
+    typer.Option("--budget", "-b", help=_BUDGET_HELP + " Default 4.3bpw.", rich_help_panel=_GOAL),
 ]
 FormatsOption = Annotated[
     str | None,
-    typer.Option(help="Comma-separated candidate formats; `bitplan formats` shows the default."),
+    typer.Option(
+        help="Comma-separated candidate formats; `bitplan formats` shows the default.",
+        rich_help_panel=_PRICES,
+    ),
 ]
-MetricOption = Annotated[str, typer.Option(help="Sensitivity metric; see `bitplan metrics`.")]
-RoundingOption = Annotated[str, typer.Option(help="Rounding method whose errors are priced.")]
+MetricOption = Annotated[
+    str, typer.Option(help="Sensitivity metric; see `bitplan metrics`.", rich_help_panel=_PRICES)
+]
+RoundingOption = Annotated[
+    str, typer.Option(help="Rounding method whose errors are priced.", rich_help_panel=_PRICES)
+]
 CalibrationOption = Annotated[
     str,
     typer.Option(
         help="Calibration text: 'builtin' (English prose that ships with Python), a text file, "
-        "or 'self' (sampled from the model)."
+        "or 'self' (sampled from the model).",
+        rich_help_panel=_PRICES,
     ),
 ]
 SequencesOption = Annotated[
-    int, typer.Option(min=1, help="Calibration sequences; prices err by about sqrt(2/N).")
+    int,
+    typer.Option(
+        min=1, help="Calibration sequences; scores err by about sqrt(2/N).", rich_help_panel=_PRICES
+    ),
 ]
-LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+LengthOption = Annotated[
+    int, typer.Option(min=2, help="Tokens per sequence.", rich_help_panel=_PRICES)
+]
 BatchTokensOption = Annotated[
-    int, typer.Option(min=1, help="Tokens per pass: fewer take less memory and more time.")
+    int,
+    typer.Option(
+        min=1,
+        help="Tokens per pass: fewer take less memory and more time.",
+        rich_help_panel=_PRICES,
+    ),
 ]
 IncludeOption = Annotated[
-    list[str] | None, typer.Option(help="Glob on layer names to quantize; repeatable.")
+    list[str] | None,
+    typer.Option(help="Glob on layer names to quantize; repeatable.", rich_help_panel=_PRICES),
 ]
 ExcludeOption = Annotated[
-    list[str] | None, typer.Option(help="Glob on layer names to leave as they are; repeatable.")
+    list[str] | None,
+    typer.Option(
+        help="Glob on layer names to leave as they are; repeatable.", rich_help_panel=_PRICES
+    ),
 ]
 GroupOption = Annotated[
     list[str] | None,
-    typer.Option(help="Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable."),
+    typer.Option(
+        help="Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable.",
+        rich_help_panel=_PRICES,
+    ),
 ]
 PinOption = Annotated[
     list[str] | None,
-    typer.Option(help="GLOB=FORMAT: layers that must take a format; repeatable."),
+    typer.Option(
+        help="GLOB=FORMAT: layers that must take a format; repeatable.", rich_help_panel=_LIMITS
+    ),
 ]
-SolverOption = Annotated[str, typer.Option(help="Solver; see `bitplan solvers`.")]
+SolverOption = Annotated[
+    str, typer.Option(help="Solver; see `bitplan solvers`.", rich_help_panel=_SEARCH)
+]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same plan.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 TextOption = Annotated[str, typer.Option(help="Held-out text: 'builtin' or a text file.")]
@@ -69,71 +101,133 @@ OutRunOption = Annotated[
 ]
 AtLeastOption = Annotated[
     list[str] | None,
-    typer.Option("--min", help="GLOB=FORMAT: layers that take no fewer bits; repeatable."),
+    typer.Option(
+        "--min",
+        help="GLOB=FORMAT: layers that take no fewer bits; repeatable.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 AtMostOption = Annotated[
     list[str] | None,
-    typer.Option("--max", help="GLOB=FORMAT: layers that take no more bits; repeatable."),
+    typer.Option(
+        "--max",
+        help="GLOB=FORMAT: layers that take no more bits; repeatable.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 BanOption = Annotated[
     list[str] | None,
-    typer.Option(help="GLOB=FORMAT-GLOB: formats that layers must not take; repeatable."),
+    typer.Option(
+        help="GLOB=FORMAT-GLOB: formats that layers must not take; repeatable.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 RuntimeOption = Annotated[
     str | None,
-    typer.Option("--for", help="Keep to what a runtime can run: vllm, llama.cpp, mlx, onnx, ..."),
+    typer.Option(
+        "--for",
+        help="Keep to what a runtime can run: vllm, llama.cpp, mlx, onnx, ...",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 MaxBopsOption = Annotated[
-    str | None, typer.Option(help="Most bit operations per token, such as 12G.")
+    str | None,
+    typer.Option(help="Most bit operations per token, such as 12G.", rich_help_panel=_LIMITS),
 ]
 LatencyOption = Annotated[
-    Path | None, typer.Option(help="JSON of milliseconds by layer and format; with --max-ms.")
+    Path | None,
+    typer.Option(
+        help="JSON of milliseconds by layer and format; with --max-ms.", rich_help_panel=_LIMITS
+    ),
 ]
-MaxMsOption = Annotated[float | None, typer.Option(help="Most milliseconds; with --latency.")]
+MaxMsOption = Annotated[
+    float | None, typer.Option(help="Most milliseconds; with --latency.", rich_help_panel=_LIMITS)
+]
 StorageOption = Annotated[
     str | None,
-    typer.Option(help="Optuna storage URL of a search with tpe or nsga2; default job.sqlite."),
+    typer.Option(
+        help="Optuna storage URL of a search with tpe or nsga2; default job.sqlite.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 VramOption = Annotated[
     str | None,
-    typer.Option(help="Memory for weights and KV cache together (8GiB), instead of --budget."),
+    typer.Option(
+        help="Memory for weights and KV cache together (8GiB), instead of --budget.",
+        rich_help_panel=_GOAL,
+    ),
 ]
 MaxKlOption = Annotated[
     float | None,
-    typer.Option(help="The smallest plan whose measured KL is at most this (nats per token)."),
+    typer.Option(
+        help="The smallest plan whose measured KL is at most this (nats per token).",
+        rich_help_panel=_GOAL,
+    ),
 ]
 MaxPplOption = Annotated[
-    float | None, typer.Option(help="The smallest plan whose measured perplexity is this.")
+    float | None,
+    typer.Option(
+        help="The smallest plan whose measured perplexity is at most this.", rich_help_panel=_GOAL
+    ),
 ]
-ContextOption = Annotated[int, typer.Option(min=1, help="With --vram: tokens per sequence.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="With --vram: sequences at a time.")]
+ContextOption = Annotated[
+    int, typer.Option(min=1, help="With --vram: tokens per sequence.", rich_help_panel=_GOAL)
+]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="With --vram: sequences at a time.", rich_help_panel=_GOAL)
+]
 ResumeOption = Annotated[
     Path | None,
     typer.Option(help="Go on with the run in this folder, with the settings it recorded."),
 ]
 EvalTextOption = Annotated[
-    str, typer.Option("--eval", help="Held-out text: 'builtin' or a text file.")
+    str,
+    typer.Option(
+        "--eval", help="Held-out text: 'builtin' or a text file.", rich_help_panel=_SEARCH
+    ),
 ]
-EvalTokensOption = Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")]
+EvalTokensOption = Annotated[
+    int, typer.Option(min=2, help="Held-out tokens to measure on.", rich_help_panel=_SEARCH)
+]
 RefineOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Most steps of refinement on measured KL; by default 3 when the predicted KL is "
-        "above 0.2, else 0.",
+        help="Most steps of refinement: prices at the plan's own weights, accepted on measured KL. "
+        "By default 3 when the predicted KL is above 0.2, else 0.",
+        rich_help_panel=_SEARCH,
     ),
 ]
 GuardOption = Annotated[
-    int, typer.Option(min=8, help="Calibration sequences kept apart to measure candidates on.")
+    int,
+    typer.Option(
+        min=8,
+        help="Further calibration sequences, kept apart to measure candidates on.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 SearchTokensOption = Annotated[
-    int, typer.Option(min=1, help="Tokens a solver that measures may run through the model.")
+    int,
+    typer.Option(
+        min=1,
+        help="Tokens that a solver on measured KL (evolutionary, tpe, ...) may measure.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 BootstrapOption = Annotated[
-    int, typer.Option(min=0, help="Resamples for the confidence in each format; 0 for none.")
+    int,
+    typer.Option(
+        min=0,
+        help="Resamples of the calibration that say how sure each format is; 0 for none.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 StudyOption = Annotated[
-    str | None, typer.Option(help="Name of the study there; default the run's name.")
+    str | None,
+    typer.Option(
+        help="Name of the study in --storage; default made of run, solver, bytes and seed.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 
 

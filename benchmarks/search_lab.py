@@ -28,6 +28,7 @@ from bitplan.sensitivity.units import find_units
 
 BUDGETS = {"3.28bpw": "int3-g64-asym", "4.3bpw": "int4-g64-asym"}  # and the uniform format there
 LENGTH = 128  # tokens per sequence
+MEASURED_AT_ONCE = 4096  # tokens per pass: a plan's weights are rendered once for each
 AT_ONCE = 8  # plans per measurement: what a kill can cost
 
 Key = TypeVar("Key")
@@ -83,7 +84,9 @@ class Lab:
         self.formats = resolve_formats(DEFAULT_FORMATS, self.model.source_dtype)
         self.bytes = stored_bytes(self.units, self.formats)
         self.renderer = Renderer(self.model.module, self.units)
-        self.test = evaluation_samples(self.model, str(self._text("test")), settings.tokens, LENGTH)
+        self.test = evaluation_samples(
+            self.model, str(self._text("test")), settings.tokens, LENGTH, MEASURED_AT_ONCE
+        )
         self._check_work()
 
     def calibration(
@@ -123,9 +126,13 @@ class Lab:
         names = [fmt.name for fmt in self.formats]
         return np.full(len(self.units), names.index(BUDGETS[budget]), dtype=np.intp)
 
-    def measure(self, plans: Mapping[Key, Choice]) -> dict[Key, Measurement]:
-        """Full KL on the test text; plans measured before are read from the work folder."""
-        paths = {key: self._measurement(choice) for key, choice in plans.items()}
+    def measure(self, plans: Mapping[Key, Choice], share: int = 1) -> dict[Key, Measurement]:
+        """Full KL on the first 1 / ``share`` of the test text, on more where it is known.
+
+        Plans measured before are read from the work folder.
+        """
+        samples = self.test.head(self.test.count // share)
+        paths = {key: self._measurement(choice, share) for key, choice in plans.items()}
         missing = {path: plans[key] for key, path in paths.items() if not path.exists()}
         todo = list(missing)
         for start in range(0, len(todo), AT_ONCE):
@@ -134,8 +141,8 @@ class Lab:
                 for path in todo[start : start + AT_ONCE]
             }
             title = f"Measuring plans {start + 1}-{start + len(runs)} of {len(todo)}"
-            with self.reporter.bar(title, len(self.test.batches) * (1 + len(runs))) as advance:
-                found, _ = measure(self.model, runs, self.test, lambda: advance(1))
+            with self.reporter.bar(title, len(samples.batches) * (1 + len(runs))) as advance:
+                found, _ = measure(self.model, runs, samples, lambda: advance(1))
             for name, result in found.items():
                 stored = {"kl": result.kl.tolist(), "tokens": result.tokens}
                 write_json(self.work / "measured" / name, stored)
@@ -145,9 +152,10 @@ class Lab:
         pairs = zip(self.units, choice.tolist(), strict=True)
         return {name: self.formats[f] for unit, f in pairs for name in unit.modules}
 
-    def _measurement(self, choice: Choice) -> Path:
+    def _measurement(self, choice: Choice, share: int) -> Path:
         digest = hashlib.sha256(choice.astype(np.int32).tobytes()).hexdigest()
-        return self.work / "measured" / f"{digest[:24]}.json"
+        whole = self.work / "measured" / f"{digest[:24]}.json"
+        return whole if share == 1 or whole.exists() else whole.with_suffix(f".{share}.json")
 
     def _text(self, split: str) -> Path:
         return self.settings.data / "wikitext-2" / f"{split}.txt"

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitplan.benchmarks.search_lab import BUDGETS, LENGTH, Lab, Part, Row, ratio, target
+from bitplan.benchmarks.search_lab import (
+    BUDGETS,
+    LENGTH,
+    MEASURED_AT_ONCE,
+    Lab,
+    Part,
+    Row,
+    ratio,
+    target,
+)
 from bitplan.benchmarks.search_rivals import table_of
 from bitplan.search.oracle import Choice
 from bitplan.search.problem import Problem
@@ -17,7 +26,7 @@ from bitplan.search.solvers import SOLVERS
 from bitplan.search.truth import Truth
 from bitplan.sensitivity.calibration import Samples
 
-STEPS = 3
+STEPS = {"3.28bpw": 3, "4.3bpw": 1}
 BATCH_TOKENS = 1536  # larger than the default: faster, and the prices are the same
 PROFILE_PASSES = 3  # forward = 1, backward = 2
 LINEARIZE_PASSES = 6  # forward of the original and of the plan, and two backward passes
@@ -49,7 +58,7 @@ def refinement(lab: Lab) -> Part:
     candidates: list[Row] = []
     targets = []
     for budget, name in BUDGETS.items():
-        trajectory = refined(lab, budget)
+        trajectory = refined(lab, budget, STEPS[budget])
         measured = lab.measure({"uniform": lab.uniform(budget)} | named_plans(trajectory))
         references = {key: measured[key] for key in ("uniform", "one shot")}
         rows = []
@@ -74,16 +83,17 @@ def refinement(lab: Lab) -> Part:
         targets.append(target(text, wanted, *ratio(result.kl, references[key].kl)))
     tables["Candidates of the refinement"] = candidates
     note = (
-        f"Refinement: from the certified plan of `fisher` (seed 0), up to {STEPS} steps. Prices "
-        f"come from the profile's {lab.settings.sequences} sequences, candidates are measured on "
-        f"{_guard(lab).count} others of the same text (KL over the 1,024 likeliest tokens and the "
-        "rest; differences are to the plan before, paired). KL is the full KL on the test text, "
-        "which no step has seen."
+        "Refinement: from the certified plan of `fisher` (seed 0); at most "
+        + ", ".join(f"{count} steps at {budget}" for budget, count in STEPS.items())
+        + f". Prices come from the profile's {lab.settings.sequences} sequences, candidates are "
+        f"measured on {_guard(lab).count} others of the same text (KL over the 1,024 likeliest "
+        "tokens and the rest; differences are to the plan before, paired). KL is the full KL on "
+        "the test text, which no step has seen."
     )
     return Part(tables, targets, [note])
 
 
-def refined(lab: Lab, budget: str) -> Trajectory:
+def refined(lab: Lab, budget: str, steps: int) -> Trajectory:
     """Refine the one-shot plan at a budget, from figures in the work folder where there are."""
     table = table_of(lab, "fisher", 0)
     problem, max_bytes = Problem.from_table(table), lab.max_bytes(budget)
@@ -108,7 +118,7 @@ def refined(lab: Lab, budget: str) -> Trajectory:
             + (", accepted" if step.accepted else "")
         )
 
-    found = refine(problem, max_bytes, start, linearize, oracle, steps=STEPS, report=report)
+    found = refine(problem, max_bytes, start, linearize, oracle, steps=steps, report=report)
     return Trajectory(found.choices, found.kl, tokens, work + oracle.tokens, found.steps)
 
 
@@ -123,7 +133,8 @@ def truth_of(lab: Lab, sequences: Samples) -> Truth:
 
 def all_sequences(lab: Lab) -> Samples:
     """The profile's sequences and the guard's: what a search without prices may measure on."""
-    together = lab.calibration(0, sequences=lab.settings.sequences + _guard(lab).count)
+    count = lab.settings.sequences + _guard(lab).count
+    together = lab.calibration(0, sequences=count, batch_tokens=MEASURED_AT_ONCE)
     apart = (lab.calibration(0), _guard(lab))
     assert torch.equal(_ids(together), torch.cat([_ids(samples) for samples in apart]))
     return together
@@ -136,7 +147,7 @@ def named_plans(trajectory: Trajectory) -> dict[str, Choice]:
 
 def _guard(lab: Lab) -> Samples:
     count = lab.settings.sequences
-    return lab.calibration(0, skip=count, sequences=2 * count // 3)
+    return lab.calibration(0, skip=count, sequences=2 * count // 3, batch_tokens=MEASURED_AT_ONCE)
 
 
 def _ids(samples: Samples) -> Tensor:

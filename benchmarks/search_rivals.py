@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.search_lab import BUDGETS, Lab, Part, Row, ratio, target
+from bitplan.benchmarks.search_lab import BUDGETS, LENGTH, Lab, Part, Row, ratio, target
 from bitplan.search.problem import Problem, Solution
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.evaluate import Measurement, standard_error
@@ -47,6 +47,7 @@ LIKE = {
     "random": "null control",
     "shuffled": "null control",
 }
+SHARE = 2  # of the test text for all others
 CONTROLS = ("random", "shuffled")  # solvers, on the table of `fisher`
 IN_NATS = ("fisher", *PARTS, "fisher_trace", *CONTROLS)
 DETERMINISTIC = ("weight_mse",)  # no data, no seed
@@ -143,7 +144,8 @@ def rivals(lab: Lab) -> Part:
     }
     plans = {name: solution.choice for name, solution in solutions.items()}
     plans |= {(budget, uniform, 0): lab.uniform(budget) for budget, uniform in BUDGETS.items()}
-    measured = lab.measure(plans)
+    whole = {name: plan for name, plan in plans.items() if name[1] in ("fisher", *PARTS)}
+    measured = lab.measure(plans, SHARE) | lab.measure(whole)
     tables, targets, notes = {}, [], []
     for budget, uniform in BUDGETS.items():
         rows = [_row(lab, budget, score, solutions, measured, plans) for score in (*LIKE, uniform)]
@@ -159,10 +161,10 @@ def rivals(lab: Lab) -> Part:
     notes.append(
         f"Scores: the certified plan of every score, {len(SEEDS)} calibration seeds of "
         f"{lab.settings.sequences} sequences. `± seeds` is the standard error over seeds, "
-        "`± tokens` that over the test sequences (averaged over seeds; of the ratio: paired). "
-        "Scores that are not in nats need a fitted scale to predict a KL, which does not change "
-        "the plan and is left out here. `output_fisher` is priced on the first "
-        f"{OUTPUT_SEQUENCES} sequences. `random` and `shuffled` see the table of `fisher`."
+        "`± tokens` that over the test sequences (averaged over seeds; of the ratio: paired, on "
+        "the same tokens). Scores that are not in nats need a fitted scale to predict a KL, "
+        "which does not change the plan and is left out here. `output_fisher` is priced on the "
+        f"first {OUTPUT_SEQUENCES} sequences. `random` and `shuffled` see the table of `fisher`."
     )
     return Part(tables, targets, notes)
 
@@ -183,8 +185,9 @@ def _row(
     plans: dict[Name, NDArray[np.intp]],
 ) -> Row:
     names = [(budget, score, seed) for seed in SEEDS if (budget, score, seed) in plans]
-    kl = np.stack([measured[name].kl for name in names])  # [seeds, sequences]
-    fisher = np.stack([measured[budget, "fisher", seed].kl for seed in SEEDS])
+    count = min(len(measured[name].kl) for name in names)
+    kl = np.stack([measured[name].kl[:count] for name in names])  # [seeds, sequences]
+    fisher = np.stack([measured[budget, "fisher", seed].kl[:count] for seed in SEEDS])
     ratios = kl.mean(axis=1) / fisher.mean(axis=1)
     paired, token_error = ratio(kl.mean(axis=0), fisher.mean(axis=0))
     predicted = None
@@ -194,6 +197,7 @@ def _row(
     return {
         "score": score,
         "like": LIKE.get(score, "uniform"),
+        "tokens": count * LENGTH,
         "bpw": float(np.mean([lab.bpw(plans[name]) for name in names])),
         "KL": mean,
         "± seeds": standard_error(kl.mean(axis=1)) if len(names) > 1 else None,

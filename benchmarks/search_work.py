@@ -27,6 +27,7 @@ from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.evaluate import standard_error
 
 BUDGET = "3.28bpw"
+STEPS = 2  # of the refinement
 SHARES = (1, 2, 4, 8)  # the whole work, a half, ...
 SEARCHES = ("evolutionary_scratch", "tpe")
 TABLE = f"Equal work at {BUDGET}"
@@ -41,7 +42,7 @@ LINES = {"uniform": (f"uniform {BUDGETS[BUDGET]}", "--"), "one shot": ("one-shot
 
 def equal_work(lab: Lab) -> Part:
     """Measure what every search has found after an eighth ... the whole of refinement's work."""
-    trajectory = refined(lab, BUDGET)
+    trajectory = refined(lab, BUDGET, STEPS)
     total = trajectory.total
     found = {
         (REFINED, tokens): choice

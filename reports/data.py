@@ -138,12 +138,15 @@ def frontier_data(run: RunData) -> FrontierData:
         frontier=curve(nbytes, kl),
         bound=curve(budgets, bound),
         uniform=tuple(point(*entry) for entry in run.frontier.uniform),
-        measured=tuple(point(b.name, b.bytes, b.kl, b.kl_stderr) for b in plan.baselines),
+        # Baselines with a KV cache count its bytes: they are not on the axis of the weights.
+        measured=()
+        if plan.kv_cache
+        else tuple(point(b.name, b.bytes, b.kl, b.kl_stderr) for b in plan.baselines),
         plan=point("plan", plan.bytes, plan.predicted_kl),
         plan_measured=None
         if measured is None
         else point("plan", plan.bytes, measured.kl, measured.kl_stderr),
-        budget_megabytes=plan.budget.bytes / 1e6,
+        budget_megabytes=(plan.bytes if plan.kv_cache else plan.budget.bytes) / 1e6,
         weights=weights,
     )
 

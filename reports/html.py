@@ -26,9 +26,10 @@ from .data import (
     unit_rows,
 )
 from .plots import plot_allocation, plot_frontier, plot_sensitivity
-from .summary import Comparison, best_uniform, comparison, describe_rival, only_format
+from .summary import Comparison, best_uniform, comparison, describe_rival, facts, only_format
 from .words import UNIFORM, number, with_error
-from .words import gap as gap_in_words
+
+TOLD = ("optimality", "refined", "KV cache", "memory", "runtime", "solver note")  # of the facts
 
 
 class Picture(NamedTuple):
@@ -146,9 +147,9 @@ def _verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
         sentences.append(f"Best {which} format within the budget: {describe_rival(rival)}.")
     elif not same:
         sentences.append("No uniform format fits the budget.")
-    sentences.append(
-        f"Among all plans within the budget, by predicted KL: {gap_in_words(plan.gap)}."
-    )
+    for name, phrase in facts(plan, rows):
+        if name in TOLD:
+            sentences.append(f"{name[0].upper()}{name[1:]}: {phrase.removesuffix('.')}.")
     if plan.measured is None:
         sentences.append("Not measured yet: bitplan search also checks its plan on held-out text.")
     return [_unbroken(sentence) for sentence in sentences]
@@ -193,7 +194,11 @@ def _comparison_cells(row: Comparison, own: bool) -> dict[str, Any]:
         "name": row.name.removeprefix(UNIFORM),
         "own": own,
         "fits": row.fits,
-        "predicted": [format_bytes(row.bytes), f"{row.bpw:.3f}", number(row.predicted_kl)],
+        "predicted": [
+            format_bytes(row.bytes),
+            "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",
+            number(row.predicted_kl),
+        ],
         "measured": [
             "" if row.kl is None else with_error(row.kl, row.kl_stderr),
             ratio,

@@ -60,13 +60,11 @@ def uniform_table(plan: Plan) -> Table:
     KL is in nats per token; ``difference`` is the KL above the plan's, paired over sequences.
     Bits per weight are left out where sizes hold more than weights.
     """
-    caption = "KL in nats per token; difference to this plan is paired over sequences"
-    if plan.kv_cache:
-        caption += "; size of weights and KV cache"
+    title = "Measured on the same tokens" + (", with KV cache" if plan.kv_cache else "")
     table = Table(
-        title=Text("Measured on the same tokens", style="bold"),
+        title=Text(title, style="bold"),
         title_justify="left",
-        caption=Text(caption),
+        caption=Text("KL in nats per token; difference to this plan is paired over sequences"),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..quantizers.files import read_json_text, write_json
 from .hull import lower_hull
 from .problem import Problem
+from .solvers.certified import certified
 
 CONFIDENCE_FILE = "confidence.json"
 THRESHOLD = 0.9  # a unit with less agreement is undecided
 ONE_SIDED_95 = 1.645  # standard errors that a margin needs to be settled
 MOST_SEQUENCES = 100  # times the sequences there are: beyond that two formats are a tie
+EXACT_UNITS = 2_000  # up to here every resample is solved exactly
 NAMED = 8  # undecided units that a summary names
 BLOCK_SCORES = 4_000_000  # scores squared at a time
 
@@ -162,9 +164,10 @@ def bootstrap(
 ) -> Confidence:
     r"""Resample the calibration sequences, price and solve again, compare with the plan.
 
-    Each resample draws N of the N sequences with replacement, as multinomial weights, and takes
-    the LP plan within the budget, which is optimal but for one unit.  A unit's agreement is the
-    share of resamples that give it the plan's format.
+    Each resample draws N of the N sequences with replacement, as multinomial weights, and solves
+    again: exactly for up to EXACT_UNITS units, beyond by the LP plan within the budget, which is
+    optimal but for one unit.  A unit's agreement is the share of resamples that give it the
+    plan's format.
 
     A unit's margin is what its runner-up would cost more at the multiplier :math:`\lambda` of the
     byte constraint, ``D = (kl + lambda * bytes)_runner - (kl + lambda * bytes)_plan``.  With
@@ -208,11 +211,13 @@ def bootstrap(
     mean, squares = np.zeros(problem.loss.shape), np.zeros(problem.loss.shape)
     margin = _margin(problem, choice, size, lower_hull(problem).relax(problem, max_bytes).slope)
     optimism = 0.0
+    exact = len(choice) <= EXACT_UNITS
     for _ in range(resamples):
         weights = random.multinomial(count, np.full(count, 1 / count)).astype(np.float64)
         drawn = replace(problem, loss=np.where(allowed, price(weights), np.inf), scores=None)
         relaxed = lower_hull(drawn).relax(drawn, max_bytes)
-        taken[rows, relaxed.choice] += 1
+        again = certified(drawn, max_bytes).choice if exact else relaxed.choice
+        taken[rows, again] += 1
         change = _margin(drawn, choice, size, relaxed.slope) - margin
         mean += change
         squares += change**2

@@ -13,6 +13,7 @@ from .plan import BudgetRef
 from .problem import Problem
 from .settings import SearchSettings
 from .solve import outside_bytes
+from .solvers import SOLVERS
 from .work import Work
 
 
@@ -36,9 +37,21 @@ class Goal:
             self.kv = KVTable(layers, KV_BITS, size, zero, zero)  # prices come later
         self.budget = Budget.parse(search.vram or search.budget or "1000bpw")
 
+    @property
+    def measures(self) -> bool:
+        """Whether the solver searches on measured KL."""
+        return bool(getattr(SOLVERS.get(self.search.solver), "measures", False))
+
     def problem(self, table: SensitivityTable) -> Problem:
         """The problem over weights, and caches if they share the budget."""
         problem = build_problem(self.limits.fused(table), self.limits)
+        if self.measures:
+            problem.require_bytes_only(self.search.solver)
+            if self.search.budget is None:
+                raise ValueError(
+                    f"The solver {self.search.solver!r} needs a --budget. Use 'certified' for "
+                    "--vram and quality targets."
+                )
         if self.kv is None:
             return problem
         return with_kv(problem, self.kv, self.search.context, self.search.batch)

@@ -81,13 +81,15 @@ def run_search(
     argv = shlex.split(search.command) if search.command else ["bitplan", "search", settings.model]
     recorded = {"profile": asdict(settings), "search": asdict(replace(search, command=None))}
     limits = search.limits()
-    SOLVERS.get(search.solver)
+    measures = getattr(SOLVERS.get(search.solver), "measures", False)
+    if measures and search.vram is not None:
+        raise ValueError(f"{search.solver!r} measures weights only. Use 'certified' with --vram.")
     with _job(run, argv, recorded, reporter) as job:
         loaded = prepare(settings, reporter)
         goal = Goal(search, limits, loaded)
         goal.resolve(goal.problem(loaded.blank_table()))  # what cannot fit is found out here
         samples = _evaluation(loaded.model, settings, search)
-        if search.refine or getattr(SOLVERS.get(search.solver), "measures", False):
+        if search.refine or measures:
             guarded(
                 loaded.model, settings, loaded.samples, search.guard
             )  # too short a text, likewise
@@ -213,24 +215,25 @@ class _Search:
         search, seed = self.search, self.settings.seed
         if search.budget is None and search.vram is None:
             return problem, self._smallest(problem)
-        if getattr(SOLVERS.get(search.solver), "measures", False):
-            if self.goal.kv is not None:
-                raise ValueError(
-                    f"{search.solver!r} measures weights only. Use 'certified' with --vram."
-                )
-            storage = search.storage or f"sqlite:///{self.run / STUDY_FILE}"
-            goal = f"{search.solver}-{self.budget.bytes}-{seed}"
-            study = search.study or f"{self.run.name}-{goal}"
-            oracle = self.truth.oracle(search.search_tokens, storage, study)
-            problem = replace(problem, oracle=oracle)
-            if search.storage and search.solver in OBJECTIVES:
-                self._publish(problem, storage, study)
+        if self.goal.measures:
+            return self._solve_on_model(problem)
         solution = SOLVERS.get(search.solver)(problem, self.budget.bytes, seed=seed)
         if not problem.constraints:
             warn_of_spare_bytes(problem, self.budget.bytes)
-        if solution.note:
-            self.reporter.say(solution.note)
         return problem, solution
+
+    def _solve_on_model(self, problem: Problem) -> tuple[Problem, Solution]:
+        search, seed = self.search, self.settings.seed
+        storage = search.storage or f"sqlite:///{self.run / STUDY_FILE}"
+        study = search.study or f"{self.run.name}-{search.solver}-{self.budget.bytes}-{seed}"
+        title = f"Searching on measured KL ({search.solver})"
+        with self.reporter.bar(title, search.search_tokens) as advance:
+            oracle = self.truth.oracle(search.search_tokens, storage, study, advance)
+            problem = replace(problem, oracle=oracle)
+            if search.storage and search.solver in OBJECTIVES:
+                self._publish(problem, storage, study)
+            solution = SOLVERS.get(search.solver)(problem, self.budget.bytes, seed=seed)
+        return replace(problem, oracle=None), solution
 
     def _publish(self, problem: Problem, storage: str, study: str) -> None:
         job = job_of(problem, self.budget.bytes, self.search.solver, self.settings.seed)
@@ -285,13 +288,10 @@ class _Search:
 
     def _steps(self, solution: Solution) -> int:
         """Refinement steps to take."""
-        asked = self.search.refine
-        if self.goal.kv is not None or self.search.budget is None:
-            if asked:
-                raise ValueError("--refine works with --budget only, not with --vram or a target.")
+        if self.search.budget is None:
             return 0
-        if asked is not None:
-            return asked
+        if self.search.refine is not None:
+            return self.search.refine
         if solution.loss <= REFINE_ABOVE:
             return 0
         try:
@@ -430,6 +430,8 @@ class _Search:
         """Why prices cannot be resampled; empty if they can."""
         if plan.solver == "uniform":
             return "a uniform plan measured best, which no price decides."
+        if getattr(SOLVERS.get(plan.solver), "measures", False) and plan.refinement is None:
+            return "the plan was found by measured KL, which no price decides."
         if self.table.scores is None:
             return f"the metric {self.table.provenance['metric']!r} has no per-sequence scores."
         if problem.constraints or self.goal.kv is not None:

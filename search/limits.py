@@ -101,17 +101,16 @@ class _Refusal:
 
 def _refusals(table: SensitivityTable, limits: Limits) -> Iterator[_Refusal]:
     names = unit_names(table.units)
-    bits = np.array([Format.parse(name).bits for name in table.formats])
     for glob, patterns in limits.bans.items():
         units = names.find(glob, "--ban")
         for pattern in patterns:
             banned = _matching_formats(table, pattern)
             yield _Refusal(f"--ban '{glob}={pattern}'", units[:, None] & banned)
     for glob, name in limits.at_least.items():
-        low = bits < _bits(table, name)
+        low = _widths(table) < _bits(table, name)
         yield _Refusal(f"--min '{glob}={name}'", names.find(glob, "--min")[:, None] & low)
     for glob, name in limits.at_most.items():
-        high = bits > _bits(table, name)
+        high = _widths(table) > _bits(table, name)
         yield _Refusal(f"--max '{glob}={name}'", names.find(glob, "--max")[:, None] & high)
     if limits.rules:
         yield _Refusal(f"--for {limits.rules.name}", _refused(table, limits.rules))
@@ -127,6 +126,11 @@ def _matching_formats(table: SensitivityTable, pattern: str) -> NDArray[np.bool_
             f"It has {', '.join(table.formats)}."
         )
     return found
+
+
+def _widths(table: SensitivityTable) -> NDArray[np.int64]:
+    """int64 [F], bits per code of every format."""
+    return np.array([Format.parse(name).bits for name in table.formats], dtype=np.int64)
 
 
 def _bits(table: SensitivityTable, name: str) -> int:

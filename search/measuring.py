@@ -166,7 +166,7 @@ def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
         if known["text_sha256"] == samples.sha256:
             return known
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or damaged: measured again
     return {"text_sha256": samples.sha256, "ppl_original": None, "plans": {}}
 

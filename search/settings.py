@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..sensitivity.calibration import BUILTIN
 from ..sensitivity.profile import DEFAULT_FORMATS
@@ -16,11 +16,14 @@ from .rules import Rules
 
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3
+_EXACT = ConfigDict(extra="forbid")  # a setting of another version is not passed over in silence
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
     """Everything that determines a sensitivity table."""
+
+    __pydantic_config__ = _EXACT
 
     model: str
     formats: tuple[str, ...] = DEFAULT_FORMATS
@@ -70,6 +73,8 @@ class SearchSettings:
         command: The command line to record.
     """
 
+    __pydantic_config__ = _EXACT
+
     budget: str | None = None
     vram: str | None = None
     max_kl: float | None = None
@@ -96,10 +101,10 @@ class SearchSettings:
     command: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is exactly one goal.
+        """Check that there is exactly one goal, and one that can be refined if that is asked for.
 
         Raises:
-            ValueError: If there is none, or more than one.
+            ValueError: If there is none, or more than one, or it cannot be refined.
         """
         goals = {
             "--budget": self.budget,
@@ -113,6 +118,8 @@ class SearchSettings:
                 f"Give one goal: {', '.join(goals)}"
                 + (f"; {' and '.join(given)} were given." if given else ".")
             )
+        if self.refine and self.budget is None:
+            raise ValueError(f"--refine works with --budget only, not with {given[0]}.")
 
     @property
     def goal(self) -> str:

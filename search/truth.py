@@ -17,7 +17,7 @@ from ..quantizers.format import Format
 from ..sensitivity.calibration import Samples, calibration_samples
 from ..sensitivity.linearize import linearize
 from ..sensitivity.models import LoadedModel
-from ..sensitivity.progress import Reporter
+from ..sensitivity.progress import Advance, Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.replay import Replay
 from ..sensitivity.shrinkage import Shrinkage
@@ -28,6 +28,7 @@ from .settings import ProfileSettings
 TOP_K = 1024  # outcomes of the original kept per position; the KL over them is 0.95 of the full
 ORACLE_LOG = "oracle-{key}.jsonl"
 LOCAL_PRICES = "local-{key}.safetensors"
+GUARD_TOKENS = 2048  # per pass; forward only, so more fit than of the profile's
 _LEAST_GUARD = 8  # sequences: fewer cannot tell candidates apart
 
 
@@ -68,17 +69,39 @@ class Truth:
         self._formats = [Format.parse(name) for name in table.formats]
         self._renderer = Renderer(model.module, table.units, table.provenance["rounding"])
 
-    def oracle(self, max_tokens: int, storage: str | None = None, study: str = "bitplan") -> Oracle:
-        """Measures plans on the guard sequences; figures are kept in the run folder."""
-        replay = Replay(self._model, self._renderer, self._table.units, self._guard, top_k=TOP_K)
+    def oracle(
+        self,
+        max_tokens: int,
+        storage: str | None = None,
+        study: str = "bitplan",
+        advance: Advance | None = None,
+    ) -> Oracle:
+        """Measures plans on the guard sequences; figures are kept in the run folder.
+
+        ``advance`` is told the tokens of every measurement; without it each shows a bar.
+        """
+        replay: Replay | None = None  # made when something is measured: it runs the model
+        length = self._guard.length or 1
 
         def measure(choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
-            return replay.kl([self._assignment(choice) for choice in choices], sequences)
+            nonlocal replay
+            replay = replay or Replay(
+                self._model, self._renderer, self._table.units, self._guard, top_k=TOP_K
+            )
+            plans = [self._assignment(choice) for choice in choices]
+            if advance is not None:
+                found = replay.kl(plans, sequences)
+                advance(len(plans) * len(sequences) * length)
+                return found
+            with self._reporter.bar(f"Measuring {len(plans)} plans", 1) as show:
+                found = replay.kl(plans, sequences)
+                show(1)
+            return found
 
         return Oracle(
             measure,
             self._guard.count,
-            self._guard.length or 1,
+            length,
             max_tokens=max_tokens,
             log=self._run / ORACLE_LOG.format(key=self._key(self._guard)),
             storage=storage,
@@ -151,7 +174,8 @@ def guarded(
             guard,
             settings.length,
             settings.seed,
-            skip=settings.sequences,
+            GUARD_TOKENS,
+            settings.sequences,
         )
         return samples, apart
     apart = samples.tail(max(1, samples.count // 4))

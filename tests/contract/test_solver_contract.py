@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.search import solvers
 from bitplan.search.hull import lower_hull
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS
@@ -158,3 +163,51 @@ def test_uniform_without_a_common_format_is_refused() -> None:
     with pytest.raises(ValueError, match="No single format is allowed for every unit"):
         SOLVERS.get("uniform")(none, 100)
     assert SOLVERS.get("uniform")(problem, 100).choice.tolist() == [1, 0]
+
+
+NEW_SOLVER = '''
+"""A solver in a file of its own."""
+
+from bitplan.search.problem import Problem, Solution
+from bitplan.search.solvers import SOLVERS
+
+
+@SOLVERS.register("cheapest")
+def cheapest(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
+    """Give every unit its smallest format.
+
+    Nothing else.
+    """
+    problem.check_feasible(max_bytes)
+    smallest = problem.smallest_bytes()
+    choice = (problem.allowed & (problem.bytes == smallest[:, None])).argmax(axis=1)
+    return problem.evaluate(choice, float("-inf"))
+'''
+
+
+@pytest.fixture
+def new_solver(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "cheapest.py").write_text(NEW_SOLVER)
+    solvers.__path__.append(str(tmp_path))
+    importlib.invalidate_caches()
+    yield "cheapest"
+    solvers.__path__.remove(str(tmp_path))
+    SOLVERS._found.pop("cheapest", None)
+    sys.modules.pop(f"{solvers.__name__}.cheapest", None)
+    vars(solvers).pop("cheapest", None)
+
+
+def test_a_new_solver_is_one_file_and_one_decorator(new_solver: str, problem: Problem) -> None:
+    assert SOLVERS.names() == sorted([*NAMES, new_solver])
+    least = int(problem.smallest_bytes().sum())
+    solution = SOLVERS.get(new_solver)(problem, least)
+    assert solution.bytes == least
+    assert problem.allowed[np.arange(len(problem.units)), solution.choice].all()
+    with pytest.raises(ValueError, match="below the smallest possible plan"):
+        SOLVERS.get(new_solver)(problem, least - 1)
+
+
+def test_a_solver_leaves_with_its_file() -> None:
+    assert "cheapest" not in SOLVERS.names()
+    with pytest.raises(ValueError, match="Unknown solver 'cheapest'"):
+        SOLVERS.get("cheapest")

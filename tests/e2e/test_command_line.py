@@ -29,6 +29,10 @@ FILES = {
     "profile.safetensors",
     "profile.json",
     "measurements.json",
+    "confidence.json",
+    "job.json",
+    "job.log",
+    "job.lock",
 }
 SMALL = ["--sequences", "24", "--length", "32", "--eval-tokens", "1024", "--quiet"]
 
@@ -160,7 +164,7 @@ def test_packed_weights_equal_the_plan(job: Path, tiny_folder: Path, tmp_path: P
         (["--sequences", "100000"], "sequences of 32 tokens, 100000 are needed"),
     ],
 )
-def test_bad_input_is_explained_and_leaves_nothing_half_written(
+def test_bad_input_is_explained_and_found_out_before_the_slow_profile(
     tiny_folder: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     folder = tmp_path / "run"
@@ -168,7 +172,8 @@ def test_bad_input_is_explained_and_leaves_nothing_half_written(
     assert done.returncode == 1
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-    assert not folder.exists(), "found out before the slow profile"
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    assert left <= {"job.json", "job.log", "job.lock"}
 
 
 def test_a_budget_above_the_largest_plan_says_so(job: Path) -> None:

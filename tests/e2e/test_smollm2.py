@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,15 +24,18 @@ pytestmark = [
 MODEL_BYTES = 4 * 134_515_008
 
 
+def search_arguments(wikitext: Path) -> list[str | Path]:
+    return [
+        *("smollm2", "--include", "model.layers.*", "--sequences", "48", "--eval-tokens", "2048"),
+        *("--calibration", wikitext / "valid.txt", "--eval", wikitext / "test.txt"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, wikitext: Path) -> tuple[Path, int]:
     """A run folder and the peak memory of the process that made it, in bytes."""
     folder = tmp_path_factory.mktemp("smollm2") / "run"
-    arguments = [
-        *("smollm2", "--budget", "4.3bpw", "--include", "model.layers.*"),
-        *("--calibration", wikitext / "valid.txt", "--eval", wikitext / "test.txt"),
-        *("--sequences", "48", "--eval-tokens", "2048", "--out", folder),
-    ]
+    arguments = [*search_arguments(wikitext), "--budget", "4.3bpw", "--out", folder]
     code = (
         "import resource, sys; from bitplan.__main__ import app; "
         "app(sys.argv[1:], standalone_mode=False); "
@@ -69,6 +73,21 @@ def test_certificate_equals_cbc(job: tuple[Path, int]) -> None:
         )
         assert ours.gap <= 1e-4
         assert ours.predicted_kl == pytest.approx(cbc.predicted_kl, rel=1e-6)
+
+
+def test_refinement_lowers_the_measured_kl(job: tuple[Path, int], wikitext: Path) -> None:
+    folder = job[0].parent / "refined"
+    folder.mkdir()
+    for name in ("profile.safetensors", "profile.json"):
+        shutil.copy(job[0] / name, folder)
+    goal = ["--budget", "3.28bpw", "--refine", "1", "--guard", "16", "--out", folder]
+    command = [sys.executable, "-m", "bitplan", "search", *search_arguments(wikitext), *goal]
+    subprocess.run([str(part) for part in command], check=True)
+    plan = Plan.load(folder / "plan.json")
+    assert plan.measured is not None and plan.refinement is not None
+    rivals = {b.name: b.kl for b in plan.baselines}
+    assert plan.measured.kl < 0.92 * rivals["certified plan"]
+    assert plan.measured.kl < 0.72 * rivals["uniform int3-g64-asym"]
 
 
 def test_packed_folder_measures_like_the_plan(job: tuple[Path, int], wikitext: Path) -> None:

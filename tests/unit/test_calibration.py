@@ -88,3 +88,59 @@ def test_a_workload_without_evaluation_batches_holds_some_out() -> None:
     lonely = LoadedModel("toy", module, "float32", Workload(module, calibration=batches[:1]))
     with pytest.raises(ValueError, match="at least two batches"):
         calibration_samples(lonely)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_skipped_sequences_are_those_another_call_takes(tiny: LoadedModel, seed: int) -> None:
+    def rows(count: int, skip: int, batch_tokens: int = 64) -> torch.Tensor:
+        found = calibration_samples(
+            tiny, sequences=count, length=16, seed=seed, batch_tokens=batch_tokens, skip=skip
+        )
+        return torch.cat(list(found.batches))  # type: ignore[arg-type]
+
+    whole = rows(20, 0)
+    assert torch.equal(rows(8, 0), whole[:8])
+    assert torch.equal(rows(12, 8, batch_tokens=16), whole[8:])
+    assert len(whole.unique(dim=0)) == 20, "windows do not overlap"
+
+
+def test_skipping_needs_a_text_that_is_long_enough(tiny: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("one two three four five six seven eight nine ten " * 20)
+    held = 1
+    while True:
+        try:
+            calibration_samples(tiny, str(path), sequences=held + 1, length=32)
+        except ValueError:
+            break
+        held += 1
+    assert calibration_samples(tiny, str(path), sequences=1, length=32, skip=held - 1).count == 1
+    with pytest.raises(ValueError, match=f"holds {held} sequences .* {held + 1} are needed"):
+        calibration_samples(tiny, str(path), sequences=1, length=32, skip=held)
+
+
+def test_self_sampled_sequences_after_others_are_new_ones(tiny: LoadedModel) -> None:
+    first, later, again = (
+        calibration_samples(tiny, "self", sequences=4, length=12, seed=1, skip=skip).batches[0]
+        for skip in (0, 4, 4)
+    )
+    assert torch.equal(later, again)  # type: ignore[arg-type]
+    both = torch.cat([first, later])  # type: ignore[list-item]
+    assert len(both.unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"),
+    [(1, [2]), (2, [2]), (3, [2]), (5, [2]), (6, [4, 2]), (9, [4, 2]), (99, [4, 4, 2])],
+)
+def test_the_tail_is_whole_batches_from_the_end(
+    tiny: LoadedModel, count: int, kept: list[int]
+) -> None:
+    samples = calibration_samples(tiny, sequences=10, length=16, batch_tokens=64)
+    tail = samples.tail(count)
+    assert [len(batch) for batch in tail.batches] == kept
+    for ours, theirs in zip(reversed(tail.batches), reversed(samples.batches), strict=False):
+        assert ours is theirs
+    if tail.count < 10:
+        head = samples.head(10 - tail.count)
+        assert [*map(id, head.batches), *map(id, tail.batches)] == [*map(id, samples.batches)]

@@ -12,6 +12,7 @@ from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, u
 from bitplan.search.plan import KVCache, Plan
 from bitplan.search.runs import JobInfo
 from bitplan.search.solvers import SOLVERS
+from bitplan.sensitivity.metrics import METRICS
 from bitplan.tests.fakes import fake_run, transformer_units
 
 
@@ -160,3 +161,18 @@ def test_solvers_name_the_first_paper() -> None:
     assert papers["greedy"] == "Fox (1966)"
     assert papers["random"] == "Li and Talwalkar (2019)"
     assert papers["bisection"] == "Burden and Faires"  # the year that follows is of another one
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_documentation_lists_what_the_commands_list() -> None:
+    """docs/search.md repeats `bitplan solvers`; docs/metrics.md names all of `bitplan metrics`."""
+    rows = [line.split(" | ") for line in (DOCS / "search.md").read_text("utf-8").splitlines()]
+    table = plugins_table(SOLVERS)
+    for name, what, source in zip(*(column.cells for column in table.columns), strict=True):
+        (row,) = (row for row in rows if row[0] == f"| `{name}`")
+        assert row[1] == str(what).replace("``", "`")
+        assert row[3] == f"{source or '–'} |"
+    metrics = (DOCS / "metrics.md").read_text("utf-8")
+    assert [name for name in METRICS.names() if f"| `{name}` " not in metrics] == []

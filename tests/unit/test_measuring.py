@@ -1,0 +1,165 @@
+"""Held-out figures: measured once, kept, and used to pick the plan that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitplan.search.measuring import MEASUREMENTS_FILE, HeldOut, with_cache
+from bitplan.search.plan import BudgetRef, KVCache, ModelRef, Plan
+from bitplan.sensitivity.calibration import Samples, evaluation_samples
+from bitplan.sensitivity.models import LoadedModel
+from bitplan.sensitivity.progress import Reporter
+from bitplan.sensitivity.rendering import Renderer
+from bitplan.sensitivity.table import UnitInfo
+from bitplan.sensitivity.units import find_units
+
+FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32-asym")
+
+
+@pytest.fixture
+def samples(tiny: LoadedModel) -> Samples:
+    return evaluation_samples(tiny, tokens=256, length=32, batch_tokens=128)
+
+
+@pytest.fixture
+def units(tiny: LoadedModel) -> tuple[UnitInfo, ...]:
+    return find_units(tiny.module, include=("*.mlp.*",))
+
+
+def plan(units: tuple[UnitInfo, ...], fmt: str, size: int, limit: int = 1000) -> Plan:
+    return Plan(
+        model=ModelRef(id="tiny", sha256="ab"),
+        assignments={name: fmt for unit in units for name in unit.modules},
+        budget=BudgetRef(text=f"{limit}B", bytes=limit),
+        bytes=size,
+        weights=100,
+        bpw=8 * size / 100,
+        predicted_kl=0.1,
+        predicted_kl_stderr=0.01,
+        lower_bound_kl=0.1,
+        gap=0.0,
+        metric="fisher",
+        solver="certified",
+        rounding="rtn",
+        calibration={},
+        versions={},
+        created="2026-01-01T00:00:00Z",
+    )
+
+
+def held_out(
+    model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
+) -> HeldOut:
+    return HeldOut(model, units, "rtn", samples, run, Reporter(quiet=True))
+
+
+def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the model must not run")
+
+    monkeypatch.setattr(model.module, "forward", fail)
+
+
+def direct_kl(
+    model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, plan: Plan
+) -> float:
+    from bitplan.quantizers.format import Format
+
+    renderer = Renderer(model.module, units)
+    assignment = {name: Format.parse(fmt) for name, fmt in plan.assignments.items()}
+    total = []
+    with torch.no_grad():
+        for batch in samples.batches:
+            log_p = model.logits(batch).log_softmax(-1).double()
+            with renderer.applied(assignment):
+                log_q = model.logits(batch).log_softmax(-1).double()
+            total.append((log_p.exp() * (log_p - log_q)).sum(-1).mean(1))
+    return float(torch.cat(total).mean())
+
+
+def test_figures_are_right_and_measured_once(
+    tiny: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    samples: Samples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = {fmt: plan(units, fmt, 10) for fmt in FORMATS}
+    first = held_out(tiny, units, samples, tmp_path).measure(plans)
+    for fmt, found in first.items():
+        assert found.mean_kl == pytest.approx(direct_kl(tiny, units, samples, plans[fmt]), rel=1e-4)
+        assert found.tokens == 256 and found.perplexity is not None
+    assert first[FORMATS[0]].mean_kl > first[FORMATS[1]].mean_kl > first[FORMATS[2]].mean_kl
+    break_model(tiny, monkeypatch)
+    later = held_out(tiny, units, samples, tmp_path)
+    again = later.measure({"renamed": plans[FORMATS[1]]})["renamed"]
+    np.testing.assert_array_equal(again.kl, first[FORMATS[1]].kl)
+    np.testing.assert_array_equal(again.nll, first[FORMATS[1]].nll)
+    assert later.ppl_original is not None
+    with pytest.raises(AssertionError, match="must not run"):
+        later.measure({"new": plan(units, "int5-g32-asym", 10)})
+
+
+@pytest.mark.parametrize("damage", ["", "{trunc", "[]", '{"text_sha256": "other", "plans": {}}'])
+def test_a_damaged_file_or_other_text_is_measured_again(
+    tiny: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    samples: Samples,
+    tmp_path: Path,
+    damage: str,
+) -> None:
+    path = tmp_path / MEASUREMENTS_FILE
+    path.write_text(damage)
+    held_out(tiny, units, samples, tmp_path).measure({"a": plan(units, FORMATS[1], 10)})
+    found = json.loads(path.read_text())
+    assert found["text_sha256"] == samples.sha256
+    assert len(found["plans"]) == 1
+
+
+def test_the_best_plan_that_fits_is_shipped_with_the_others_as_baselines(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, tmp_path: Path
+) -> None:
+    sizes = {"int2-g32-asym": 500, "int4-g32-asym": 1000, "int8-g32-asym": 1001}
+    plans = {fmt: plan(units, fmt, size) for fmt, size in sizes.items()}
+    best = held_out(tiny, units, samples, tmp_path).best(plans)
+    assert best.assignments == plans["int4-g32-asym"].assignments
+    assert best.measured is not None
+    assert best.measured.text_sha256 == samples.sha256
+    assert best.measured.tokens == 256
+    baselines = {baseline.name: baseline for baseline in best.baselines}
+    assert set(baselines) == {"int2-g32-asym", "int8-g32-asym"}
+    for baseline in baselines.values():
+        assert baseline.difference == pytest.approx(baseline.kl - best.measured.kl)
+    assert baselines["int8-g32-asym"].difference < 0 < baselines["int2-g32-asym"].difference
+
+
+def test_a_plan_with_a_cache_is_another_plan(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, tmp_path: Path
+) -> None:
+    weights = plan(units, FORMATS[2], 500)
+    cache = {
+        bits: KVCache(
+            bits={f"model.layers.{i}": bits for i in range(2)},
+            context=64,
+            batch=1,
+            bytes=500,
+            predicted_kl=0.0,
+        )
+        for bits in (2, 4, 16)
+    }
+    cached = {str(b): weights.model_copy(update={"kv_cache": c}) for b, c in cache.items()}
+    both = held_out(tiny, units, samples, tmp_path)
+    found = both.measure({"weights": weights, **cached})
+    assert found["2"].mean_kl > found["4"].mean_kl > found["weights"].mean_kl
+    assert found["16"].mean_kl == pytest.approx(found["weights"].mean_kl, rel=1e-3)
+    over = weights.model_copy(update={"kv_cache": cache[4].model_copy(update={"bytes": 501})})
+    assert both.best({"over": over, "2": cached["2"]}).kv_cache == cache[2]
+
+
+def test_no_cache_is_the_same_run(tiny: LoadedModel) -> None:
+    assert with_cache(tiny, tiny.logits, None) == tiny.logits

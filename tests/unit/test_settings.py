@@ -1,0 +1,123 @@
+"""What a run is asked for: one goal, and the same after a trip through job.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitplan.search.settings import ProfileSettings, SearchSettings, read_settings
+
+PROFILE = ProfileSettings(
+    "tiny", formats=("int4-g32", "keep"), groups=("q_proj,k_proj",), exclude=("lm_head",), seed=7
+)
+SEARCH = SearchSettings(
+    budget="3.5bpw",
+    refine=2,
+    pins={"lm_head": "int6-g64"},
+    bans={"*": ("int2*", "int3*")},
+    at_least={"*.o_proj": "int5"},
+    at_most={"*.up_proj": "int4"},
+    runtime="vllm",
+    max_bops=1e9,
+    storage="sqlite:///x",
+)
+
+
+def recorded(**changed: Any) -> dict[str, Any]:
+    settings = {"profile": asdict(PROFILE), "search": asdict(SEARCH)}
+    copy: dict[str, Any] = json.loads(json.dumps(settings))
+    for key, value in changed.items():
+        copy[key].update(value)
+    return copy
+
+
+def test_settings_survive_json() -> None:
+    profile, search = read_settings(recorded())
+    assert profile == PROFILE
+    assert search == SEARCH
+    assert isinstance(profile.formats, tuple)
+    assert isinstance(search.bans["*"], tuple)
+
+
+@pytest.mark.parametrize(
+    "goals",
+    [
+        {},
+        {"budget": "4bpw", "vram": "1GB"},
+        {"max_kl": 0.1, "max_ppl": 20.0},
+        {"budget": "4bpw", "max_kl": 0.1},
+    ],
+)
+def test_exactly_one_goal(goals: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="Give one goal: --budget, --vram, --max-kl, --max-ppl"
+    ) as e:
+        SearchSettings(**goals)
+    for name in goals:
+        assert f"--{name.replace('_', '-')}" in str(e.value).partition(";")[2] or not goals
+
+
+@pytest.mark.parametrize("goal", [{"vram": "1GB"}, {"max_kl": 0.1}, {"max_ppl": 20.0}])
+def test_only_a_budget_can_be_refined(goal: dict[str, Any]) -> None:
+    name = f"--{next(iter(goal)).replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"--refine works with --budget only, not with {name}"):
+        SearchSettings(refine=2, **goal)
+    SearchSettings(refine=0, **goal)
+
+
+@pytest.mark.parametrize(
+    ("goal", "name"),
+    [
+        ({"budget": "4.3bpw"}, "4.3bpw"),
+        ({"budget": "file:82MB"}, "file-82MB"),
+        ({"vram": "8GiB"}, "vram8GiB"),
+        ({"max_kl": 0.05}, "kl0.05"),
+        ({"max_ppl": 20.0}, "ppl20.0"),
+    ],
+)
+def test_the_goal_names_the_run_folder(goal: dict[str, Any], name: str) -> None:
+    assert SearchSettings(**goal).goal == name
+    assert Path(name).name == name
+
+
+def test_limits_hold_every_restriction(tmp_path: Path) -> None:
+    times = tmp_path / "times.json"
+    limits = replace(SEARCH, latency=str(times), max_ms=3.0).limits()
+    assert (limits.pins, limits.bans) == (SEARCH.pins, SEARCH.bans)
+    assert (limits.at_least, limits.at_most) == (SEARCH.at_least, SEARCH.at_most)
+    assert (limits.max_bops, limits.latency, limits.max_ms) == (1e9, times, 3.0)
+    assert limits.rules is not None and limits.rules.name == "vllm"
+    assert SearchSettings(budget="4bpw").limits().rules is None
+
+
+def test_limits_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="--max-ms needs --latency"):
+        replace(SEARCH, max_ms=3.0).limits()
+    with pytest.raises(ValueError, match="vlm"):
+        replace(SEARCH, runtime="vlm").limits()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"profile": recorded()["profile"]}, "holds the job of `bitplan profile`"),
+        (recorded(search={"sover": "ilp"}), "sover"),
+        (recorded(profile={"sequences": "many"}), "sequences"),
+        ({"search": recorded()["search"]}, "cannot be read"),
+        (recorded(search={"vram": "1GB"}), "Give one goal"),
+    ],
+)
+def test_settings_of_another_version_are_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings(settings)
+
+
+def test_every_setting_is_documented() -> None:
+    for field in fields(SearchSettings):
+        assert (
+            f"\n        {field.name}: " in (SearchSettings.__doc__ or "") or field.name == "budget"
+        )
