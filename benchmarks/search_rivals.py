@@ -19,6 +19,7 @@ from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.evaluate import Measurement, standard_error
 from bitplan.sensitivity.metrics import METRICS, Scores, Task
 from bitplan.sensitivity.metrics._gradient_scores import gradient_scores
+from bitplan.sensitivity.metrics.output_fisher import output_squared
 from bitplan.sensitivity.probes import (
     absolute,
     data_upstream,
@@ -33,7 +34,7 @@ from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
 SEEDS = (0, 1, 2)
-OUTPUT_SEQUENCES = 32
+TEXT_SEQUENCES = 32  # of the scores whose labels come from the text
 PARTS = ("fisher_probe", "fisher_diagonal")  # what `fisher` combines
 LIKE = {
     "fisher": "the default",
@@ -77,22 +78,24 @@ def labelled_scores(task: Task) -> dict[str, Scores]:
 
 
 def text_scores(task: Task) -> dict[str, Scores]:
-    """The scores of a pass with the next token of the text as label."""
+    """The scores of a pass with the next token of the text as label, on fewer sequences.
+
+    ``output_fisher`` takes a matrix product per format and sequence. The tokens are as many as
+    AutoScheme takes by default, and both scores have little noise.
+    """
+    few = replace(task, samples=task.samples.head(TEXT_SEQUENCES))
     upstream = data_upstream(torch.Generator().manual_seed(task.seed), True)
-    (weights,), positions = gradient_scores(task, upstream, [absolute], unlabelled=1)
-    return {"taylor": Scores((weights / positions).astype(np.float32), False, in_nats=False)}
-
-
-def output_scores(task: Task) -> dict[str, Scores]:
-    """``output_fisher`` on fewer sequences: it takes a matrix product per format."""
-    few = replace(task, samples=task.samples.head(OUTPUT_SEQUENCES))
-    return {"output_fisher": METRICS.get("output_fisher")(few)}
+    found, positions = gradient_scores(few, upstream, [output_squared, absolute], unlabelled=1)
+    outputs, weights = (found / positions).astype(np.float32)
+    return {
+        "output_fisher": Scores(outputs, signed=False, in_nats=False),
+        "taylor": Scores(weights, signed=False, in_nats=False),
+    }
 
 
 PASSES: dict[tuple[str, ...], Callable[[Task], dict[str, Scores]]] = {
     ("fisher", "fisher_probe", "fisher_diagonal", "fisher_trace"): labelled_scores,
-    ("taylor",): text_scores,
-    ("output_fisher",): output_scores,
+    ("output_fisher", "taylor"): text_scores,
     ("imatrix",): lambda task: {"imatrix": METRICS.get("imatrix")(task)},
     ("weight_mse",): lambda task: {"weight_mse": METRICS.get("weight_mse")(task)},
 }
@@ -163,8 +166,9 @@ def rivals(lab: Lab) -> Part:
         f"{lab.settings.sequences} sequences. `± seeds` is the standard error over seeds, "
         "`± tokens` that over the test sequences (averaged over seeds; of the ratio: paired, on "
         "the same tokens). Scores that are not in nats need a fitted scale to predict a KL, "
-        "which does not change the plan and is left out here. `output_fisher` is priced on the "
-        f"first {OUTPUT_SEQUENCES} sequences. `random` and `shuffled` see the table of `fisher`."
+        "which does not change the plan and is left out here. `output_fisher` and `taylor` "
+        f"are priced on the first {TEXT_SEQUENCES} sequences. `random` and `shuffled` see the "
+        "table of `fisher`."
     )
     return Part(tables, targets, notes)
 

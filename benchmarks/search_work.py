@@ -27,7 +27,7 @@ from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.evaluate import standard_error
 
 BUDGET = "3.28bpw"
-STEPS = 2  # of the refinement
+STEPS = 1  # of the refinement
 SHARES = (1, 2, 4, 8)  # the whole work, a half, ...
 SEARCHES = ("evolutionary_scratch", "tpe")
 TABLE = f"Equal work at {BUDGET}"

@@ -28,11 +28,11 @@ def output_fisher(task: Task) -> Scores:
     generator = torch.Generator().manual_seed(task.seed)
     upstream = data_upstream(generator, task.model.is_language_model)
     unlabelled = 1 if task.model.is_language_model else 0
-    (scores,), positions = gradient_scores(task, upstream, [_output_squared], unlabelled)
+    (scores,), positions = gradient_scores(task, upstream, [output_squared], unlabelled)
     return Scores((scores / positions).astype(np.float32), signed=False, in_nats=False)
 
 
-def _output_squared(part: Part) -> Tensor:
+def output_squared(part: Part) -> Tensor:
     """[samples, F] for some rows; rows of a grouped convolution see their group's inputs."""
     x, delta = part.factors.x, part.factors.delta
     if isinstance(part.rows, Tensor):

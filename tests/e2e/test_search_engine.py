@@ -184,7 +184,7 @@ def test_resume_of_what_is_no_search(tmp_path: Path) -> None:
 
 def test_one_process_per_run_folder(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = ["search", tiny_folder, "--out", folder, *SMALL]
+    arguments: list[str | Path] = ["search", tiny_folder, "--out", folder, *SMALL]
     first = start(*arguments, "--length", "16", "--sequences", "4000")
     try:
         wait_until(first, (folder / "job.json").exists)
@@ -379,7 +379,8 @@ def test_a_search_shared_with_a_worker(tiny_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", SOLVERS.names())
 def test_every_solver_on_a_saved_profile(whole: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "plan.json"
-    arguments = ["solve", whole / PROFILE, "--budget", "3.3bpw", "--solver", name, "--out", out]
+    arguments: list[str | Path] = ["solve", whole / PROFILE, "--budget", "3.3bpw"]
+    arguments += ["--solver", name, "--out", out]
     if name == "bisection":
         with pytest.raises(ValueError, match="give --max-kl"):
             inside(*arguments)

@@ -51,7 +51,8 @@ class Quadratic:
         self.sign = 1.0
 
     def error(self, choice: Choice) -> NDArray[np.float64]:
-        return self.errors[np.arange(UNITS), choice].sum(axis=0)
+        summed: NDArray[np.float64] = self.errors[np.arange(UNITS), choice].sum(axis=0)
+        return summed
 
     def true(self, choice: Choice) -> float:
         e = self.error(choice)
@@ -76,7 +77,8 @@ class Quadratic:
         def measure(choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
             errors = np.array([self.error(choice) for choice in choices])
             forms = self.forms[PRICED + sequences.start : PRICED + sequences.stop]
-            return np.einsum("bi,nij,bj->bn", errors, forms, errors) / 2
+            kl: NDArray[np.float64] = np.einsum("bi,nij,bj->bn", errors, forms, errors) / 2
+            return kl
 
         return Oracle(measure, GUARD, 1, max_tokens=1 << 60)
 
@@ -222,7 +224,8 @@ def test_gains_within_the_noise_are_not_taken() -> None:
 
     def measure(choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
         changed = np.array([float((c != start).any()) for c in choices])
-        return 1.0 + changed[:, None] * (spread - 0.5 * spread.std() / GUARD**0.5)[None]
+        kl: NDArray[np.float64] = changed[:, None] * (spread - 0.5 * spread.std() / GUARD**0.5)
+        return 1.0 + kl
 
     oracle = Oracle(measure, GUARD, 1, max_tokens=1 << 60)
     found = refine(model.problem(), limit, start, model.linearize, oracle, steps=3)
