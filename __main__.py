@@ -15,52 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ._options import (
-    AtLeastOption,
-    AtMostOption,
-    BanOption,
-    BatchOption,
-    BatchTokensOption,
-    BootstrapOption,
-    BudgetOption,
-    CalibrationOption,
-    ContextOption,
-    DeviceOption,
-    EvalTextOption,
-    EvalTokensOption,
-    ExcludeOption,
-    FormatsOption,
-    GroupOption,
-    GuardOption,
-    IncludeOption,
-    LatencyOption,
-    LengthOption,
-    MaxBopsOption,
-    MaxKlOption,
-    MaxMsOption,
-    MaxPplOption,
-    MetricOption,
-    ModelArgument,
-    OutRunOption,
-    PinOption,
-    QuietOption,
-    RefineOption,
-    ResumeOption,
-    RoundingOption,
-    RuntimeOption,
-    SearchBudgetOption,
-    SearchTokensOption,
-    SeedOption,
-    SequencesOption,
-    SolverOption,
-    StorageOption,
-    StudyOption,
-    TextOption,
-    VramOption,
-    limit_options,
-    limits_of,
-    profile_settings,
-)
+from . import _options as options
 
 if TYPE_CHECKING:
     pass
@@ -85,45 +40,46 @@ out = Console()
 
 @app.command()
 def search(
-    model: ModelArgument = "smollm2",
-    budget: SearchBudgetOption = None,
-    vram: VramOption = None,
-    max_kl: MaxKlOption = None,
-    max_ppl: MaxPplOption = None,
-    context: ContextOption = 4096,
-    batch: BatchOption = 1,
-    run: OutRunOption = None,
-    resume: ResumeOption = None,
-    formats: FormatsOption = None,
-    metric: MetricOption = "fisher",
-    rounding: RoundingOption = "rtn",
-    calibration: CalibrationOption = "builtin",
-    sequences: SequencesOption = 96,
-    length: LengthOption = 128,
-    batch_tokens: BatchTokensOption = 768,
-    evaluation: EvalTextOption = "builtin",
-    eval_tokens: EvalTokensOption = 16384,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    group: GroupOption = None,
-    pin: PinOption = None,
-    ban: BanOption = None,
-    at_least: AtLeastOption = None,
-    at_most: AtMostOption = None,
-    runtime: RuntimeOption = None,
-    max_bops: MaxBopsOption = None,
-    latency: LatencyOption = None,
-    max_ms: MaxMsOption = None,
-    solver: SolverOption = "certified",
-    refine: RefineOption = None,
-    guard: GuardOption = 64,
-    search_tokens: SearchTokensOption = 500_000,
-    bootstrap: BootstrapOption = 200,
-    storage: StorageOption = None,
-    study: StudyOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    context_: typer.Context,
+    model: options.ModelArgument = "smollm2",
+    budget: options.SearchBudgetOption = None,
+    vram: options.VramOption = None,
+    max_kl: options.MaxKlOption = None,
+    max_ppl: options.MaxPplOption = None,
+    context: options.ContextOption = 4096,
+    batch: options.BatchOption = 1,
+    run: options.OutRunOption = None,
+    resume: options.ResumeOption = None,
+    formats: options.FormatsOption = None,
+    metric: options.MetricOption = "fisher",
+    rounding: options.RoundingOption = "rtn",
+    calibration: options.CalibrationOption = "builtin",
+    sequences: options.SequencesOption = 96,
+    length: options.LengthOption = 128,
+    batch_tokens: options.BatchTokensOption = 768,
+    evaluation: options.EvalTextOption = "builtin",
+    eval_tokens: options.EvalTokensOption = 16384,
+    include: options.IncludeOption = None,
+    exclude: options.ExcludeOption = None,
+    group: options.GroupOption = None,
+    pin: options.PinOption = None,
+    ban: options.BanOption = None,
+    at_least: options.AtLeastOption = None,
+    at_most: options.AtMostOption = None,
+    runtime: options.RuntimeOption = None,
+    max_bops: options.MaxBopsOption = None,
+    latency: options.LatencyOption = None,
+    max_ms: options.MaxMsOption = None,
+    solver: options.SolverOption = "certified",
+    refine: options.RefineOption = None,
+    guard: options.GuardOption = 64,
+    search_tokens: options.SearchTokensOption = 500_000,
+    bootstrap: options.BootstrapOption = 200,
+    storage: options.StorageOption = None,
+    study: options.StudyOption = None,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = "auto",
+    quiet: options.QuietOption = False,
 ) -> None:
     """The main job: profile, solve with a certificate, refine, validate on held-out text, report.
 
@@ -137,14 +93,17 @@ def search(
     from .sensitivity.progress import Reporter
 
     if resume is not None:
+        options.check_alone(context_, "resume", "quiet")
         run, record = resume, JobRecord.load(resume)
         settings, wanted = read_settings(record.settings)
         wanted = replace(wanted, command=record.command.text)
     else:
         if not (vram or max_kl or max_ppl):
             budget = budget or "4.3bpw"
-        limits = limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
-        settings = profile_settings(
+        limits = options.limit_options(
+            pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms
+        )
+        settings = options.profile_settings(
             model,
             formats,
             include,
@@ -176,10 +135,10 @@ def search(
             study=study,
             evaluation=evaluation,
             eval_tokens=eval_tokens,
-            command=_command(),
+            command=options.command(),
             **limits,
         )
-        run = run or Path("runs") / f"{_run_name(model)}-{wanted.goal}"
+        run = run or Path("runs") / f"{options.run_name(model)}-{wanted.goal}"
     plan = run_search(settings, wanted, run, Reporter(quiet))
     written = write_report(run)
     files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
@@ -195,8 +154,8 @@ def worker(
     study: Annotated[
         str | None, typer.Option(help="Name of the study; needed if there are several.")
     ] = None,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    device: options.DeviceOption = "auto",
+    quiet: options.QuietOption = False,
 ) -> None:
     """Help a search with tpe or nsga2 that runs elsewhere, until it is complete.
 
@@ -229,30 +188,30 @@ def jobs(
 
 @app.command()
 def profile(
-    model: ModelArgument = "smollm2",
+    model: options.ModelArgument = "smollm2",
     run: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder; default runs/MODEL.")
     ] = None,
-    formats: FormatsOption = None,
-    metric: MetricOption = "fisher",
-    rounding: RoundingOption = "rtn",
-    calibration: CalibrationOption = "builtin",
-    sequences: SequencesOption = 96,
-    length: LengthOption = 128,
-    batch_tokens: BatchTokensOption = 768,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    group: GroupOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    formats: options.FormatsOption = None,
+    metric: options.MetricOption = "fisher",
+    rounding: options.RoundingOption = "rtn",
+    calibration: options.CalibrationOption = "builtin",
+    sequences: options.SequencesOption = 96,
+    length: options.LengthOption = 128,
+    batch_tokens: options.BatchTokensOption = 768,
+    include: options.IncludeOption = None,
+    exclude: options.ExcludeOption = None,
+    group: options.GroupOption = None,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = "auto",
+    quiet: options.QuietOption = False,
 ) -> None:
     """Price every layer in every format and save the table; `bitplan solve` reads it."""
     from .search.job import run_profile
     from .sensitivity.progress import Reporter
 
-    run = run or Path("runs") / _run_name(model)
-    settings = profile_settings(
+    run = run or Path("runs") / options.run_name(model)
+    settings = options.profile_settings(
         model,
         formats,
         include,
@@ -279,24 +238,24 @@ def profile(
 @app.command()
 def solve(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
-    budget: BudgetOption = "4.3bpw",
+    budget: options.BudgetOption = "4.3bpw",
     max_kl: Annotated[
         float | None,
         typer.Option(help="The smallest plan within --budget of this predicted KL, or less."),
     ] = None,
-    pin: PinOption = None,
-    ban: BanOption = None,
-    at_least: AtLeastOption = None,
-    at_most: AtMostOption = None,
-    runtime: RuntimeOption = None,
-    max_bops: MaxBopsOption = None,
-    latency: LatencyOption = None,
-    max_ms: MaxMsOption = None,
+    pin: options.PinOption = None,
+    ban: options.BanOption = None,
+    at_least: options.AtLeastOption = None,
+    at_most: options.AtMostOption = None,
+    runtime: options.RuntimeOption = None,
+    max_bops: options.MaxBopsOption = None,
+    latency: options.LatencyOption = None,
+    max_ms: options.MaxMsOption = None,
     formats: Annotated[
         str | None, typer.Option(help="Use only these of the profile's formats, comma-separated.")
     ] = None,
-    solver: SolverOption = "certified",
-    seed: SeedOption = 0,
+    solver: options.SolverOption = "certified",
+    seed: options.SeedOption = 0,
     plan_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan here.")
     ] = None,
@@ -310,8 +269,8 @@ def solve(
     from .search.solve import solve as run_solver
     from .search.solve import write_program
 
-    options = limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
-    limits = limits_of(formats, options)
+    limited = options.limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
+    limits = options.limits_of(formats, limited)
     files = {}
     if program is not None:
         write_program(path, budget, limits, program)
@@ -323,10 +282,10 @@ def solve(
         limits=limits,
         max_kl=max_kl,
         seed=seed,
-        command=_command(),
+        command=options.command(),
     )
     if plan_file is not None:
-        _check_json(plan_file)
+        options.check_json(plan_file)
         plan.save(plan_file)
         files["plan"] = plan_file
     print_summary(out, plan, files)
@@ -337,7 +296,7 @@ def solve(
 @app.command()
 def frontier(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
-    pin: PinOption = None,
+    pin: options.PinOption = None,
     frontier_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the whole frontier as JSON.")
     ] = None,
@@ -361,7 +320,7 @@ def frontier(
         shown.add_row(name, f"{size:,}", f"{8 * size / table.weights:.3f}", f"{kl:.4g}")
     out.print(shown)
     if frontier_file is not None:
-        _check_json(frontier_file)
+        options.check_json(frontier_file)
         whole.save(frontier_file)
         out.print(f"Frontier: {frontier_file}", markup=False)
 
@@ -370,7 +329,7 @@ def frontier(
 def quantize(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    quiet: QuietOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
     from .search.budget import format_bytes
@@ -394,13 +353,13 @@ def evaluate(
         Path,
         typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, a run or a packed folder."),
     ],
-    text: TextOption = "builtin",
+    text: options.TextOption = "builtin",
     tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens to measure on; by default as many as the plan was."),
     ] = None,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    device: options.DeviceOption = "auto",
+    quiet: options.QuietOption = False,
 ) -> None:
     """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
     from .search.measuring import run_eval
@@ -426,7 +385,7 @@ def generate(
         str, typer.Option(help="What the model continues.")
     ] = "The capital of France is",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
-    device: DeviceOption = "auto",
+    device: options.DeviceOption = "auto",
 ) -> None:
     """Generate text with a packed model (greedy)."""
     from .search.materialize import load_packed
@@ -487,22 +446,9 @@ def solvers() -> None:
     out.print(plugins_table(SOLVERS))
 
 
-def _command() -> str:
-    return shlex.join(["bitplan", *sys.argv[1:]])
-
-
 def _hint(text: str, *command: object) -> None:
     words = [part if part == "--budget …" else shlex.quote(str(part)) for part in command]
     out.print(f"{text} bitplan {' '.join(map(str, words))}", markup=False, soft_wrap=True)
-
-
-def _check_json(path: Path) -> None:
-    if path.suffix != ".json":
-        raise ValueError(f"--out {path} would not be a .json file. Give a name such as plan.json.")
-
-
-def _run_name(model: str) -> str:
-    return Path(model).name.removesuffix(".gguf").replace(".py:", "-").replace(":", "-")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

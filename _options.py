@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -296,3 +299,31 @@ def limits_of(formats: str | None, options: dict[str, Any]) -> Limits:
 def split(text: str) -> tuple[str, ...]:
     """Comma-separated names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check_alone(context: typer.Context, option: str, *allowed: str) -> None:
+    """Raise if other options were typed next to one that stands for all of them."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in (option, *allowed) and source and source.name == "COMMANDLINE":
+            raise ValueError(
+                f"--{option} goes on with the recorded settings: leave out {name!r}, or give the "
+                "whole command again with another --out."
+            )
+
+
+def command() -> str:
+    """The command line, without the password a storage URL may hold."""
+    words = [re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", word) for word in sys.argv[1:]]
+    return shlex.join(["bitplan", *words])
+
+
+def check_json(path: Path) -> None:
+    """Raise if a file to write would not be JSON."""
+    if path.suffix != ".json":
+        raise ValueError(f"--out {path} would not be a .json file. Give a name such as plan.json.")
+
+
+def run_name(model: str) -> str:
+    """A model's name as part of a folder's."""
+    return Path(model).name.removesuffix(".gguf").replace(".py:", "-").replace(":", "-")

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from ..quantizers.format import Format
 from ..search.frontier import Frontier
+from ..search.limits import Limits
 from ..search.plan import Plan
+from ..search.rules import Rules
 from ..sensitivity.table import SensitivityTable, UnitInfo
 
 BOUND_SAMPLES = 512
@@ -57,10 +59,12 @@ class RunData:
         Raises:
             ValueError: If a file is missing or invalid, or they do not belong together.
         """
+        plan = Plan.load(run_dir / "plan.json")
+        limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
         return cls(
-            plan=Plan.load(run_dir / "plan.json"),
+            plan=plan,
             frontier=Frontier.load(run_dir / "frontier.json"),
-            table=SensitivityTable.load(run_dir / "profile.safetensors"),
+            table=limits.fused(SensitivityTable.load(run_dir / "profile.safetensors")),
         )
 
     def format_of(self, unit: UnitInfo) -> str:

@@ -24,9 +24,17 @@ class Goal:
         search: The settings.
         limits: Their limits.
         work: The model and its units.
+
+    Raises:
+        ValueError: If the solver has another goal, or the model has no KV cache to plan.
     """
 
     def __init__(self, search: SearchSettings, limits: Limits, work: Work) -> None:
+        if search.solver == "bisection":
+            raise ValueError(
+                "The 'bisection' solver looks for a predicted KL: use it with `bitplan solve "
+                "--max-kl`. `bitplan search --max-kl` finds the smallest plan of a measured KL."
+            )
         self.search, self.limits, self.work = search, limits, work
         self.kv: KVTable | None = None
         if search.vram is not None:
