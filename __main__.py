@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import _options as options
-
-if TYPE_CHECKING:
-    pass
 
 # Threads that wait by spinning make torch many times slower when other programs use the cores.
 # Read when torch is loaded, so it is set before any command imports it.
@@ -98,7 +95,7 @@ def search(
         settings, wanted = read_settings(record.settings)
         wanted = replace(wanted, command=record.command.text)
     else:
-        if not (vram or max_kl or max_ppl):
+        if vram is None and max_kl is None and max_ppl is None:
             budget = budget or "4.3bpw"
         limits = options.limit_options(
             pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms

@@ -303,11 +303,13 @@ def split(text: str) -> tuple[str, ...]:
 
 def check_alone(context: typer.Context, option: str, *allowed: str) -> None:
     """Raise if other options were typed next to one that stands for all of them."""
-    for name in context.params:
+    for parameter in context.command.params:
+        name = parameter.name or ""
         source = context.get_parameter_source(name)
         if name not in (option, *allowed) and source and source.name == "COMMANDLINE":
+            flag = parameter.opts[0] if parameter.opts[0].startswith("-") else name.upper()
             raise ValueError(
-                f"--{option} goes on with the recorded settings: leave out {name!r}, or give the "
+                f"--{option} goes on with the recorded settings: leave out {flag}, or give the "
                 "whole command again with another --out."
             )
 

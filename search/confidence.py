@@ -333,7 +333,8 @@ def _checked_sequences(
 def _check_prices(problem: Problem, prices: NDArray[np.float64]) -> None:
     """Raise unless equal weights give the prices that the plan was made from."""
     allowed = problem.allowed
-    if not np.allclose(prices[allowed], problem.loss[allowed], rtol=1e-3, atol=1e-12):
+    noise = 1e-6 * float(np.abs(problem.loss[allowed]).max())  # signed prices cross zero
+    if not np.allclose(prices[allowed], problem.loss[allowed], rtol=1e-3, atol=noise):
         wrong = np.where(allowed, np.abs(prices - np.where(allowed, problem.loss, 0.0)), 0.0)
         u, f = (int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
         raise ValueError(

@@ -13,6 +13,12 @@ from .program import Program, excess, used
 GAP = 1e-3  # relative; how close to the least possible the suggested limits are
 
 
+def feasible(problem: Problem, max_bytes: int) -> bool:
+    """Whether any choice keeps all limits."""
+    program = Program.build(problem, max_bytes)
+    return _feasible(program, range(len(program.limits)))
+
+
 def explain_infeasible(problem: Problem, max_bytes: int) -> str:
     """Name the limits that conflict, what each could be, and which to raise to what.
 

@@ -7,6 +7,7 @@ import numpy as np
 from ..sensitivity.kv_cache import KV_BITS, kv_bytes_per_token
 from ..sensitivity.table import SensitivityTable
 from .budget import Budget
+from .conflicts import explain_infeasible, feasible
 from .kv import KVTable, memory_budget, with_kv
 from .limits import Limits, build_problem
 from .plan import BudgetRef
@@ -15,6 +16,9 @@ from .settings import SearchSettings
 from .solve import outside_bytes
 from .solvers import SOLVERS
 from .work import Work
+
+SEVERAL_LIMITS = ("certified", "highs", "ilp")  # solvers that take more than a number of bytes
+MIXED_ROWS = ("certified", "dp", "greedy", "highs", "ilp")  # that need no weights per unit
 
 
 class Goal:
@@ -53,13 +57,18 @@ class Goal:
     def problem(self, table: SensitivityTable) -> Problem:
         """The problem over weights, and caches if they share the budget."""
         problem = build_problem(self.limits.fused(table), self.limits)
-        if self.measures:
+        if self.search.solver not in SEVERAL_LIMITS:
             problem.require_bytes_only(self.search.solver)
-            if self.search.budget is None:
-                raise ValueError(
-                    f"The solver {self.search.solver!r} needs a --budget. Use 'certified' for "
-                    "--vram and quality targets."
-                )
+        if self.search.vram is not None and self.search.solver not in MIXED_ROWS:
+            raise ValueError(
+                f"The solver {self.search.solver!r} cannot plan a KV cache together with weights. "
+                f"Use one of {', '.join(MIXED_ROWS)} with --vram."
+            )
+        if self.measures and self.search.budget is None:
+            raise ValueError(
+                f"The solver {self.search.solver!r} needs a --budget. Use 'certified' for "
+                "--vram and quality targets."
+            )
         if self.kv is None:
             return problem
         return with_kv(problem, self.kv, self.search.context, self.search.batch)
@@ -81,6 +90,8 @@ class Goal:
             return BudgetRef(text=self.target, bytes=most)
         size = self.budget.resolve(table.weights, outside_bytes(table, self.budget))
         problem.check_feasible(size)
+        if problem.constraints and not feasible(problem, size):
+            raise ValueError(explain_infeasible(problem, size))
         return BudgetRef(text=self.budget.text, bytes=size)
 
     @property

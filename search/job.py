@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,8 +46,9 @@ from .truth import Truth, guarded
 from .work import prepare, profile_stage
 
 FRONTIER_FILE = "frontier.json"
-KV_FILE = "kv.json"
+KV_FILE = "kv-{key}.json"
 STUDY_FILE = "job.sqlite"
+EXACT = ("certified", "dp", "highs", "ilp")  # solvers whose plans prices alone decide
 REPORT_FILES = ("report.html", "frontier.png", "allocation.png", "sensitivity.png")
 KV_SAMPLES = 8  # sequences the KV cache is priced on: 3 passes per layer
 
@@ -132,6 +134,11 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
             f"search ({there[:12]}). Give every worker the same model."
         )
     inside, apart = guarded(loaded.model, settings, loaded.samples, search.guard)
+    if apart.sha256 != job["guard_sha256"]:
+        raise ValueError(
+            f"The calibration text {settings.calibration!r} here is not that of the search. Give "
+            "every worker the same file; the built-in prose differs between versions of Python."
+        )
     table = search.limits().fused(loaded.blank_table())
     with TemporaryDirectory() as folder:
         truth = Truth(loaded.model, table, inside, apart, Path(folder), settings.seed, reporter)
@@ -185,23 +192,25 @@ class _Search:
                 refined = self._refine(problem, solution, steps)
             plans |= self._refined_plans(problem, solution, refined)
         with self.job.stage("validate"):
-            uniform = self._uniform_plans(problem, solution, plans)
-            plan = self.held_out.best(plans | uniform)
-        with self.job.stage("confidence"):
-            self._confidence(problem, plan, plans, solution, refined)
+            plans |= self._uniform_plans(problem, solution, plans)
+            plan = self.held_out.best(plans, smallest_within=self._largest_kl(plans))
         for stale in REPORT_FILES:  # of an earlier plan in this folder
             (self.run / stale).unlink(missing_ok=True)
         weights = build_problem(self.table, self.goal.limits)
         Frontier.from_problem(weights, plan.model).save(self.run / FRONTIER_FILE)
         plan.save(self.run / PLAN_FILE)
+        with self.job.stage("confidence"):
+            self._confidence(problem, plan, solution, refined)
         return plan
 
     def _kv_prices(self) -> KVTable:
-        path = self.run / KV_FILE
+        samples = self.goal.work.samples.first(KV_SAMPLES)
+        model = self.table.provenance["model"]["sha256"]
+        digest = hashlib.sha256(f"{model} {samples.sha256} {samples.count}".encode()).hexdigest()
+        path = self.run / KV_FILE.format(key=digest[:12])
         if path.exists():
             self.reporter.say(f"KV cache prices found in {path}, not measured again")
             return KVTable.load(path)
-        samples = self.goal.work.samples.head(KV_SAMPLES)
         layers = len(self.goal.kv.layers) if self.goal.kv else 0
         passes = len(samples.batches) * (1 + layers * (len(KV_BITS) - 1))
         with self.reporter.bar("Pricing the KV cache", passes) as advance:
@@ -230,7 +239,7 @@ class _Search:
         with self.reporter.bar(title, search.search_tokens) as advance:
             oracle = self.truth.oracle(search.search_tokens, storage, study, advance)
             problem = replace(problem, oracle=oracle)
-            if search.storage and search.solver in OBJECTIVES:
+            if search.solver in OBJECTIVES:
                 self._publish(problem, storage, study)
             solution = SOLVERS.get(search.solver)(problem, self.budget.bytes, seed=seed)
         return replace(problem, oracle=None), solution
@@ -240,7 +249,8 @@ class _Search:
         search = replace(self.search, storage=None)  # its URL may hold a password
         recorded = {"profile": asdict(self.settings), "search": asdict(search)}
         model = self.table.provenance["model"]
-        publish(open_study(storage, study, self.search.solver), job | recorded | {"model": model})
+        origin = {"model": model, "guard_sha256": self.truth.guard.sha256}
+        publish(open_study(storage, study, self.search.solver), job | recorded | origin)
         self.reporter.say(
             f"Share the work: bitplan worker --storage '{shown(storage)}' --study {study}"
         )
@@ -286,13 +296,23 @@ class _Search:
             f"{tried.bytes:,} B: predicted {tried.predicted:.4g}, measured {tried.measured:.4g}"
         )
 
+    def _largest_kl(self, plans: Mapping[str, Plan]) -> float | None:
+        """The measured KL a plan may have if the goal is a quality; None for the least there is.
+
+        For a perplexity it is that of the plan that was found to reach it.
+        """
+        if self.search.max_kl is not None or self.search.max_ppl is None:
+            return self.search.max_kl
+        found = next(iter(plans))
+        return self.held_out.measure({found: plans[found]})[found].mean_kl
+
     def _steps(self, solution: Solution) -> int:
         """Refinement steps to take."""
         if self.search.budget is None:
             return 0
         if self.search.refine is not None:
             return self.search.refine
-        if solution.loss <= REFINE_ABOVE:
+        if solution.loss <= REFINE_ABOVE or self.search.solver not in EXACT:
             return 0
         try:
             return REFINE_STEPS if self.truth else 0
@@ -309,7 +329,6 @@ class _Search:
             self.truth.linearize,
             oracle,
             steps=steps,
-            seed=self.settings.seed,
             report=self._step,
         )
 
@@ -387,7 +406,6 @@ class _Search:
         self,
         problem: Problem,
         plan: Plan,
-        plans: Mapping[str, Plan],
         solution: Solution,
         refined: Refined | None,
     ) -> None:
@@ -430,10 +448,14 @@ class _Search:
         """Why prices cannot be resampled; empty if they can."""
         if plan.solver == "uniform":
             return "a uniform plan measured best, which no price decides."
-        if getattr(SOLVERS.get(plan.solver), "measures", False) and plan.refinement is None:
-            return "the plan was found by measured KL, which no price decides."
-        if self.table.scores is None:
-            return f"the metric {self.table.provenance['metric']!r} has no per-sequence scores."
+        if plan.solver not in EXACT:
+            return f"resamples are solved exactly, which the {plan.solver!r} solver does not do."
+        table = self.table
+        if table.scores is None or len(table.scores) < 2:
+            return f"the metric {table.provenance['metric']!r} has no scores of several sequences."
+        squares = (table.scores.astype(np.float64) ** 2).mean(axis=0)
+        if table.diagonal is None and not np.allclose(squares, table.kl, rtol=1e-3):
+            return f"prices of the metric {table.provenance['metric']!r} are no mean of squares."
         if problem.constraints or self.goal.kv is not None:
             return "only plans under a single budget of bytes are resampled."
         return ""

@@ -77,8 +77,12 @@ class HeldOut:
             write_json(self._cache, self._known)
         return {name: _measurement(self._known["plans"][key]) for name, key in keys.items()}
 
-    def best(self, plans: Mapping[str, Plan]) -> Plan:
+    def best(self, plans: Mapping[str, Plan], smallest_within: float | None = None) -> Plan:
         """Measure all plans on the same tokens and take the best of those that fit.
+
+        Args:
+            plans: The plans by name.
+            smallest_within: Take the smallest plan with at most this KL, nats per token.
 
         Returns:
             The plan with the least measured KL among those within their budget, with ``measured``
@@ -86,7 +90,11 @@ class HeldOut:
         """
         measured = self.measure(plans)
         fitting = [name for name, plan in plans.items() if plan.total_bytes <= plan.budget.bytes]
-        best = min(fitting, key=lambda name: measured[name].mean_kl)
+        kl = {name: np.nan_to_num(measured[name].mean_kl, nan=np.inf) for name in fitting}
+        best = min(fitting, key=kl.__getitem__)
+        if smallest_within is not None:
+            reaching = [name for name in fitting if kl[name] <= smallest_within]
+            best = min(reaching, key=lambda name: plans[name].total_bytes, default=best)
         result = measured[best]
         return plans[best].model_copy(
             update={

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .oracle import Choice, Oracle
 from .problem import Problem
-from .solvers import SOLVERS
+from .solvers.certified import certified
 
 FIRST_MULTIPLIER = 2.0  # on the second-order term, in the middle of the first grid
 GRID = (0.5, 0.7, 1.0, 1.4, 2.0)  # factors on the last accepted multiplier
@@ -68,16 +68,24 @@ class LocalModel:
 
     Attributes:
         prices: The local prices.
+        current: intp [U], the plan.
         multiplier: On their second-order term.
+        penalty: On every change of a unit, nats per token.
     """
 
     prices: LocalPrices
+    current: Choice
     multiplier: float
+    penalty: float = 0.0
 
     def loss(self, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """float64 [U, F], change of KL in nats per token; ``weights`` [N] resample sequences."""
-        first: NDArray[np.float64] = np.average(self.prices.first, axis=0, weights=weights)
-        return first + self.multiplier * self.prices.second
+        """float64 [U, F], change of KL in nats per token; ``weights`` [N] resample ``first``."""
+        if weights is None:
+            weights = np.ones(len(self.prices.first))
+        first = np.tensordot(weights / weights.sum(), self.prices.first, 1)
+        loss: NDArray[np.float64] = first + self.multiplier * self.prices.second + self.penalty
+        loss[np.arange(len(loss)), self.current] = 0.0
+        return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +118,6 @@ def refine(
     oracle: Oracle,
     *,
     steps: int,
-    solver: str = "certified",
-    seed: int = 0,
     report: Callable[[Step], None] = lambda _: None,
 ) -> Refined:
     """Sequential quadratic programming over integer plans, with a measured trust region.
@@ -120,7 +126,7 @@ def refine(
     errors are large and act on each other.  At the current plan c, every unit's change to f is
     priced as ``mean <g_u, W_f - W_c> + m * (W_f - W_c)' F_u (W_f - W_c) / 2`` with the exact
     gradient g of KL(p_original || p_plan) and the Fisher form F of the quantized model: still
-    separable, so the same solver applies.  Units also act on each other, so a full step goes
+    separable, so the exact solver applies.  Units also act on each other, so a full step goes
     too far: several trust regions (the multiplier m, and a limit on the units changed) give
     candidates, and the one with the least KL *measured* on sequences the prices do not come from
     is accepted if it beats the plan by more than its paired standard error.  If none does, the
@@ -133,8 +139,6 @@ def refine(
         linearize: Prices changes of a plan; called once per step.
         oracle: Measures KL on sequences that ``linearize`` does not see.
         steps: The most steps to accept.
-        solver: Name of the solver of the separable problem.
-        seed: Its seed.
         report: Called with every measured candidate.
 
     References:
@@ -146,9 +150,7 @@ def refine(
     last: LocalModel | None = None
     multiplier = FIRST_MULTIPLIER
     for number in range(1, steps + 1):
-        region = _Region(
-            problem, max_bytes, choices[-1], linearize(choices[-1], number), oracle, solver, seed
-        )
+        region = _Region(problem, max_bytes, choices[-1], linearize(choices[-1], number), oracle)
         for _ in range(1 + SHRINKS):
             tried = region.search(number, multiplier)
             best = min(tried, key=lambda t: t.step.difference, default=None)
@@ -164,13 +166,14 @@ def refine(
         choices.append(best.choice)
         kls.append(kls[-1] + best.step.difference)
         multiplier = best.step.multiplier
-        last = LocalModel(region.prices, multiplier)
+        last = best.model
     return Refined(choices, kls, history, last)
 
 
 class _Trial(NamedTuple):
     step: Step
     choice: Choice
+    model: LocalModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,76 +185,75 @@ class _Region:
     current: Choice
     prices: LocalPrices
     oracle: Oracle
-    solver: str
-    seed: int
 
     def search(self, number: int, multiplier: float) -> list[_Trial]:
         """Measure a grid of multipliers, then around its best one, and half of its changes."""
-        grid = [(multiplier * g, self._solve(multiplier * g)) for g in GRID]
-        tried = self._measure(number, grid, ())
+        tried = self._measure(number, [self._model(multiplier * g) for g in GRID], ())
         if not tried:
             return []
         best = min(tried, key=lambda t: t.step.difference)
         m = best.step.multiplier
-        near = [(m * n, self._solve(m * n)) for n in NEIGHBOURS]
-        near.append((m, self._capped(m, int(CAP * best.step.changed))))
+        near = [self._model(m * n) for n in NEIGHBOURS]
+        if not self.problem.constraints:  # a solve is slow then, and this takes many
+            near.append(self._capped(m, int(CAP * best.step.changed)))
         return tried + self._measure(number, near, [trial.choice for trial in tried])
 
-    def _solve(self, multiplier: float, penalty: float = 0.0) -> Choice:
-        """The best plan of the separable model, with a price on every change."""
-        loss = LocalModel(self.prices, multiplier).loss() + penalty
-        loss[np.arange(len(self.current)), self.current] = 0.0
-        local = replace(
-            self.problem,
-            loss=np.where(self.problem.allowed, loss, np.inf),
-            oracle=None,
-            scores=None,
-        )
-        return SOLVERS.get(self.solver)(local, self.max_bytes, seed=self.seed).choice
+    def _model(self, multiplier: float, penalty: float = 0.0) -> LocalModel:
+        return LocalModel(self.prices, self.current, multiplier, penalty)
 
-    def _capped(self, multiplier: float, most: int) -> Choice:
-        """The plan of the least price per change that changes at most ``most`` units."""
-        low, high = 0.0, float(self.prices.second.max() + np.abs(self.prices.first.mean(0)).max())
-        best = self.current
+    def _solve(self, model: LocalModel) -> Choice:
+        """The best plan of the separable model."""
+        loss = np.where(self.problem.allowed, model.loss(), np.inf)
+        local = replace(self.problem, loss=loss, oracle=None, scores=None)
+        return certified(local, self.max_bytes).choice
+
+    def _capped(self, multiplier: float, most: int) -> LocalModel:
+        """The least price per change at which at most ``most`` units change."""
+        low, high = 0.0, float(np.abs(self._model(multiplier).loss()).max())
         for _ in range(_PENALTIES):
             middle = (low + high) / 2
-            choice = self._solve(multiplier, middle)
+            choice = self._solve(self._model(multiplier, middle))
             if (choice != self.current).sum() <= most:
-                best, high = choice, middle
+                high = middle
             else:
                 low = middle
-        return best
+        return self._model(multiplier, high)
 
     def _measure(
-        self, number: int, candidates: Sequence[tuple[float, Choice]], known: Sequence[Choice]
+        self, number: int, models: Sequence[LocalModel], known: Sequence[Choice]
     ) -> list[_Trial]:
-        """Measure the candidates that are new, paired with the current plan."""
+        """Measure the models' plans that are new, paired with the current plan."""
         seen = {choice.tobytes() for choice in (self.current, *known)}
-        fresh: dict[bytes, tuple[float, Choice]] = {}
-        for m, choice in candidates:
+        fresh: dict[bytes, tuple[LocalModel, Choice]] = {}
+        for model in models:
+            choice = self._solve(model)
             if choice.tobytes() not in seen:
-                fresh.setdefault(choice.tobytes(), (m, choice))
+                fresh.setdefault(choice.tobytes(), (model, choice))
         if not fresh:
             return []
         choices = [choice for _, choice in fresh.values()]
         kl = self.oracle.kl([self.current, *choices], range(self.oracle.sequences))
-        predicted = LocalModel(self.prices, 1.0).loss()
+        kl = np.nan_to_num(kl, nan=np.inf)  # a plan whose activations overflow
+        predicted = self._model(1.0).loss()
         rows = np.arange(len(self.current))
         return [
             _Trial(
                 Step(
                     number,
-                    m,
+                    model.multiplier,
                     int((choice != self.current).sum()),
                     float(predicted[rows, choice].sum()),
                     float(difference.mean()),
                     _standard_error(difference),
                 ),
                 choice,
+                model,
             )
-            for (m, choice), difference in zip(fresh.values(), kl[1:] - kl[0], strict=True)
+            for (model, choice), difference in zip(fresh.values(), kl[1:] - kl[0], strict=True)
         ]
 
 
 def _standard_error(values: NDArray[np.float64]) -> float:
+    if not np.isfinite(values).all():
+        return 0.0
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0

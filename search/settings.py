@@ -118,6 +118,10 @@ class SearchSettings:
                 f"Give one goal: {', '.join(goals)}"
                 + (f"; {' and '.join(given)} were given." if given else ".")
             )
+        if self.bootstrap == 1:
+            raise ValueError("One resample says nothing: --bootstrap 0 for none, or 200.")
+        if self.vram is None and (self.context, self.batch) != (4096, 1):
+            raise ValueError("--context and --batch size a KV cache: they need --vram.")
         if self.refine and self.budget is None:
             raise ValueError(f"--refine works with --budget only, not with {given[0]}.")
 

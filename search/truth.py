@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ class Truth:
         reporter: Reporter,
     ) -> None:
         self._model, self._table = model, table
-        self._samples, self._guard = samples, guard
+        self._samples, self.guard = samples, guard
         self._run, self._seed, self._reporter = run, seed, reporter
         self._formats = [Format.parse(name) for name in table.formats]
         self._renderer = Renderer(model.module, table.units, table.provenance["rounding"])
@@ -81,12 +82,12 @@ class Truth:
         ``advance`` is told the tokens of every measurement; without it each shows a bar.
         """
         replay: Replay | None = None  # made when something is measured: it runs the model
-        length = self._guard.length or 1
+        length = self.guard.length or 1
 
         def measure(choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
             nonlocal replay
             replay = replay or Replay(
-                self._model, self._renderer, self._table.units, self._guard, top_k=TOP_K
+                self._model, self._renderer, self._table.units, self.guard, top_k=TOP_K
             )
             plans = [self._assignment(choice) for choice in choices]
             if advance is not None:
@@ -100,10 +101,10 @@ class Truth:
 
         return Oracle(
             measure,
-            self._guard.count,
+            self.guard.count,
             length,
             max_tokens=max_tokens,
-            log=self._run / ORACLE_LOG.format(key=self._key(self._guard)),
+            log=self._run / ORACLE_LOG.format(key=self._key(self.guard)),
             storage=storage,
             study=study,
         )
@@ -143,7 +144,10 @@ class Truth:
         """What a stored figure depends on, besides the choice in the oracle's log."""
         parts = [
             self._table.provenance["model"]["sha256"],
+            str(self._table.provenance.get("definition_sha256")),
             self._table.provenance["rounding"],
+            str(TOP_K),
+            version("bitplan"),
             *self._table.formats,
             *(unit.name for unit in self._table.units),
             samples.sha256,
@@ -174,7 +178,7 @@ def guarded(
             guard,
             settings.length,
             settings.seed,
-            GUARD_TOKENS,
+            min(GUARD_TOKENS, 4 * settings.batch_tokens),
             settings.sequences,
         )
         return samples, apart

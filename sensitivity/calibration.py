@@ -52,6 +52,15 @@ class Samples:
                 break
         return replace(self, batches=tuple(kept))
 
+    def first(self, count: int) -> Samples:
+        """Exactly the first ``count`` samples, where batches are tensors; else as :meth:`head`."""
+        head = self.head(count)
+        last = head.batches[-1]
+        surplus = head.count - count
+        if surplus <= 0 or not isinstance(last, Tensor):
+            return head
+        return replace(head, batches=(*head.batches[:-1], last[:-surplus]))
+
     def tail(self, count: int) -> Samples:
         """The last whole batches that hold at most ``count`` samples, and at least one batch."""
         kept: list[Batch] = [self.batches[-1]]

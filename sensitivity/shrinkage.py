@@ -59,16 +59,19 @@ class Shrinkage:
         unit_variance = max(float(between.mean()), 0.0) if between.size else 0.0
         own_variance = self._by_kind(self._over_formats(own**2)) - own_noise
         self._unit_weight = _reliability(np.full(len(kinds), unit_variance), unit_noise)
+        self._unit_weight[sizes == 1] = 1.0  # its kind's mean is its own
         self._own_weight = _reliability(np.maximum(own_variance, 0.0), own_noise)
         self._variance = (
-            _explained((1 - self._unit_weight) ** 2 / sizes, unit_noise)
+            _explained((1 - self._unit_weight) ** 2 / sizes, unit_noise + unit_variance)
             + _explained(self._unit_weight, unit_noise)
             + _explained(self._own_weight, own_noise)
         )
 
     def prices(self, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """float64 [U, F], nats per token; ``weights`` [N] resample the sequences."""
-        ratio = np.average(self._ratios, axis=0, weights=weights)
+        if weights is None:
+            weights = np.ones(len(self._ratios))
+        ratio = np.tensordot(weights / weights.sum(), self._ratios, 1)
         unit, own = self._levels(ratio[None])
         kind = self._by_kind(unit[0])
         level = (kind + self._unit_weight * (unit[0] - kind))[:, None]

@@ -271,7 +271,7 @@ def test_pins_and_further_limits_hold_for_every_plan() -> None:
 def test_the_local_model_resamples_the_gradient() -> None:
     model = Quadratic(5)
     prices = model.linearize(np.zeros(UNITS, dtype=np.intp), 1)
-    local = LocalModel(prices, 3.0)
+    local = LocalModel(prices, np.zeros(UNITS, dtype=np.intp), 3.0)
     np.testing.assert_allclose(local.loss(), prices.first.mean(axis=0) + 3 * prices.second, 1e-5)
     weights = np.zeros(PRICED)
     weights[[4, 7]] = 1, 3
@@ -280,3 +280,13 @@ def test_the_local_model_resamples_the_gradient() -> None:
         (prices.first[4] + 3 * prices.first[7]) / 4 + 3 * prices.second,
         1e-5,
     )
+
+
+def test_a_price_on_changes_leaves_the_current_formats_free() -> None:
+    current = np.arange(UNITS) % FORMATS
+    prices = Quadratic(5).linearize(current, 1)
+    free, priced = (LocalModel(prices, current, 2.0, penalty).loss() for penalty in (0.0, 0.1))
+    expected = np.full((UNITS, FORMATS), 0.1)
+    expected[np.arange(UNITS), current] = 0.0
+    np.testing.assert_allclose(priced - free, expected, atol=1e-12)
+    assert (free[np.arange(UNITS), current] == 0).all()
