@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable")
     parser.add_argument("--model", default="smollm2", help=argparse.SUPPRESS)
     parser.add_argument("--sequences", type=int, default=96, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of the scores")
     parser.add_argument("--tokens", type=int, default=16384, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -58,7 +59,12 @@ def main() -> None:
         finish("scale", scale(reporter))
     if set(chosen) & set(ON_MODEL):
         settings = Settings(
-            options.data, options.work, options.model, options.sequences, options.tokens
+            options.data,
+            options.work,
+            options.model,
+            options.sequences,
+            options.tokens,
+            options.seeds,
         )
         lab = Lab(settings, reporter)
         for name in filter(chosen.__contains__, ON_MODEL):

@@ -45,6 +45,7 @@ class Settings:
         model: Name of the model.
         sequences: Calibration sequences; two thirds as many more guard the refinement.
         tokens: Tokens of the test text to measure on.
+        seeds: Calibration seeds of the scores.
     """
 
     data: Path
@@ -52,6 +53,7 @@ class Settings:
     model: str
     sequences: int
     tokens: int
+    seeds: int = 3
 
 
 @dataclass(frozen=True, slots=True)

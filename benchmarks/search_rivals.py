@@ -33,7 +33,6 @@ from bitplan.sensitivity.rendering import squared_errors
 from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
-SEEDS = (0, 1, 2)
 TEXT_SEQUENCES = 32  # of the scores whose labels come from the text
 PARTS = ("fisher_probe", "fisher_diagonal")  # what `fisher` combines
 LIKE = {
@@ -138,9 +137,10 @@ def _tabulate(task: Task, metric: str, scores: Scores) -> SensitivityTable:
 
 def rivals(lab: Lab) -> Part:
     """Measure the plan of every score at every budget, for every seed."""
+    seeds = range(lab.settings.seeds)
     solutions = {
         (budget, score, seed): _solve(lab, budget, score, seed)
-        for seed in SEEDS
+        for seed in seeds
         for score in LIKE
         if seed == 0 or score not in DETERMINISTIC
         for budget in BUDGETS
@@ -162,7 +162,7 @@ def rivals(lab: Lab) -> Part:
             targets.append(target(text, ">= 1", best["KL / fisher"], _stderr(best)))
         notes.append(_verdict(budget, others, parts))
     notes.append(
-        f"Scores: the certified plan of every score, {len(SEEDS)} calibration seeds of "
+        f"Scores: the certified plan of every score, {len(seeds)} calibration seeds of "
         f"{lab.settings.sequences} sequences. `± seeds` is the standard error over seeds, "
         "`± tokens` that over the test sequences (averaged over seeds; of the ratio: paired, on "
         "the same tokens). Scores that are not in nats need a fitted scale to predict a KL, "
@@ -188,10 +188,16 @@ def _row(
     measured: dict[Name, Measurement],
     plans: dict[Name, NDArray[np.intp]],
 ) -> Row:
-    names = [(budget, score, seed) for seed in SEEDS if (budget, score, seed) in plans]
+    names = [
+        (budget, score, seed)
+        for seed in range(lab.settings.seeds)
+        if (budget, score, seed) in plans
+    ]
     count = min(len(measured[name].kl) for name in names)
     kl = np.stack([measured[name].kl[:count] for name in names])  # [seeds, sequences]
-    fisher = np.stack([measured[budget, "fisher", seed].kl[:count] for seed in SEEDS])
+    fisher = np.stack(
+        [measured[budget, "fisher", seed].kl[:count] for seed in range(lab.settings.seeds)]
+    )
     ratios = kl.mean(axis=1) / fisher.mean(axis=1)
     paired, token_error = ratio(kl.mean(axis=0), fisher.mean(axis=0))
     predicted = None
