@@ -83,18 +83,15 @@ def run_search(
     argv = shlex.split(search.command) if search.command else ["bitplan", "search", settings.model]
     recorded = {"profile": asdict(settings), "search": asdict(replace(search, command=None))}
     limits = search.limits()
-    measures = getattr(SOLVERS.get(search.solver), "measures", False)
-    if measures and search.vram is not None:
-        raise ValueError(f"{search.solver!r} measures weights only. Use 'certified' with --vram.")
+    SOLVERS.get(search.solver)  # an unknown name fails before the model is loaded
     with _job(run, argv, recorded, reporter) as job:
         loaded = prepare(settings, reporter)
         goal = Goal(search, limits, loaded)
         goal.resolve(goal.problem(loaded.blank_table()))  # what cannot fit is found out here
         samples = _evaluation(loaded.model, settings, search)
-        if search.refine or measures:
-            guarded(
-                loaded.model, settings, loaded.samples, search.guard
-            )  # too short a text, likewise
+        kept = None
+        if search.refine or goal.measures:  # is there enough text to keep some of it apart?
+            kept = guarded(loaded.model, settings, loaded.samples, search.guard)
         with job.stage("profile"):
             profiled = profile_stage(loaded, run, reporter)
         held_out = HeldOut(
@@ -105,7 +102,7 @@ def run_search(
             run,
             reporter,
         )
-        return _Search(settings, goal, profiled, held_out, run, job, reporter).finish()
+        return _Search(settings, goal, profiled, held_out, kept, run, job, reporter).finish()
 
 
 def run_worker(storage: str, study: str | None, device: str, reporter: Reporter) -> int:
@@ -166,6 +163,7 @@ class _Search:
         goal: Goal,
         profiled: SensitivityTable,
         held_out: HeldOut,
+        kept: tuple[Samples, Samples] | None,
         run: Path,
         job: Job,
         reporter: Reporter,
@@ -174,6 +172,7 @@ class _Search:
         self.table = goal.limits.fused(profiled)
         self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
         self.units = len(self.table.units)
+        self._kept = kept
         self._truth: Truth | None = None
 
     def finish(self) -> Plan:
@@ -465,7 +464,9 @@ class _Search:
         """The model as solvers may ask it, on sequences kept apart."""
         if self._truth is None:
             work = self.goal.work
-            inside, apart = guarded(work.model, self.settings, work.samples, self.search.guard)
+            inside, apart = self._kept or guarded(
+                work.model, self.settings, work.samples, self.search.guard
+            )
             self._truth = Truth(
                 work.model, self.table, inside, apart, self.run, self.settings.seed, self.reporter
             )

@@ -241,9 +241,9 @@ def test_weights_and_cache_share_the_memory(tiny_folder: Path, tmp_path: Path) -
         search_inside(tiny_folder, tmp_path / "none", "--vram", "30kB", *memory)
     assert "smallest KV cache at 128 tokens" in str(error.value)
     assert not (tmp_path / "none" / PROFILE).exists(), "found out before the slow profile"
-    with pytest.raises(ValueError, match="'tpe' measures weights only"):
+    with pytest.raises(ValueError, match="'tpe' cannot plan a KV cache"):
         search_inside(tiny_folder, tmp_path / "tpe", "--vram", "90kB", "--solver", "tpe")
-    assert not (tmp_path / "tpe").exists()
+    assert not (tmp_path / "tpe" / PROFILE).exists()
 
 
 def test_a_plan_for_a_runtime_within_limits(tiny_folder: Path, tmp_path: Path) -> None:
