@@ -39,7 +39,7 @@ SMALL = ["--sequences", "32", "--length", "64", "--guard", "16", "--eval-tokens"
 SMALL += ["--bootstrap", "20", "--device", "cpu", "--quiet"]
 REFINED = ["--budget", "3bpw", "--refine", "2"]
 OUTSIDE = 5 * 64 * 4  # bytes of the five norms, which no plan changes
-PATIENCE = 90  # seconds that anything here may take on a busy machine
+PATIENCE = 600  # seconds that anything here may take on a busy machine
 
 
 def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
