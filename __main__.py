@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from dataclasses import replace
@@ -12,10 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from . import _options as options
+from ._commands import listing, packed, reporting
+from ._commands.console import hint, out
 
 # Threads that wait by spinning make torch many times slower when other programs use the cores.
 # Read when torch is loaded, so it is set before any command imports it.
@@ -32,7 +32,6 @@ app = typer.Typer(
     help="Decides how many bits each part of a neural network gets, and proves how close to "
     "optimal the answer is.",
 )
-out = Console()
 
 
 @app.command()
@@ -140,7 +139,7 @@ def search(
     written = write_report(run)
     files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
     print_summary(out, plan, files)
-    _hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
+    hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
 
 
 @app.command()
@@ -229,7 +228,7 @@ def profile(
         bpw = 8 * table.uniform_bytes(name) / table.weights
         shown.add_row(name, f"{bpw:.3f}", f"{table.kl[:, i].sum():.4g}")
     out.print(shown)
-    _hint("Next:", "solve", run / "profile.safetensors", "--budget …")
+    hint("Next:", "solve", run / "profile.safetensors", "--budget …")
 
 
 @app.command()
@@ -322,130 +321,8 @@ def frontier(
         out.print(f"Frontier: {frontier_file}", markup=False)
 
 
-@app.command()
-def quantize(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    quiet: options.QuietOption = False,
-) -> None:
-    """Write the packed mixed-precision weights of a plan."""
-    from .search.budget import format_bytes
-    from .search.materialize import quantize as write
-    from .search.plan import Plan
-    from .sensitivity.progress import Reporter
-
-    write(plan, folder, reporter=Reporter(quiet))
-    whole = (folder / "model.safetensors").stat().st_size
-    planned = Plan.load(plan).bytes
-    out.print(
-        f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "
-        f"{format_bytes(whole - planned)} that the plan leaves as it was"
-    )
-    _hint("Next:", "eval", folder)
-
-
-@app.command(name="eval")
-def evaluate(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, a run or a packed folder."),
-    ],
-    text: options.TextOption = "builtin",
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens to measure on; by default as many as the plan was."),
-    ] = None,
-    device: options.DeviceOption = "auto",
-    quiet: options.QuietOption = False,
-) -> None:
-    """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
-    from .search.measuring import run_eval
-    from .sensitivity.progress import Reporter
-
-    plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
-    shown = Table("", "value", title=escape(str(target)))
-    shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} nats/token")
-    shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
-    if (before := plan.measured) is not None:
-        recorded = f"{before.kl:.6g} ({before.tokens:,} positions of {before.text})"
-        shown.add_row("KL recorded in the plan", escape(recorded))
-    if result.perplexity is not None:
-        shown.add_row("perplexity", f"{result.perplexity:.4f} (original {ppl_original:.4f})")
-    shown.add_row("positions", f"{result.tokens:,}")
-    out.print(shown)
-
-
-@app.command()
-def generate(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A packed folder.")],
-    prompt: Annotated[
-        str, typer.Option(help="What the model continues.")
-    ] = "The capital of France is",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
-    device: options.DeviceOption = "auto",
-) -> None:
-    """Generate text with a packed model (greedy)."""
-    from .search.materialize import load_packed
-
-    if not prompt:
-        raise ValueError("The prompt is empty. Give the model something to continue.")
-    model = load_packed(folder, device)
-    tokenizer = model.workload.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{folder} holds no tokenizer, so it cannot generate text.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    tokens = model.module.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=max_tokens, do_sample=False
-    )
-    out.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-) -> None:
-    """Draw a run's figures and report.html again."""
-    from .reports.html import write_report
-
-    for path in write_report(run):
-        out.print(str(path), markup=False)
-
-
-@app.command()
-def formats() -> None:
-    """List the default candidate formats and the grammar of all others."""
-    from .reports.terminal import formats_table
-
-    out.print(formats_table())
-    out.print(
-        "Any of int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32, keep works with "
-        "--formats: bits, weights per scale (c = one per output channel, t = one per tensor), and "
-        "-asym for a stored zero point.",
-        markup=False,
-    )
-
-
-@app.command()
-def metrics() -> None:
-    """List the sensitivity metrics."""
-    from .reports.terminal import plugins_table
-    from .sensitivity.metrics import METRICS
-
-    out.print(plugins_table(METRICS))
-
-
-@app.command()
-def solvers() -> None:
-    """List the solvers: what each does and the paper it comes from."""
-    from .reports.terminal import plugins_table
-    from .search.solvers import SOLVERS
-
-    out.print(plugins_table(SOLVERS))
-
-
-def _hint(text: str, *command: object) -> None:
-    words = [part if part == "--budget …" else shlex.quote(str(part)) for part in command]
-    out.print(f"{text} bitplan {' '.join(map(str, words))}", markup=False, soft_wrap=True)
+for commands in (packed, reporting, listing):
+    app.add_typer(commands.app)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,0 +1,93 @@
+"""Commands on packed weights: write, measure, generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .. import _options as options
+from .console import hint, out
+
+app = typer.Typer()
+
+
+@app.command()
+def quantize(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    quiet: options.QuietOption = False,
+) -> None:
+    """Write the packed mixed-precision weights of a plan."""
+    from ..search.budget import format_bytes
+    from ..search.materialize import quantize as write
+    from ..search.plan import Plan
+    from ..sensitivity.progress import Reporter
+
+    write(plan, folder, reporter=Reporter(quiet))
+    whole = (folder / "model.safetensors").stat().st_size
+    planned = Plan.load(plan).bytes
+    out.print(
+        f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "
+        f"{format_bytes(whole - planned)} that the plan leaves as it was"
+    )
+    hint("Next:", "eval", folder)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, a run or a packed folder."),
+    ],
+    text: options.TextOption = "builtin",
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens to measure on; by default as many as the plan was."),
+    ] = None,
+    device: options.DeviceOption = "auto",
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
+    from ..search.measuring import run_eval
+    from ..sensitivity.progress import Reporter
+
+    plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
+    shown = Table("", "value", title=escape(str(target)))
+    shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} nats/token")
+    shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
+    if (before := plan.measured) is not None:
+        recorded = f"{before.kl:.6g} ({before.tokens:,} positions of {before.text})"
+        shown.add_row("KL recorded in the plan", escape(recorded))
+    if result.perplexity is not None:
+        shown.add_row("perplexity", f"{result.perplexity:.4f} (original {ppl_original:.4f})")
+    shown.add_row("positions", f"{result.tokens:,}")
+    out.print(shown)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A packed folder.")],
+    prompt: Annotated[
+        str, typer.Option(help="What the model continues.")
+    ] = "The capital of France is",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
+    device: options.DeviceOption = "auto",
+) -> None:
+    """Generate text with a packed model (greedy)."""
+    from ..search.materialize import load_packed
+
+    if not prompt:
+        raise ValueError("The prompt is empty. Give the model something to continue.")
+    model = load_packed(folder, device)
+    tokenizer = model.workload.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{folder} holds no tokenizer, so it cannot generate text.")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = model.module.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=max_tokens, do_sample=False
+    )
+    out.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False)
