@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Without a GPU the CPU build of torch is enough, and much smaller where pip can find it.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0+cpu")
 DEMO := runs/demo
+# Test files side by side, one core each; the long ones come first in the tree.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test install lint type unit bench bench-search build clean
 
@@ -37,7 +39,7 @@ type: $(VENV)/installed-dev .typing/bitplan
 	mkdir -p .typing && ln -sfn .. $@
 
 unit: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu" --durations=10
+	$(BIN)/python -m pytest -m "not gpu" --durations=10 $(WORKERS)
 
 # Figures of the README and of benchmarks/results; DATA holds wikitext-2/{valid,test}.txt.
 DATA ?= ../shared/data

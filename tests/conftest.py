@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see __main__.py
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do what they start
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores, 1)))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may look for a model online
 
 import pytest
