@@ -47,8 +47,8 @@ class Timings:
 
     def where(self, keep: NDArray[np.bool_]) -> Timings:
         """Some of the timings: bool [P]."""
-        parts = (self.bits, self.rows, self.cols, self.tokens, self.weight_bytes, self.seconds)
-        return Timings(*(part[keep] for part in parts))
+        whole = (self.bits[keep], self.rows[keep], self.cols[keep], self.tokens[keep])
+        return Timings(*whole, self.weight_bytes[keep], self.seconds[keep])
 
 
 class Freedom(NamedTuple):
@@ -119,9 +119,7 @@ def fit(
     return Fit(_with_source(kernel, moved, source, bool(freedom.decode)), start)
 
 
-def predict(
-    device: Device, kernel: Kernel, t0: float, timings: Timings
-) -> NDArray[np.float64]:
+def predict(device: Device, kernel: Kernel, t0: float, timings: Timings) -> NDArray[np.float64]:
     """Seconds [P] that the model gives for the products of some timings."""
     t = timings
     return t0 + device.work(kernel, t.bits, t.rows, t.cols, t.tokens, t.weight_bytes)
@@ -185,5 +183,5 @@ def _rounded(value: float) -> float:
 def timings_of(rows: Sequence[tuple[int, int, int, int, float, float]]) -> Timings:
     """Timings from rows of bits, rows, cols, tokens, bytes of the matrix and seconds."""
     table = np.array(rows, dtype=np.float64).reshape(-1, 6)
-    whole = table[:, :4].astype(np.int64)
-    return Timings(*whole.T, table[:, 4], table[:, 5])
+    bits, rows, cols, tokens = table[:, :4].astype(np.int64).T
+    return Timings(bits, rows, cols, tokens, table[:, 4], table[:, 5])

@@ -204,7 +204,9 @@ class Device(_Strict):
     def of(cls, driver_name: str) -> Device | None:
         """The device that a driver calls so, such as ``NVIDIA H100 80GB HBM3``; None if unknown."""
         devices = (cls.read(FOLDER / f"{name}.toml") for name in names())
-        return next((d for d in devices if any(fnmatchcase(driver_name, m) for m in d.matches)), None)
+        return next(
+            (d for d in devices if any(fnmatchcase(driver_name, m) for m in d.matches)), None
+        )
 
     def running(self, kernel: str) -> Device:
         """The same device with another default kernel.

@@ -161,8 +161,15 @@ def provenance(
         "calibration": samples.describe(),
         "seed": seed,
         "outside_bytes": _outside_bytes(model, units),
+        "lookups": [unit.name for unit in units if _is_looked_up(model.module, unit)],
         "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     }
+
+
+def _is_looked_up(model: nn.Module, unit: UnitInfo) -> bool:
+    """Whether a unit is an embedding that nothing multiplies by."""
+    names = (*unit.modules, *unit.aliases)
+    return all(isinstance(model.get_submodule(name), nn.Embedding) for name in names)
 
 
 def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:

@@ -95,7 +95,7 @@ def test_limits_hold_every_restriction(tmp_path: Path) -> None:
 
 
 def test_limits_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="--max-ms needs --latency"):
+    with pytest.raises(ValueError, match="--max-ms needs times"):
         replace(SEARCH, max_ms=3.0).limits()
     with pytest.raises(ValueError, match="vlm"):
         replace(SEARCH, runtime="vlm").limits()
