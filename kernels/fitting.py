@@ -183,5 +183,6 @@ def _rounded(value: float) -> float:
 def timings_of(rows: Sequence[tuple[int, int, int, int, float, float]]) -> Timings:
     """Timings from rows of bits, rows, cols, tokens, bytes of the matrix and seconds."""
     table = np.array(rows, dtype=np.float64).reshape(-1, 6)
-    bits, rows, cols, tokens = table[:, :4].astype(np.int64).T
-    return Timings(bits, rows, cols, tokens, table[:, 4], table[:, 5])
+    whole = table[:, :4].astype(np.int64)
+    shapes = (whole[:, 0], whole[:, 1], whole[:, 2], whole[:, 3])
+    return Timings(*shapes, table[:, 4], table[:, 5])

@@ -75,8 +75,8 @@ def solve(
         table = SensitivityTable.load(Path(table))
     if budget is None and not fastest:
         raise ValueError("A budget is missing, such as '4.3bpw'.")
-    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget or "1000bpw"))
-    max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(str(budget or "1000bpw"))
+    max_bytes = parsed.resolve(table.weights, outside_bytes(table, parsed))
     if limits is None:
         limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})
     table = limits.fused(table)
@@ -91,6 +91,9 @@ def solve(
         problem = replace(problem, max_loss=math.inf if max_kl is None else max_kl)
         solution = SOLVERS.get(solver)(problem, max_bytes, seed=seed)
         warn_of_spare_bytes(problem, max_bytes)
+    asked = BudgetRef(text=parsed.text, bytes=max_bytes)
+    if budget is None:
+        asked = BudgetRef(text=f"KL <= {max_kl:g}, fastest", bytes=solution.bytes)
     latency = limits.latency_of(table, solution.choice)
     if fastest and latency is not None:
         latency = latency.model_copy(update={"max_ms": latency.ms})
@@ -99,7 +102,7 @@ def solve(
         solution.choice,
         solver,
         lower_bound=solution.lower_bound,
-        budget=BudgetRef(text=budget.text, bytes=max_bytes),
+        budget=asked,
         latency=latency,
         runtime=limits.rules.name if limits.rules else None,
         note=solution.note or None,
