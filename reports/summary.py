@@ -210,7 +210,10 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     widths = f"{bits} bits in {share} {'layer' if count == 1 else 'layers'}"
     widths += "".join(f", {bits} bits in {count}" for bits, count in fewer)
     size = f"{format_bytes(cache.bytes)} at {cache.context:,} tokens × {cache.batch}"
-    parts = [f"weights {format_bytes(plan.bytes)}", f"KV cache {format_bytes(cache.bytes)}"]
+    weights = format_bytes(plan.bytes)
+    if plan.resident_bytes is not None:
+        weights = f"{format_bytes(plan.resident_bytes)} as laid out ({weights} stored)"
+    parts = [f"weights {weights}", f"KV cache {format_bytes(cache.bytes)}"]
     used, asked = plan.total_bytes, ""
     if (memory := _asked(plan)) is not None:
         rest = memory - plan.budget.bytes

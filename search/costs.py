@@ -107,7 +107,7 @@ def predicted_milliseconds(
         ValueError: If the device's kernel does not run an allowed format.
     """
     formats = [Format.parse(name) for name in table.formats]
-    lookups = set(table.provenance.get("lookups", ()))
+    types = table.provenance.get("layer_types", {})
     known: dict[tuple[tuple[int, int], int], float] = {}
 
     def of(shape: tuple[int, int], f: int) -> float:
@@ -124,7 +124,7 @@ def predicted_milliseconds(
     cost = np.zeros(table.kl.shape)
     for u, f in np.argwhere(allowed).tolist():
         unit = table.units[u]
-        if unit.name in lookups:
+        if types.get(unit.name) == "embedding":
             continue
         shapes = unit.shapes
         if fused and len({cols for _, cols in shapes}) == 1:

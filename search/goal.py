@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from .conflicts import explain_infeasible, feasible
 from .fastest import by_time, describe_time
 from .kv import KVTable, memory_budget, with_kv
 from .limits import Limits, build_problem
+from .memory import Family, resident_bytes
 from .plan import BudgetRef, Plan
 from .problem import Problem
 from .settings import SearchSettings
@@ -75,6 +77,8 @@ class Goal:
             )
         if self.kv is None:
             return problem
+        if self._laid_out:
+            problem = replace(problem, bytes=resident_bytes(table, self.family))
         return with_kv(problem, self.kv, self.search.context, self.search.batch)
 
     def resolve(self, problem: Problem) -> BudgetRef:
@@ -109,8 +113,21 @@ class Goal:
         return by_time(problem, self.limits.milliseconds(table, problem.allowed)), describe_time
 
     def resident_bytes(self, table: SensitivityTable, choice: NDArray[np.intp]) -> int | None:
-        """Bytes of a plan's weights on the device; None where no memory is the budget."""
-        return None
+        """Bytes of a plan's weights on the device; None where they count as stored."""
+        if not self._laid_out:
+            return None
+        held = resident_bytes(table, self.family)
+        return int(held[np.arange(len(choice)), choice].sum())
+
+    @property
+    def _laid_out(self) -> bool:
+        """Whether weights count as bitplan's kernels hold them; other runtimes have their own."""
+        return self.search.vram is not None and self.limits.rules is None
+
+    @property
+    def family(self) -> Family:
+        """What kind of device holds the weights: that of ``--latency-device``, else a GPU."""
+        return self.limits.device.family if self.limits.device else "nvidia"
 
     def size_of(self, plan: Plan) -> float:
         """What the goal wants little of: bytes, or milliseconds."""

@@ -129,7 +129,7 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v
         for k, v in flat.items()
-        if not k.startswith("versions") and k not in ("model.id", "lookups")
+        if not k.startswith(("versions", "layer_types")) and k != "model.id"
     }
 
 
