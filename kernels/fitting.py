@@ -113,10 +113,40 @@ def fit(
         errors = np.log(predict(device, moved, start, timings) / timings.seconds)
         return np.concatenate([errors, PULL * theta])
 
-    inside = np.clip(np.zeros(free), bounds[0] + 1e-6, bounds[1] - 1e-6)
-    found = least_squares(residuals, inside, bounds=bounds, loss="soft_l1", f_scale=OUTLIER)
+    found = min(
+        (
+            least_squares(residuals, at, bounds=bounds, loss="soft_l1", f_scale=OUTLIER)
+            for at in _starts(device, kernel, timings, freedom, bounds)
+        ),
+        key=lambda result: float(result.cost),
+    )
     start, moved = _moved(kernel, freedom, t0, found.x)
     return Fit(_with_source(kernel, moved, source, bool(freedom.decode)), start)
+
+
+def _starts(
+    device: Device,
+    kernel: Kernel,
+    timings: Timings,
+    freedom: Freedom,
+    bounds: NDArray[np.float64],
+) -> list[NDArray[np.float64]]:
+    """Where to start: as before, and as if decoding took most of the time.
+
+    The fourth power hides a part that is small, so a search from there cannot find out that it
+    matters.
+    """
+    decode = np.zeros(len(freedom.decode))
+    if kernel.instructions is not None:
+        rate = timings.seconds * device.issue_rate.value * kernel.eta_issue.value
+        costs = rate / (timings.rows * timings.cols)  # instructions per weight in that time
+        for i, widths in enumerate(freedom.decode):
+            of_width = np.isin(timings.bits, widths)
+            if of_width.any():
+                before = kernel.decode(timings.bits[of_width])
+                decode[i] = np.log(np.maximum(0.8 * costs[of_width] / before, 1e-3).min())
+    starts = [np.zeros(3 + len(decode)), np.concatenate([np.zeros(3), decode])]
+    return [np.clip(at, bounds[0] + 1e-6, bounds[1] - 1e-6) for at in starts]
 
 
 def predict(device: Device, kernel: Kernel, t0: float, timings: Timings) -> NDArray[np.float64]:

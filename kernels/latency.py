@@ -92,8 +92,9 @@ class Kernel(_Strict):
         eta_bandwidth: Part of the bandwidth it reaches.
         eta_issue: Part of the issue rate it reaches.
         eta_peak: Part of the peak arithmetic it reaches.
-        harness: Seconds per launch in the timings it was fitted to, where those were not taken in
-            a running model; replaces the device's ``launch`` when compared with them.
+        launch: Seconds per product besides its work, where they are not the device's.
+        harness: Seconds per product in the timings it was fitted to, where those were not taken in
+            a running model; takes the place of ``launch`` when compared with them.
     """
 
     description: str
@@ -102,6 +103,7 @@ class Kernel(_Strict):
     eta_bandwidth: Number
     eta_issue: Number
     eta_peak: Number
+    launch: Number | None = None
     harness: Number | None = None
 
     def decode(self, bits: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -236,7 +238,7 @@ class Device(_Strict):
         """How sure predictions of packed matrices are: which numbers were fitted, which assumed."""
         kernel = self.kernels[self.default]
         numbers: dict[str, Origin | None] = {
-            "launch": self.launch,
+            "launch": kernel.launch or self.launch,
             "eta_bandwidth": kernel.eta_bandwidth,
             "eta_issue": kernel.eta_issue,
             "eta_peak": kernel.eta_peak,
@@ -264,13 +266,14 @@ class Device(_Strict):
             shape: ``(rows, cols)``, rows = output features.
             tokens: Vectors at a time: the batch while decoding.
             weight_bytes: Bytes that are read of the matrix; by default what it stores.
-            overhead: Seconds besides the work; by default the device's ``launch``.
+            overhead: Seconds besides the work; by default ``launch``.
         """
         kernel = self.kernels[self.default if fmt.kind == "int" else DENSE]
         size = fmt.stored_bytes(shape) if weight_bytes is None else weight_bytes
         bits = fmt.bits if fmt.kind == "int" else 0
         work = self.work(kernel, *np.array([[bits], [shape[0]], [shape[1]], [tokens], [size]]))
-        return (self.launch.value if overhead is None else overhead) + float(work[0])
+        launch = (kernel.launch or self.launch).value
+        return (launch if overhead is None else overhead) + float(work[0])
 
     def work(
         self,
