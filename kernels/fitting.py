@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from .latency import WIDTHS, Device, Kernel, Number, Widths
+from .latency import Device, Kernel, Number, Widths
 
 OUTLIER = 0.03  # relative error from which on a timing counts less than its square
 PULL = 0.02  # cost of moving a number by a factor of e, in relative errors of one timing
+ALIKE = 0.3  # cost of two classes of widths being apart by a factor of e
 SIMPLE_WIDTHS = (1, 2, 4, 8)  # codes that need no more than a shift and a mask
+OTHER_WIDTHS = (3, 5, 6, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +58,17 @@ class Freedom(NamedTuple):
 
     Attributes:
         decode: Groups of widths whose instructions per weight move together.
+        alike: Cost of moving a later group away from the first by a factor of e.
         most: The most that an efficiency may become.
     """
 
     decode: tuple[tuple[int, ...], ...] = ()
+    alike: float = 0.0
     most: float = 1.3
 
 
 NO_DECODE = Freedom()
-TWO_CLASSES = Freedom((SIMPLE_WIDTHS, tuple(b for b in WIDTHS if b not in SIMPLE_WIDTHS)))
+TWO_CLASSES = Freedom((SIMPLE_WIDTHS, OTHER_WIDTHS), ALIKE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ def fit(
     def residuals(theta: NDArray[np.float64]) -> NDArray[np.float64]:
         start, moved = _moved(kernel, freedom, t0, theta)
         errors = np.log(predict(device, moved, start, timings) / timings.seconds)
-        return np.concatenate([errors, PULL * theta])
+        apart = freedom.alike * (theta[4:] - theta[3:4])
+        return np.concatenate([errors, PULL * theta, apart])
 
     found = min(
         (
@@ -201,7 +206,7 @@ def _with_source(before: Kernel, after: Kernel, source: str, decode: bool) -> Ke
         value = _rounded(getattr(after, name).value)
         update[name] = getattr(before, name).model_copy(update=origin | {"value": value})
     if decode and after.instructions is not None:
-        costs = {bits: _rounded(value) for bits, value in after.instructions.value.items()}
+        costs = {b: _rounded(cost) for b, cost in sorted(after.instructions.value.items())}
         update["instructions"] = after.instructions.model_copy(update=origin | {"value": costs})
     return after.model_copy(update=update)
 
