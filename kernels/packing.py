@@ -122,6 +122,8 @@ class PlanePack:
         table: int32 [row blocks, C + 1, 4]: first cell, first word (in units of 128), first scale
             row and first zero point (in units of 8 bytes) of every class; the last row ends them.
         codebook: float32 [2^b], the values of the codes of ``table`` classes, or None.
+        pairs: The values of two codes c + 2^b d as the halves of an int32, rounded to float16
+            and to bfloat16 [2, 4^b]; or None.
         shape: (rows, cols) of the weight, without padding.
         cell: Shape of a cell.
         classes: What the cells are.
@@ -134,6 +136,7 @@ class PlanePack:
     cells: Tensor
     table: Tensor
     codebook: Tensor | None
+    pairs: Tensor | None
     shape: tuple[int, int]
     cell: Cell
     classes: tuple[PlaneClass, ...]
@@ -171,6 +174,7 @@ class PlanePack:
         blocks = sorted(blocks, key=lambda block: (block.row, block.col))
         _check_cover(blocks, shape, cell)
         classes = tuple(sorted({block.kind for block in blocks}))
+        _check_codebook(classes, codebook)
         parts = [_Part.of(block, cell, order) for block in blocks]
         sizes = torch.zeros(-(-shape[0] // cell.rows), len(classes), 4, dtype=torch.int64)
         before = []  # what its row blocks hold of the same class when a part comes
@@ -197,7 +201,8 @@ class PlanePack:
                 steps = torch.arange(of_part.shape[1], device=device)
                 whole[first[:, place, None] + steps] = of_part
         table = torch.cat([firsts, ends[:, -1:]], dim=1).int().to(device)
-        flat = (words.view(-1), scales, zeros.view(-1), cells, table, codebook)
+        values = (codebook, None if codebook is None else _value_pairs(codebook))
+        flat = (words.view(-1), scales, zeros.view(-1), cells, table, *values)
         return PlanePack(*flat, shape, cell, classes, order)
 
     @property
@@ -207,7 +212,7 @@ class PlanePack:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, to keep them as the buffers of a module."""
-        names = ("words", "scales", "zeros", "cells", "table", "codebook")
+        names = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs")
         parts = {name: getattr(self, name) for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -421,4 +426,23 @@ def _check_cover(blocks: Sequence[Block], shape: tuple[int, int], cell: Cell) ->
         raise ValueError(
             f"The blocks cover row {row * cell.rows}, column {col * cell.cols} of a weight "
             f"{list(shape)} {int(covered[row, col])} times. Give blocks that cover it once."
+        )
+
+
+def _value_pairs(codebook: Tensor) -> Tensor:
+    """The values of all pairs of codes as float16 and bfloat16 halves: int32 [2, 4^b]."""
+    low, high = codebook.repeat(len(codebook)), codebook.repeat_interleave(len(codebook))
+    pairs = torch.stack([low, high], dim=1)
+    return torch.stack(
+        [pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]
+    )
+
+
+def _check_codebook(classes: Sequence[PlaneClass], codebook: Tensor | None) -> None:
+    widths = {kind.bits for kind in classes if kind.zero == "table"}
+    given = 0 if codebook is None else len(codebook)
+    if any(width > 4 or 2**width != given for width in widths):
+        raise ValueError(
+            f"Codes of {sorted(widths)} bits index a table of {given} values. Give one width of "
+            "at most 4 bits, and a codebook of 2^bits values."
         )

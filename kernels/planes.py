@@ -27,6 +27,7 @@ from torch import Tensor
 SLOTS = 16
 
 Order = Literal["nvidia", "amd"]
+ORDERS: tuple[Order, ...] = ("nvidia", "amd")
 
 
 class Cell(NamedTuple):
