@@ -167,9 +167,7 @@ def load_plane(pointers, ROWS: tl.constexpr, COLS: tl.constexpr, AMD: tl.constex
 
 
 @triton.jit
-def load_zero(
-    zeros, row_in_cell, base, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr
-):
+def load_zero(zeros, row_in_cell, base, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr):
     """``1 + z / 2^b`` of the rows of a scale row, float32; ``base`` is its first byte."""
     if ZERO == 2:
         half = (zeros + base).to(tl.pointer_type(tl.float16))

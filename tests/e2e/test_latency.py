@@ -23,7 +23,7 @@ SMALL = ["--sequences", "32", "--length", "64", "--guard", "16", "--eval-tokens"
 SMALL += ["--bootstrap", "0", "--device", "cpu", "--quiet"]
 
 
-def inside(*arguments: str | Path) -> str:
+def inside(*arguments: object) -> str:
     """Run a command in this process; what it printed, on one line."""
     words = [*map(str, arguments)]
     with mock.patch.object(sys, "argv", ["bitplan", *words]):
