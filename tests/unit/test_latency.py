@@ -256,6 +256,7 @@ def test_there_are_660_published_timings(points: Points) -> None:
     assert sum(map(len, points.values())) == 660
 
 
+MEMORY = {"rtx4090": 1.008e12, "a800": 2.039e12, "h20": 4.023e12, "h200": 4.917e12}  # of the study
 STUDY = {  # t0 in µs, bandwidth, peak, and median errors: all, decode, decode with a width left out
     "rtx4090": (13.2, 0.77, 1.05, 0.013, 0.027, 0.034),
     "a800": (21.2, 0.75, 0.79, 0.031, 0.023, 0.030),
@@ -271,7 +272,8 @@ def test_without_decode_cost_the_fit_is_that_of_the_study(points: Points, name: 
     found = fit(start, "humming", timings, NO_DECODE, "a test")
     t0, bandwidth, peak, *_ = STUDY[name]
     assert 1e6 * found.t0 == pytest.approx(t0, abs=1.2)
-    assert found.kernel.eta_bandwidth.value == pytest.approx(bandwidth, abs=0.02)
+    reached = found.kernel.eta_bandwidth.value * start.bandwidth.value
+    assert reached == pytest.approx(bandwidth * MEMORY[name], rel=0.03)
     assert found.kernel.eta_peak.value == pytest.approx(peak, abs=0.01)
 
 
