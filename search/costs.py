@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -106,30 +107,29 @@ def predicted_milliseconds(
     Raises:
         ValueError: If the device's kernel does not run an allowed format.
     """
-    formats = [Format.parse(name) for name in table.formats]
+    formats = {f: Format.parse(name) for f, name in enumerate(table.formats) if allowed[:, f].any()}
+    for fmt in formats.values():
+        try:
+            device.seconds(fmt, (1, 1), tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"{fmt} cannot be timed on {device.title}: {error} Leave it out of --formats, or "
+                "choose another kernel."
+            ) from error
+
+    @cache
+    def times(shapes: tuple[tuple[int, int], ...]) -> list[float]:
+        seconds = (sum(device.seconds(fmt, s, tokens) for s in shapes) for fmt in formats.values())
+        return [math.ceil(1e9 * value) / 1e6 for value in seconds]
+
     types = table.provenance.get("layer_types", {})
-    known: dict[tuple[tuple[int, int], int], float] = {}
-
-    def of(shape: tuple[int, int], f: int) -> float:
-        if (shape, f) not in known:
-            try:
-                known[shape, f] = device.seconds(formats[f], shape, tokens)
-            except ValueError as error:
-                raise ValueError(
-                    f"{table.formats[f]} cannot be timed on {device.title}: {error} Leave it out "
-                    "of --formats, or choose another kernel."
-                ) from error
-        return known[shape, f]
-
     cost = np.zeros(table.kl.shape)
-    for u, f in np.argwhere(allowed).tolist():
-        unit = table.units[u]
-        if types.get(unit.name) == "embedding":
-            continue
+    for u, unit in enumerate(table.units):
         shapes = unit.shapes
         if fused and len({cols for _, cols in shapes}) == 1:
             shapes = ((sum(rows for rows, _ in shapes), shapes[0][1]),)
-        cost[u, f] = math.ceil(1e9 * sum(of(shape, f) for shape in shapes)) / 1e6
+        if types.get(unit.name) != "embedding":
+            cost[u, list(formats)] = times(shapes)
     return cost
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -24,8 +25,6 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
         table: The sensitivity table.
         family: The family of the device.
     """
-    from ..kernels.packing import resident_bytes as laid_out  # which loads torch
-
     formats = [Format.parse(name) for name in table.formats]
     types = table.provenance.get("layer_types", {})
     size = table.bytes.copy()
@@ -34,7 +33,14 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
         if kind in ("embedding", "convolution"):
             continue
         for f, fmt in enumerate(formats):
-            held = sum(laid_out(fmt, shape) for shape in unit.shapes)
+            held = sum(_laid_out(fmt, shape) for shape in unit.shapes)
             both = kind == "tied embedding" and fmt.kind == "int"
             size[u, f] = held + (table.bytes[u, f] if both else 0)
     return size
+
+
+@cache
+def _laid_out(fmt: Format, shape: tuple[int, int]) -> int:
+    from ..kernels import packing  # which loads torch
+
+    return packing.resident_bytes(fmt, shape)
