@@ -340,7 +340,7 @@ def frontier(
         out.print(f"Frontier: {frontier_file}", markup=False)
 
 
-for commands in (packed, reporting, kernels, listing):
+for commands in (packed, kernels, reporting, listing):
     app.add_typer(commands.app)
 
 

@@ -43,8 +43,8 @@ def plane_linear(
         Outputs [..., N] in the dtype of ``x``.
 
     Raises:
-        ValueError: If a tensor does not fit, lies on another device, or the order is wrong.
-        ImportError: If Triton is needed and not installed.
+        ValueError: If a tensor does not fit, lies on another device, the order is wrong, or
+            Triton is needed and not installed.
     """
     _check(x, pack, bias)
     starts, columns, values = sparse or (None, None, None)
@@ -142,10 +142,10 @@ def require_triton() -> None:
     """Check that Triton is there.
 
     Raises:
-        ImportError: If it is not.
+        ValueError: If it is not.
     """
     if find_spec("triton") is None:
-        raise ImportError(
+        raise ValueError(
             "Triton is not installed; the kernels for GPUs need it. Install 'bitplan[kernels]', "
             "or run on the CPU."
         )

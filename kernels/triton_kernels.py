@@ -33,7 +33,6 @@ def _class(
     row,
     tokens,
     x_rows,
-    mask,
     first,
     end,
     begin_cell,
@@ -90,7 +89,7 @@ def _class(
                     excess += total * (1.25 if BITS == 1 else 1.5)
                 part = tl.broadcast_to(-excess, acc.shape)
             for u in tl.static_range(group * SUB // 32, (group + 1) * SUB // 32):
-                inputs = tl.load(x_cell + u * 32, mask=mask, other=0.0)
+                inputs = tl.load(x_cell + u * 32)
                 if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
                     inputs = inputs.to(tl.float32)
                 weights = tile(planes, magic, pairs, u, FORM, ROWS, COLS)
@@ -186,7 +185,7 @@ def plane_gemm(
     magic = (tl.load(constants), tl.load(constants + 1), tl.load(constants + 2))
     row = tl.arange(0, ROWS)
     token = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS))[None, :]
-    mask = token < M
+    some = tl.minimum(token, M - 1)  # tokens beyond the last repeat it, and are not stored
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     for index in tl.static_range(CLASSES):
         entry = table + (row_block * (CLASSES + 1) + index) * 4
@@ -204,9 +203,8 @@ def plane_gemm(
             pairs,
             magic,
             row,
-            tl.minimum(token, M - 1),
-            token * x_stride,
-            mask,
+            some,
+            some * x_stride,
             begin + count * part // splits,
             begin + count * (part + 1) // splits,
             begin,
@@ -229,7 +227,7 @@ def plane_gemm(
     if BIAS:
         acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = split.to(tl.int64) * M * N + token * N + rows[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask & (rows < N)[:, None])
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(token < M) & (rows < N)[:, None])
 
 
 @triton.jit

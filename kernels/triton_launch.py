@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import os
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a multiply-add per accumulator, not two
+
+import triton
+import triton.language as tl
 
 from .packing import ZERO_KINDS, PlanePack
 from .triton_kernels import plane_dequantize, plane_finish, plane_gemm, plane_sums
@@ -270,8 +274,3 @@ def _exponents(dtype: torch.dtype, device: torch.device) -> Tensor:
     logic instruction has for its mask.
     """
     return torch.tensor(_EXPONENTS[dtype], dtype=torch.int32, device=device)
-
-
-def version() -> Any:
-    """The version of Triton."""
-    return triton.__version__

@@ -17,9 +17,9 @@ Family = Literal["nvidia", "amd", "cpu"]
 def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]:
     """Bytes of every unit in every format, ready to compute with: int64 [U, F].
 
-    Matrices that are multiplied by are laid out in cells, with padding; embeddings that are only
-    looked up and convolutions stay as they are stored.  A tied embedding is held twice: its rows
-    are looked up in the stored form.
+    The kernels of a CPU read what is stored.  On a GPU matrices that are multiplied by are laid out
+    in cells, with padding; embeddings that are only looked up and convolutions stay as they are
+    stored.  A tied embedding is held twice: its rows are looked up in the stored form.
 
     Args:
         table: The sensitivity table.
@@ -28,6 +28,8 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
     formats = [Format.parse(name) for name in table.formats]
     types = table.provenance.get("layer_types", {})
     size = table.bytes.copy()
+    if family == "cpu":
+        return size
     for u, unit in enumerate(table.units):
         kind = types.get(unit.name, "linear")
         if kind in ("embedding", "convolution"):
