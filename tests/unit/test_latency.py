@@ -22,7 +22,7 @@ from bitplan.kernels.fitting import (
     relative_errors,
     timings_of,
 )
-from bitplan.kernels.latency import DENSE, FOLDER, Device, Kernel, Number, names
+from bitplan.kernels.latency import DENSE, FOLDER, Device, Kernel, Number, Widths, names
 from bitplan.quantizers.format import Format
 from bitplan.tests.conftest import DATA
 
@@ -41,6 +41,9 @@ def points() -> Points:
     return published.read_points(path)
 
 
+STUDY_COUNTS = {"nvidia": {2: 1.6, 3: 2.1, 4: 1.7, 8: 1.8}, "amd": {2: 2.0, 3: 2.5, 4: 2.2, 8: 2.5}}
+
+
 def study(name: str, bandwidth: float, peak: float) -> Device:
     """A device with the numbers of the study the model comes from."""
     device = Device.load(name)
@@ -48,6 +51,10 @@ def study(name: str, bandwidth: float, peak: float) -> Device:
     for key in (device.default, DENSE):
         update = {"eta_bandwidth": number(bandwidth), "eta_peak": number(peak)}
         kernels[key] = device.kernels[key].model_copy(update=update)
+    counts = STUDY_COUNTS["amd" if device.family == "amd" else "nvidia"]
+    widths = Widths(value=counts, basis="counted", source="a prototype")
+    default = kernels[device.default]
+    kernels[device.default] = default.model_copy(update={"instructions": widths})
     return device.model_copy(update={"kernels": kernels})
 
 
