@@ -309,3 +309,14 @@ def test_device_files_hold_the_fits(points: Points, name: str, kernel: str) -> N
     again = predict(device, stored, stored.harness.value, timings)
     assert again == pytest.approx(predict(device, found.kernel, found.t0, timings), rel=0.005)
     assert json.loads(stored.model_dump_json())["eta_bandwidth"]["basis"] == "fitted"
+
+
+def test_instructions_are_those_of_the_kernel() -> None:
+    pytest.importorskip("triton")
+    from bitplan.kernels.check import Case, check
+
+    (loop,) = check(Case("sm_90", (4,))).loops
+    for name in ("h20", "h100", "h200"):
+        counted = Device.load(name).kernels["planepack"].instructions
+        assert counted is not None and counted.basis == "counted"
+        assert counted.value[4] == pytest.approx(loop.issued, rel=0.1)

@@ -17,7 +17,8 @@ CELL = 128 * 128 // 2  # bytes at 4 bits
 
 def seconds(device: Device, rows: int, cols: int, tokens: int, cut: Cut) -> float:
     size = Format.parse("int4-gc").stored_bytes((rows, cols))
-    return launch_seconds(device, rows, cols, tokens, size, 1.7, cut)
+    cost = average_instructions(device.kernels[device.default], 4)
+    return launch_seconds(device, rows, cols, tokens, size, cost, cut)
 
 
 def best_splits(device: Device, rows: int, cols: int) -> int:
