@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers.packed import PackedTensor
-from .launch import PackedMeta, dequantize, packed_linear
+from .launch import PackedMeta, dequantize
+from .layouts import Layout, StoredLayout, prepare
 
 
 class PackedModule(nn.Module):
@@ -65,7 +66,24 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers."""
+    """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers.
+
+    What the kernels of its device need is made at the first call, or by :meth:`prepare`, and made
+    again after the stored parts were moved or loaded.
+    """
+
+    def __init__(self, packed: PackedTensor, bias: nn.Parameter | None, like: Tensor) -> None:
+        super().__init__(packed, bias, like)
+        self._layout: Layout | None = None
+
+    def prepare(self) -> Layout:
+        """Lay the weight out for its device.
+
+        Raises:
+            ValueError: If ``BITPLAN_KERNEL`` asks for kernels that cannot run there.
+        """
+        self._layout = prepare(self.packed())
+        return self._layout
 
     @property
     def in_features(self) -> int:
@@ -79,11 +97,26 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., cols] to outputs [..., rows], in the dtype of ``x``."""
-        if self.meta is None:
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        zero = self._buffers.get("zero")
-        outputs: Tensor = packed_linear(x, self.codes, self.scale, zero, self.bias, *self.meta)
-        return outputs
+        layout = self._layout
+        if layout is None:
+            if torch.compiler.is_compiling():  # cannot be traced; the op behind this one can
+                layout = StoredLayout(self.packed())
+            else:
+                layout = self.prepare()
+        return layout.linear(x, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self._layout = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._layout = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the layout: pointers mean nothing in a copy."""
+        return self.__dict__ | {"_layout": None}
 
 
 class PackedEmbedding(PackedModule):
