@@ -1,0 +1,448 @@
+"""PlanePack: a packed weight laid out for matrix instructions, made when a model is loaded.
+
+The weight is cut into row blocks and these into cells (see ``planes``).  Every row block keeps its
+cells sorted by class (width, group size, kind of zero point), so one kernel launch runs ``for
+class: for cell`` without a branch in a loop, whatever mix of widths the matrix has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..quantizers.format import Format
+from ..quantizers.packed import PackedTensor, pack_bits, unpack_bits
+from .planes import CELLS, Cell, Order, digits, pack_cells, unpack_cells
+
+WHOLE_ROW = 0  # the group size of one scale per row
+UNIT = 128  # words; the words of every cell are a multiple
+_UNIT_BYTES = 8  # likewise for zero points
+
+ZeroKind = Literal["none", "code", "half", "table"]
+ZERO_KINDS: tuple[ZeroKind, ...] = ("none", "code", "half", "table")
+_FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class PlaneClass(NamedTuple):
+    """What the cells of one class have in common; classes sort by width.
+
+    Attributes:
+        bits: Width b of a code.
+        group: Columns per scale; ``WHOLE_ROW`` for one scale per row.
+        zero: Zero points: implicit (``none``), b-bit codes (``code``), float16 (``half``), or
+            none because the codes index a table of values (``table``).
+    """
+
+    bits: int
+    group: int
+    zero: ZeroKind
+
+    @staticmethod
+    def of(fmt: Format, zero: ZeroKind = "code") -> PlaneClass:
+        """The class of an integer format; ``zero`` says how to keep its zero points, if any."""
+        return PlaneClass(
+            fmt.bits, max(fmt.group_size, WHOLE_ROW), "none" if fmt.symmetric else zero
+        )
+
+    @property
+    def implicit_zero(self) -> float:
+        """The zero point of ``none``, as ``Format.zero_point``: 2^(b-1), and 1/2 for one bit."""
+        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+
+    def scale_rows(self, cols: int, cell: Cell) -> int:
+        """Scales per row of a block with this many columns, cells padded."""
+        if self.group == WHOLE_ROW:
+            return 1
+        if self.group >= cell.cols:
+            return math.ceil(cols / self.group)
+        return math.ceil(cols / cell.cols) * (cell.cols // self.group)
+
+    def zero_bytes(self, cell: Cell) -> int:
+        """Bytes of the zero points of one scale row."""
+        return {"code": self.bits * cell.rows // 8, "half": 2 * cell.rows}.get(self.zero, 0)
+
+
+class Block(NamedTuple):
+    """A part of a matrix: a run of rows and columns of one class.
+
+    Attributes:
+        row: Its first row.
+        col: Its first column; groups count from it.
+        codes: uint8 [rows, cols], below 2^bits.
+        scale: [rows, groups], or [1, 1] for a single one.
+        zero: Zero points like ``scale`` for ``code`` (integers below 2^bits) and ``half`` (any
+            number); None otherwise.
+        kind: The class.
+    """
+
+    row: int
+    col: int
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    kind: PlaneClass
+
+    @staticmethod
+    def of(packed: PackedTensor, row: int = 0, col: int = 0, zero: ZeroKind = "code") -> Block:
+        """A packed weight at some place of a larger one.
+
+        Args:
+            packed: The weight, in an integer format.
+            row: Its first row there.
+            col: Its first column there.
+            zero: How to keep its zero points, if any: ``code`` or ``half``.
+
+        Raises:
+            ValueError: If its format has no codes.
+        """
+        grid = packed.grid()
+        if grid is None:
+            raise ValueError(f"A {packed.fmt} weight has no codes to lay out. Use it as it is.")
+        codes = unpack_bits(packed.tensors["codes"], packed.fmt.bits, packed.shape[1])
+        return Block(row, col, codes, grid.scale, grid.zero, PlaneClass.of(packed.fmt, zero))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanePack:
+    """A weight [rows, cols] of one or more widths, as tensors for ``gemm.plane_linear``.
+
+    Attributes:
+        words: The word planes of all cells, int32.
+        scales: ``s * 2^b`` (``s`` of a ``table`` class), float16 [scale rows, cell.rows].
+        zeros: Zero points of the classes that store them, uint8: per scale row ``cell.rows``
+            codes, digit by digit of the width and LSB first, or float16 ``1 + z / 2^b``.
+        cells: Column block in the low and scale row in the high 16 bits, int32, sorted by row
+            block, class and column.
+        table: int32 [row blocks, C + 1, 4]: first cell, first word (in units of 128), first scale
+            row and first zero point (in units of 8 bytes) of every class; the last row ends them.
+        codebook: float32 [2^b], the values of the codes of ``table`` classes, or None.
+        pairs: The values of two codes c + 2^b d as the halves of an int32, rounded to float16
+            and to bfloat16 [2, 4^b]; or None.
+        shape: (rows, cols) of the weight, without padding.
+        cell: Shape of a cell.
+        classes: What the cells are.
+        order: The processor family.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    cells: Tensor
+    table: Tensor
+    codebook: Tensor | None
+    pairs: Tensor | None
+    shape: tuple[int, int]
+    cell: Cell
+    classes: tuple[PlaneClass, ...]
+    order: Order
+
+    @staticmethod
+    def from_packed(
+        packed: PackedTensor, order: Order = "nvidia", zero: ZeroKind = "code"
+    ) -> PlanePack:
+        """Lay out one packed weight in an integer format."""
+        return PlanePack.from_blocks([Block.of(packed, zero=zero)], packed.shape, order)
+
+    @staticmethod
+    def from_blocks(
+        blocks: Sequence[Block],
+        shape: tuple[int, int],
+        order: Order = "nvidia",
+        cell: Cell | None = None,
+        codebook: Tensor | None = None,
+    ) -> PlanePack:
+        """Lay out a weight made of blocks, which cover it once.
+
+        Args:
+            blocks: Its parts; their borders inside the matrix are multiples of the cell.
+            shape: (rows, cols) of the whole weight.
+            order: The processor family.
+            cell: Shape of a cell; by default the one that wastes least.
+            codebook: Values of the codes of ``table`` classes [2^b].
+
+        Raises:
+            ValueError: If the blocks do not cover the matrix once, borders lie inside cells, or a
+                scale does not fit float16.
+        """
+        cell = cell or choose_cell(shape, [(block.row, block.col) for block in blocks])
+        blocks = sorted(blocks, key=lambda block: (block.row, block.col))
+        _check_cover(blocks, shape, cell)
+        classes = tuple(sorted({block.kind for block in blocks}))
+        _check_codebook(classes, codebook)
+        parts = [_Part.of(block, cell, order) for block in blocks]
+        sizes = torch.zeros(-(-shape[0] // cell.rows), len(classes), 4, dtype=torch.int64)
+        before = []  # what its row blocks hold of the same class when a part comes
+        for part in parts:
+            index = classes.index(part.kind)
+            before.append(sizes[part.rows, index].clone())
+            sizes[part.rows, index] += part.sizes
+        ends = sizes.view(-1, 4).cumsum(0).view(sizes.shape)
+        firsts = ends - sizes
+        device = blocks[0].codes.device
+        total = [int(size) for size in ends[-1, -1]]
+        words = torch.empty(total[1], UNIT, dtype=torch.int32, device=device)
+        scales = torch.empty(total[2], cell.rows, dtype=torch.float16, device=device)
+        zeros = torch.empty(total[3], _UNIT_BYTES, dtype=torch.uint8, device=device)
+        cells = torch.empty(total[0], dtype=torch.int32, device=device)
+        for part, done in zip(parts, before, strict=True):
+            first = (firsts[part.rows, classes.index(part.kind)] + done).to(device)
+            for place, whole, of_part in (
+                (0, cells, part.entries(done[:, 2])),
+                (1, words, part.words.view(len(first), -1, UNIT)),
+                (2, scales, part.scales),
+                (3, zeros, part.zeros.view(len(first), -1, _UNIT_BYTES)),
+            ):
+                steps = torch.arange(of_part.shape[1], device=device)
+                whole[first[:, place, None] + steps] = of_part
+        table = torch.cat([firsts, ends[:, -1:]], dim=1).int().to(device)
+        values = (codebook, None if codebook is None else _value_pairs(codebook))
+        flat = (words.view(-1), scales, zeros.view(-1), cells, table, *values)
+        return PlanePack(*flat, shape, cell, classes, order)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; :func:`resident_bytes` knows them in advance."""
+        return sum(part.nbytes for part in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, to keep them as the buffers of a module."""
+        names = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def to(self, device: torch.device | str) -> PlanePack:
+        """The same pack on another device."""
+        moved: dict[str, Any] = {name: part.to(device) for name, part in self.tensors().items()}
+        return replace(self, **moved)
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [rows, cols]."""
+        blocks = [-(-size // side) for size, side in zip(self.shape, self.cell, strict=True)]
+        shape = (blocks[0], blocks[1], *self.cell)
+        out = torch.empty(shape, dtype=torch.float32, device=self.words.device)
+        for row_block, firsts in enumerate(self.table.tolist()):
+            for index in range(len(self.classes)):
+                if firsts[index][0] < firsts[index + 1][0]:
+                    cells, values = self._values(index, firsts)
+                    out[row_block, cells] = values
+        rows, cols = self.shape
+        plain = out.transpose(1, 2).reshape(blocks[0] * self.cell.rows, -1)
+        return plain[:rows, :cols].contiguous()
+
+    def _values(self, index: int, firsts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Column blocks [n] and values [n, cell.rows, cell.cols] of a class in a row block."""
+        kind, cell = self.classes[index], self.cell
+        (cell0, word0, scale0, zero0), (cell1, word1, scale1, zero1) = firsts[index : index + 2]
+        entries = self.cells[cell0:cell1]
+        planes = self.words[UNIT * word0 : UNIT * word1].view(1, -1, kind.bits, cell.words)
+        codes = unpack_cells(planes, cell, self.order).view(cell.rows, -1, cell.cols)
+        scale = self.scales[scale0:scale1].float()
+        if kind.zero == "table":
+            assert self.codebook is not None
+            values = self.codebook[codes.long()].transpose(0, 1)
+            offset = torch.zeros_like(scale)
+        else:
+            values = codes.transpose(0, 1).float() / 2**kind.bits
+            stored = self.zeros[_UNIT_BYTES * zero0 : _UNIT_BYTES * zero1].view(len(scale), -1)
+            offset = _read_zeros(stored, kind, cell.rows, scale)
+        groups = kind.scale_rows(cell.cols, cell)  # in one cell
+        rows = ((entries >> 16) & 0xFFFF)[:, None] + torch.arange(groups, device=entries.device)
+        values = values.view(-1, cell.rows, groups, cell.cols // groups)
+        offset, scale = (part[rows].transpose(1, 2)[..., None] for part in (offset, scale))
+        return entries.long() & 0xFFFF, ((values - offset) * scale).flatten(2)
+
+
+class _Part(NamedTuple):
+    """A block in the layout: R row blocks of C cells with G scale rows.
+
+    Attributes:
+        kind: The class.
+        rows: The row blocks in the whole weight.
+        col: The first column block there.
+        words: int32 [R, C, b, words].
+        scales: float16 [R, G, cell.rows].
+        zeros: uint8 [R, G, zero bytes].
+        scale_row: The first scale row of every cell [C], int32.
+    """
+
+    kind: PlaneClass
+    rows: slice
+    col: int
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    scale_row: Tensor
+
+    @staticmethod
+    def of(block: Block, cell: Cell, order: Order) -> _Part:
+        """Lay out a block.
+
+        Raises:
+            ValueError: If a scale does not fit float16.
+        """
+        kind = block.kind
+        rows, cols = block.codes.shape
+        codes = pad(block.codes, (0, -cols % cell.cols, 0, -rows % cell.rows))
+        words = pack_cells(codes, kind.bits, cell, order)
+        count = kind.scale_rows(cols, cell)
+
+        def by_row_block(values: Tensor) -> Tensor:  # [rows or 1, groups] -> [R, G, cell.rows]
+            full = values.expand(rows, -1)
+            full = pad(full, (0, count - full.shape[1], 0, -rows % cell.rows))
+            return full.view(-1, cell.rows, count).transpose(1, 2).contiguous()
+
+        scale = block.scale.float() * (1 if kind.zero == "table" else 2**kind.bits)
+        if not scale.abs().amax() <= torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"A scale of {float(block.scale.abs().amax()):g} is too large to be laid out: "
+                f"times 2^{kind.bits} it must be below 65504. Keep this weight in fp16."
+            )
+        scales = by_row_block(scale.half())
+        if block.zero is None:
+            zeros = torch.empty(*scales.shape[:2], 0, dtype=torch.uint8, device=scales.device)
+        else:
+            zeros = _write_zeros(by_row_block(block.zero), kind)
+        starts = torch.arange(words.shape[1], device=words.device, dtype=torch.int32) * cell.cols
+        scale_row = torch.zeros_like(starts) if kind.group == WHOLE_ROW else starts // kind.group
+        first = slice(block.row // cell.rows, block.row // cell.rows + words.shape[0])
+        return _Part(kind, first, block.col // cell.cols, words, scales, zeros, scale_row)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Cells, words, scale rows and zero points of a row block, in the units of the table."""
+        cells, groups = self.words.shape[1], self.scales.shape[1]
+        words, zeros = self.words[0].numel() // UNIT, self.zeros[0].numel() // _UNIT_BYTES
+        return torch.tensor([cells, words, groups, zeros])
+
+    def entries(self, scale_rows: Tensor) -> Tensor:
+        """What ``cells`` says about the cells [R, C], after so many scale rows [R]."""
+        cols = torch.arange(self.words.shape[1], device=self.words.device) + self.col
+        scale_row = self.scale_row + scale_rows.to(cols.device)[:, None]
+        return (cols + (scale_row << 16)).int()
+
+
+def choose_cell(shape: tuple[int, int], corners: Sequence[tuple[int, int]] = ((0, 0),)) -> Cell:
+    """The cell that pads a weight [rows, cols] least, the largest of equals.
+
+    Args:
+        shape: (rows, cols) of the weight.
+        corners: Where its blocks begin; these are multiples of the cell.
+
+    Raises:
+        ValueError: If a block begins at no multiple of 64.
+    """
+
+    def padded(cell: Cell) -> int:
+        return math.prod(-(-size // side) * side for size, side in zip(shape, cell, strict=True))
+
+    fitting = [c for c in CELLS if all(row % c.rows + col % c.cols == 0 for row, col in corners)]
+    if not fitting:
+        row, col = next((r, c) for r, c in corners if r % 64 or c % 64)
+        raise ValueError(
+            f"A block begins at row {row}, column {col}; blocks of a weight must begin at "
+            "multiples of 64."
+        )
+    return min(fitting, key=padded)
+
+
+def resident_bytes(
+    fmt: Format, shape: tuple[int, int], zero: ZeroKind = "code", cell: Cell | None = None
+) -> int:
+    """Bytes of a weight [rows, cols] in memory, ready to compute with.
+
+    For an integer format the bytes of its ``PlanePack``, whatever the processor family; for a
+    float format those of the plain tensor.
+
+    Args:
+        fmt: The format.
+        shape: (rows, cols).
+        zero: How zero points are kept, if any: ``code`` or ``half``.
+        cell: Shape of a cell; by default the one that wastes least.
+    """
+    if fmt.kind == "float":
+        return math.prod(shape) * _FLOAT_BYTES[fmt.name]
+    cell, kind = cell or choose_cell(shape), PlaneClass.of(fmt, zero)
+    row_blocks, col_blocks = -(-shape[0] // cell.rows), -(-shape[1] // cell.cols)
+    per_cell = 4 * kind.bits * cell.words + 4
+    per_scale_row = 2 * cell.rows + kind.zero_bytes(cell)
+    table = 2 * 4 * 4
+    scales = kind.scale_rows(shape[1], cell) * per_scale_row
+    return row_blocks * (col_blocks * per_cell + scales + table)
+
+
+def _write_zeros(zeros: Tensor, kind: PlaneClass) -> Tensor:
+    """Zero points [R, G, rows] as stored: uint8 [R, G, zero bytes]."""
+    row_blocks, groups, rows = zeros.shape
+    if kind.zero == "half":
+        shifted = (1 + zeros.float() / 2.0**kind.bits).half()
+        return shifted.contiguous().view(torch.uint8)
+    codes, found, bit = zeros.reshape(-1, rows).to(torch.uint8), [], 0
+    for digit in digits(kind.bits):
+        found.append(pack_bits((codes >> bit) & ((1 << digit) - 1), digit))
+        bit += digit
+    return torch.cat(found, dim=1).view(row_blocks, groups, -1)
+
+
+def _read_zeros(stored: Tensor, kind: PlaneClass, rows: int, like: Tensor) -> Tensor:
+    """``z / 2^b`` [G, rows] of zero points stored as [G, zero bytes]."""
+    if kind.zero == "none":
+        return torch.full_like(like, kind.implicit_zero / 2**kind.bits)
+    if kind.zero == "half":
+        return stored.view(torch.float16).float() - 1
+    codes, byte, bit = torch.zeros_like(like), 0, 0
+    for digit in digits(kind.bits):
+        size = digit * rows // 8
+        codes += unpack_bits(stored[:, byte : byte + size], digit, rows).float() * 2**bit
+        byte += size
+        bit += digit
+    return codes / 2.0**kind.bits
+
+
+def _check_cover(blocks: Sequence[Block], shape: tuple[int, int], cell: Cell) -> None:
+    covered = torch.zeros([-(-size // side) for size, side in zip(shape, cell, strict=True)])
+    for row, col, codes, *_ in blocks:
+        rows, cols = codes.shape
+        inside = (row % cell.rows, col % cell.cols) == (0, 0) and all(
+            end == whole or (end < whole and end % side == 0)
+            for end, whole, side in zip((row + rows, col + cols), shape, cell, strict=True)
+        )
+        if not inside:
+            raise ValueError(
+                f"A block [{rows}, {cols}] at row {row}, column {col} does not consist of whole "
+                f"{cell.rows} x {cell.cols} cells of a weight {list(shape)}. Choose other borders."
+            )
+        covered[
+            row // cell.rows : -(-(row + rows) // cell.rows),
+            col // cell.cols : -(-(col + cols) // cell.cols),
+        ] += 1
+    if not torch.all(covered == 1):
+        row, col = (int(i) for i in (covered != 1).nonzero()[0])
+        raise ValueError(
+            f"The blocks cover row {row * cell.rows}, column {col * cell.cols} of a weight "
+            f"{list(shape)} {int(covered[row, col])} times. Give blocks that cover it once."
+        )
+
+
+def _value_pairs(codebook: Tensor) -> Tensor:
+    """The values of all pairs of codes as float16 and bfloat16 halves: int32 [2, 4^b]."""
+    low, high = codebook.repeat(len(codebook)), codebook.repeat_interleave(len(codebook))
+    pairs = torch.stack([low, high], dim=1)
+    return torch.stack(
+        [pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]
+    )
+
+
+def _check_codebook(classes: Sequence[PlaneClass], codebook: Tensor | None) -> None:
+    widths = {kind.bits for kind in classes if kind.zero == "table"}
+    given = 0 if codebook is None else len(codebook)
+    if any(width > 4 or 2**width != given for width in widths):
+        raise ValueError(
+            f"Codes of {sorted(widths)} bits index a table of {given} values. Give one width of "
+            "at most 4 bits, and a codebook of 2^bits values."
+        )
