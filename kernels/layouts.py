@@ -1,8 +1,8 @@
 """What a packed weight becomes for the kernels of one device, made once before it is used.
 
 Every layout multiplies; :func:`prepare` picks one.  The stored parts of a weight remain what is
-saved: on a CPU the kernels read those very tensors, and a ``PlaneLayout`` on a GPU lets its module
-leave them in main memory.
+saved: on a CPU the kernels read those very tensors, and where a GPU has a ``PlaneLayout`` the
+parts stay in main memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ..quantizers.packed import PackedTensor
 from . import cpu, native
 from .backend import kernel_for
 from .cpu import CpuWeight
+from .gemm import order_of, plane_linear
 from .launch import PackedMeta, packed_linear
+from .packing import PlanePack
 
 
 class Layout(Protocol):
@@ -60,9 +62,22 @@ class CpuLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        if torch.compiler.is_compiling() or _watched(x, bias):
+        if torch.compiler.is_compiling() or needs_grad(x, bias) or _traced(x):
             return self.stored.linear(x, bias)
         return self.weight.linear(x, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneLayout:
+    """Planes of bits in the order that matrix instructions take, for the Triton kernels."""
+
+    pack: PlanePack
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See :class:`Layout`."""
+        if needs_grad(x, bias):
+            return linear(x, self.pack.dequantize().to(x.dtype), bias)
+        return plane_linear(x, self.pack, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +92,36 @@ class DenseLayout:
         return linear(x.float(), self.weight, bias).to(x.dtype)
 
 
-def prepare(packed: PackedTensor) -> Layout:
-    """The layout of a weight for the device its parts are on, for the chosen kernels.
+def prepare(packed: PackedTensor, device: torch.device) -> Layout:
+    """The layout of a weight for the chosen kernels of a device.
+
+    Args:
+        packed: The weight; its parts may be on another device.
+        device: Where it will be multiplied.
 
     Raises:
-        ValueError: If ``BITPLAN_KERNEL`` asks for what cannot be.
+        ValueError: If ``BITPLAN_KERNEL`` asks for what cannot run there.
     """
-    device = next(iter(packed.tensors.values())).device
-    stored = StoredLayout(packed)
     kernel = kernel_for(device)
+    parts = {name: part.to(device) for name, part in packed.tensors.items()}
+    here = PackedTensor(packed.fmt, packed.shape, parts)
+    if kernel == "triton" and packed.fmt.kind == "int":
+        return PlaneLayout(PlanePack.from_packed(here, order_of(device)))
     if kernel == "cpu" and packed.fmt.name != "fp32":
         if native.library() is not None and cpu.faster(packed.fmt):
-            return CpuLayout(stored, CpuWeight(packed))
-        return DenseLayout(packed.dequantize())
-    return stored
+            return CpuLayout(StoredLayout(here), CpuWeight(here))
+        return DenseLayout(here.dequantize())
+    return StoredLayout(here)
 
 
-def _watched(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether more than the numbers of a product is asked for."""
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return True
+def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients of a product will be asked for."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and torch.is_grad_enabled()
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether somebody looks at operations instead of numbers: fake tensors, modes, transforms."""
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
