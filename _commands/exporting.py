@@ -90,6 +90,8 @@ def export(
             "plan's format.",
             markup=False,
         )
+    if usage := done.usage:
+        out.print(f"Use it: {usage}", markup=False, soft_wrap=True)
     if check:
         comparison = verify(done, text, tokens, python)
         out.print(_comparison_table(done.target, comparison))
@@ -129,7 +131,7 @@ def import_(
 @app.command()
 def exporters() -> None:
     """List the targets: what they write, what reads it, and what to install to run it."""
-    from ..exporters.targets import EXPORTERS, is_installed, shown_name
+    from ..exporters.targets import EXPORTERS, shown_name
 
     shown = Table("name", "what", "writes", "checked for", "to run it")
     for name in EXPORTERS.names():
@@ -139,7 +141,7 @@ def exporters() -> None:
             exporter.config_suffix and f"plan ({exporter.config_suffix})",
         ]
         tool = "" if exporter.module is None else f"bitplan[{exporter.extra}]"
-        if tool and is_installed(exporter):
+        if tool and exporter.installed():
             tool += " (installed)"
         shown.add_row(
             shown_name(name),

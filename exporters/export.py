@@ -32,6 +32,7 @@ class Exported:
         stored: Bytes of the planned matrices as the target stores them; None for a configuration.
         size: Bytes of the file, or of all files of the folder.
         changed: What ``snap`` rounded: module -> new format.
+        usage: How the tool reads it.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Exported:
     stored: int | None
     size: int
     changed: Mapping[str, str] = field(default_factory=dict)
+    usage: str = ""
 
 
 def export(
@@ -89,11 +91,12 @@ def export(
     source = open_source(target, model=model, change=change, like=like, reporter=reporter)
     if rules is not None:
         check(source.everything, source.formats, rules, source.plan.model.id)
+    usage = exporter.usage(out, source)
     if plan_only or exporter.form is None:
         text = exporter.config(source)
         with atomic_path(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return Exported(out, name, source, rules, None, out.stat().st_size, changed)
+        return Exported(out, name, source, rules, None, out.stat().st_size, changed, usage)
     _check_free(out, exporter)
     with atomic_path(out) as temporary:
         if exporter.form == "folder":
@@ -103,7 +106,7 @@ def export(
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
             write_card(source, name, rules, temporary)
-    return Exported(out, name, source, rules, stored, size_of(out), changed)
+    return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 
 def check_written(exporter: Exporter, source: Source, path: Path) -> int:

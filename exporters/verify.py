@@ -18,7 +18,7 @@ from ..sensitivity.calibration import Samples, evaluation_samples
 from ..sensitivity.evaluate import Run
 from ..sensitivity.models import Batch
 from .export import Exported
-from .targets import EXPORTERS, find, is_installed
+from .targets import EXPORTERS, find
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def verify(
     _, exporter, _ = find(exported.target)
     if exporter.form is None or exported.stored is None:
         raise ValueError(f"{exported.path} holds a plan and no weights: there is nothing to run.")
-    if python is None and not is_installed(exporter):
+    if python is None and not exporter.installed():
         raise ValueError(
             f"{exported.path} was written and matches the plan, but was not run: {exporter.module} "
             f"is not installed here. Install it (pip install 'bitplan[{exporter.extra}]') or give "

@@ -28,6 +28,7 @@ class Stored:
         nbytes: Bytes of everything stored for it: codes, scales, zero points and what else the
             layout needs.
         weight: Dequantizes it: float32 [rows, cols] in the model's own order of rows.
+        exact: Whether ``fmt`` says it all; False if it is the nearest format to something else.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stored:
     fmt: Format
     nbytes: int
     weight: Callable[[], Tensor]
+    exact: bool = True
 
 
 class Exporter:
@@ -74,6 +76,10 @@ class Exporter:
         """
         raise NotImplementedError
 
+    def usage(self, path: Path, source: Source) -> str:
+        """A line that says how the tool reads what was written; empty if that is plain."""
+        return ""
+
     def write(self, source: Source, out: Path) -> None:
         """Write the checkpoint: our codes and scales, a matrix at a time.
 
@@ -105,6 +111,10 @@ class Exporter:
             ValueError: If it is damaged, or has no format of ours.
         """
         raise NotImplementedError
+
+    def installed(self) -> bool:
+        """Whether the foreign tool that ``logits`` needs can be imported."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
 
     def logits(self, path: Path) -> Run:
         """Load a checkpoint with the foreign tool.
@@ -147,8 +157,3 @@ def find(name: str) -> tuple[str, Exporter, str | None]:
             return shown_name(candidate), exporter(), name
     EXPORTERS.get(key)  # raises, with the nearest name
     raise AssertionError
-
-
-def is_installed(exporter: Exporter) -> bool:
-    """Whether the foreign tool that reads the target's files can be imported."""
-    return exporter.module is None or importlib.util.find_spec(exporter.module) is not None
