@@ -62,7 +62,8 @@ def export(
     never quantizes again.
     """
     from ..exporters.export import export as write
-    from ..exporters.verify import verify
+    from ..exporters.targets import find
+    from ..exporters.verify import verify, weight_error
     from ..search.budget import format_bytes
     from ..sensitivity.progress import Reporter
 
@@ -93,6 +94,10 @@ def export(
     if usage := done.usage:
         out.print(f"Use it: {usage}", markup=False, soft_wrap=True)
     if check:
+        if done.stored is not None:
+            error = weight_error(find(done.target)[1], done.source, done.path)
+            same = "are ours, bit for bit" if error == 0 else f"differ from ours by {error:.1g}"
+            out.print(f"Weights read back {same}.")
         comparison = verify(done, text, tokens, python)
         out.print(_comparison_table(done.target, comparison))
         if not comparison.agrees:

@@ -76,6 +76,7 @@ def export(
     """
     name, exporter, asked = find(to)
     _check_form(name, exporter, out, plan_only)
+    _check_needs(name, exporter)
     plan_runtime = _plan_of(target).runtime
     rules = _rules(name, exporter, runtime or asked, plan_runtime)
     changed: dict[str, str] = {}
@@ -186,11 +187,7 @@ def _check_free(out: Path, exporter: Exporter) -> None:
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
 
 
-def require(module: str, extra: str, why: str) -> None:
-    """Raise if a package that a target needs is not installed.
-
-    Raises:
-        ValueError: With what to install.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{why} needs {module}: pip install 'bitplan[{extra}]'.")
+def _check_needs(name: str, exporter: Exporter) -> None:
+    for module in exporter.needs:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{name} needs {module}: pip install 'bitplan[{exporter.extra}]'.")

@@ -146,11 +146,7 @@ def row_order(
     """
     if ".attn_q." not in tensor and ".attn_k." not in tensor:
         return None
-    plain = distance(None)
-    for order in _interleaved(reader, rows):
-        if distance(order) < plain:
-            return order
-    return None
+    return min((None, *_interleaved(reader, rows)), key=distance)
 
 
 def usual_order(reader: gguf.GGUFReader, tensor: str, rows: int) -> Tensor | None:

@@ -55,8 +55,11 @@ class Exporter:
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
         suffix: What the checkpoint's file name ends with.
         config_suffix: What the configuration's file name ends with; None if there is none.
+        needs: Packages that writing takes, besides those of bitplan itself.
         noise: What the tool's own arithmetic adds, measured; printed beside a comparison.
         max_kl: Most KL divergence (nats per token) from our model that is that noise.
+        max_weight_error: Most that a weight read back may differ from ours, relative to the largest
+            of its matrix.
     """
 
     runtimes: ClassVar[tuple[str, ...]] = ()
@@ -65,8 +68,10 @@ class Exporter:
     form: ClassVar[Literal["folder", "file"] | None] = None
     suffix: ClassVar[str] = ""
     config_suffix: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
     noise: ClassVar[str] = ""
     max_kl: ClassVar[float] = 1e-4
+    max_weight_error: ClassVar[float] = 0.0
 
     def config(self, source: Source) -> str:
         """The plan in the tool's own configuration language.
