@@ -39,8 +39,8 @@ class StoredLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        if self.packed.fmt.kind == "float":
-            return linear(x, self.packed.tensors["weight"].to(x.dtype), bias)
+        if self.packed.fmt.kind != "int":  # floats, and blocks, which are unpacked at every call
+            return linear(x, self.packed.dequantize(dtype=x.dtype), bias)
         parts = self.packed.tensors
         meta = PackedMeta.of(self.packed.fmt, self.packed.shape)
         outputs: Tensor = packed_linear(
@@ -107,7 +107,7 @@ def prepare(packed: PackedTensor, device: torch.device) -> Layout:
     here = PackedTensor(packed.fmt, packed.shape, parts)
     if kernel == "triton" and packed.fmt.kind == "int":
         return PlaneLayout(PlanePack.from_packed(here, order_of(device)))
-    if kernel == "cpu" and packed.fmt.name != "fp32":
+    if kernel == "cpu" and packed.fmt.kind != "block" and packed.fmt.name != "fp32":
         if native.library() is not None and cpu.faster(packed.fmt):
             return CpuLayout(StoredLayout(here), CpuWeight(here))
         return DenseLayout(here.dequantize())
