@@ -1,4 +1,4 @@
-"""What the figures share: style, atomic PNG files, and labels that never overlap."""
+"""What the figures share: style, atomic PNG and SVG files, and labels that never overlap."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ _STYLE: Any = {  # the type of its keys differs between versions of matplotlib
     "axes.axisbelow": True,
     "grid.color": "#E4E4E4",
     "legend.frameon": False,
+    "svg.hashsalt": "bitplan",
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -44,13 +45,22 @@ _STYLE: Any = {  # the type of its keys differs between versions of matplotlib
 
 @contextmanager
 def drawing(path: Path, height: float) -> Iterator[Figure]:
-    """Yield an empty figure ``height`` inches high; afterwards it is written to ``path``."""
+    """Yield an empty figure ``height`` inches high; afterwards it is written as PNG and SVG.
+
+    Args:
+        path: Of the PNG; the SVG beside it has the same name.
+        height: Inches.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # both files get this layout, without finding it again
+        # No software version and no date in the files: the same numbers give the same bytes.
         with atomic_path(path) as temporary:
-            # No software version in the file: the same numbers give the same bytes.
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+        with atomic_path(path.with_suffix(".svg")) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
 
 
 class Label(NamedTuple):
