@@ -38,6 +38,7 @@ from .panels import (
 )
 from .words import UNIFORM, number, short_names, with_error
 
+_FAR = 2.2  # times the plan's size: 16-bit floats would squeeze all other plans to the left
 _BITS_TICKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 
 
@@ -85,7 +86,7 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
 
 def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) -> None:
     """Scales, limits, titles and legend of the frontier figure."""
-    points = [p for p in _points(data) if p.kl > 0]
+    points = [p for p in _points(data) if p.kl > 0 and p.megabytes <= _FAR * data.plan.megabytes]
     if points:
         axes.set_yscale("log")
         low = min(p.kl for p in points)

@@ -253,6 +253,9 @@ const textWidth = (() => {
   };
 })();
 
+/* Where a chart begins so that its ticks and the title of its axis have room. */
+const gutter = (ticks) => 32 + Math.max(...ticks.map((tick) => textWidth(tickText(tick), 12)), 14);
+
 /* Draw again whenever the place changes its width. */
 function responsive(place, draw) {
   let width = 0;

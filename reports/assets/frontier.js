@@ -3,10 +3,20 @@
 const SIZE = DATA.size;
 const CHART = DATA.chart;
 
+/* The chart ends where plans of interest do: 16-bit floats would squeeze all others to the left. */
+const FAR = 2.2; // times the plan's size
+const VIEW_END = (() => {
+  const near = CHART.uniform.map((p) => p.bytes).filter((bytes) => bytes <= FAR * CHART.plan.bytes);
+  if (!near.length) near.push(Math.min(STOP_BYTES[LAST_STOP], FAR * CHART.plan.bytes));
+  return Math.max(...near, CHART.budget > FAR * CHART.plan.bytes ? 0 : CHART.budget, CHART.plan.bytes,
+    ...CHART.baselines.map((b) => b.bytes));
+})();
+const LAST_SEEN = lastWithin(STOP_BYTES, VIEW_END);
+
 function frontierPoints() {
   const points = [];
   const add = (kind, name, bytes, kl, stderr, words) => {
-    if (kl > 0) points.push({ kind, name, bytes, kl, stderr, words });
+    if (kl > 0 && bytes <= VIEW_END) points.push({ kind, name, bytes, kl, stderr, words });
   };
   const measured = new Set(CHART.baselines.map((b) => b.name));
   for (const p of CHART.uniform) {
@@ -82,16 +92,14 @@ function frontierLegend() {
 function drawFrontier(place, width) {
   const narrow = width < 560;
   const height = Math.round(Math.min(460, Math.max(300, width * 0.5)));
-  const at = { left: narrow ? 46 : 62, right: width - 12, top: 44, bottom: height - 46 };
   const points = frontierPoints();
-  const kls = [...points.map((p) => p.kl), ...STOP_KL.filter((kl) => kl > 0)];
-  const inSight = points.length ? points.map((p) => p.kl) : kls;
+  const inSight = points.map((p) => p.kl);
+  if (!inSight.length) inSight.push(...STOP_KL.filter((kl) => kl > 0));
   const low = (inSight.length ? Math.min(...inSight) : 0.1) / 2.5;
   const high = Math.max(...inSight, STOP_KL[0] || low * 10, low * 10) * 1.6;
-  const sizes = [...points.map((p) => p.bytes), STOP_BYTES[0], CHART.budget];
-  let right = Math.max(...points.map((p) => p.bytes), CHART.budget);
-  if (!points.length) right = STOP_BYTES[LAST_STOP];
-  const left = Math.min(...sizes), margin = 0.03 * (right - left) + 0.004 * right;
+  const at = { left: gutter(logTicks(low, high, 7)), right: width - 12, top: 44, bottom: height - 46 };
+  const right = VIEW_END, left = Math.min(...points.map((p) => p.bytes), STOP_BYTES[0]);
+  const margin = 0.03 * (right - left) + 0.004 * right;
   const x = linearScale(left - margin, right + margin, at.left, at.right);
   const y = logScale(low, high, at.bottom, at.top);
 
@@ -172,7 +180,7 @@ function drawFrontier(place, width) {
     const box = svg.getBoundingClientRect();
     const px = ((event.clientX - box.left) / box.width) * width;
     const bytes = left - margin + ((px - at.left) / (at.right - at.left)) * (right - left + 2 * margin);
-    return lastWithin(STOP_BYTES, bytes);
+    return lastWithin(STOP_BYTES, Math.min(bytes, VIEW_END));
   };
   pad.addEventListener("pointermove", (event) => {
     if (event.buttons & 1) showStop(stopAt(event));
@@ -233,9 +241,9 @@ function drawPrediction(place, width) {
     kl: CHART.measured.kl, stderr: CHART.measured.stderr });
   const shown = checks.filter((c) => c.predicted > 0 && c.kl > 0);
   const side = Math.min(width, 480), narrow = side < 420;
-  const at = { left: narrow ? 46 : 58, right: side - 14, top: 10, bottom: side - 48 };
   const values = shown.flatMap((c) => [c.predicted, c.kl]);
   const low = Math.min(...values) / 1.6, high = Math.max(...values) * 1.6;
+  const at = { left: gutter(logTicks(low, high, 7)), right: side - 14, top: 10, bottom: side - 48 };
   const x = logScale(low, high, at.left, at.right), y = logScale(low, high, at.bottom, at.top);
   const svg = make("svg", { viewBox: `0 0 ${side} ${side}`, width: side, height: side, role: "group", "aria-label": place.dataset.alt });
   const axis = make("g", { class: "axis", "aria-hidden": "true" });

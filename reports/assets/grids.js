@@ -130,7 +130,7 @@ class Grid {
       cell.mark.setAttribute("fill", color ?? "var(--empty)");
       if (cell.text) {
         cell.text.textContent = this.view.text(cell.units, value);
-        cell.text.setAttribute("fill", color ? inkOn(color) : "var(--soft)");
+        cell.text.style.fill = color ? inkOn(color) : "var(--soft)";
       }
     }
     this.outline();
@@ -143,7 +143,8 @@ class Grid {
 
 /* ---- where the bits go ---- */
 
-const ALL_BITS = DATA.shapes.flatMap((shape) => shape.bytes.map((bytes) => (8 * bytes) / shape.weights));
+const ALL_BITS = DATA.shapes.flatMap((shape) => shape.bytes.map((bytes) => (8 * bytes) / shape.weights))
+  .filter((bits, _, all) => bits < 12 || all.every((other) => other >= 12)); // floats take the last colour
 const BITS_LOW = Math.max(0.5, Math.floor(Math.min(...ALL_BITS)));
 const BITS_HIGH = Math.max(2 * BITS_LOW, Math.ceil(Math.max(...ALL_BITS)));
 const bitsShare = logScale(BITS_LOW, BITS_HIGH, 0, 1);
@@ -164,7 +165,7 @@ function unitsName(units) {
 const allocationView = {
   value: bitsOfUnits,
   color: (bits) => rampColor("bits", bitsShare(bits)),
-  share: (bits) => bits / BITS_HIGH,
+  share: (bits) => Math.min(1, bits / BITS_HIGH),
   text: (units, bits) => {
     const formats = formatsOfUnits(units);
     return formats.size > 1 ? `~${Math.round(bits)}` : DATA.formats[[...formats][0]].bits;

@@ -16,7 +16,7 @@ const slider = byId("budget");
 const SLIDER = 1000; // positions: even in bytes, so that it moves like the chart's axis
 slider.max = SLIDER;
 const positionOf = (bytes) =>
-  Math.round((SLIDER * (bytes - STOP_BYTES[0])) / (STOP_BYTES[LAST_STOP] - STOP_BYTES[0] || 1));
+  Math.round((SLIDER * (bytes - STOP_BYTES[0])) / (STOP_BYTES[LAST_SEEN] - STOP_BYTES[0] || 1));
 
 function readout() {
   const rival = bestUniform(state.bytes), own = state.stop < 0;
@@ -34,16 +34,16 @@ function readout() {
 
 const currentStop = () => (state.stop >= 0 ? state.stop : lastWithin(STOP_BYTES, state.bytes));
 slider.addEventListener("input", () => {
-  const bytes = STOP_BYTES[0] + ((STOP_BYTES[LAST_STOP] - STOP_BYTES[0]) * slider.value) / SLIDER;
+  const bytes = STOP_BYTES[0] + ((STOP_BYTES[LAST_SEEN] - STOP_BYTES[0]) * slider.value) / SLIDER;
   showStop(lastWithin(STOP_BYTES, bytes));
 });
 slider.addEventListener("keydown", (event) => { // one plan of the frontier at a time
-  const page = Math.max(1, Math.round(LAST_STOP / 20));
+  const page = Math.max(1, Math.round(LAST_SEEN / 20));
   const moves = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: page, PageDown: -page,
     Home: -STOP_BYTES.length, End: STOP_BYTES.length };
   if (!(event.key in moves)) return;
   event.preventDefault();
-  showStop(currentStop() + moves[event.key]);
+  showStop(Math.min(LAST_SEEN, currentStop() + moves[event.key]));
 });
 byId("reset").addEventListener("click", () => { showPlan(); slider.focus(); });
 

@@ -74,6 +74,7 @@ function explain(u) {
   if (up) {
     const ratio = rate > 0 ? `, ${(up.rate / rate).toFixed(2)} times the going rate` : "";
     add("Next upgrade", `${nameOf(up.to)}: ${bytesText(up.bytes)} more for ${number(up.kl)} less: ${perSize(up.rate)}${ratio}.`,
+      up.rate > rate && rate > 0 ? "It is worth that much, but its bytes do not fit any more." : "",
       up.bpw > bpwOf(state.bytes) ? `Optimal plans take it from ${up.bpw.toFixed(2)} bits per weight on.` : "");
   } else {
     add("Next upgrade", "None: no larger format has a lower price.");
@@ -109,22 +110,24 @@ function frontierFormat(u, bytes) {
 
 function drawPrices(place, width) {
   const u = state.unit, options = optionsOf(u), path = new Set(pathOf(u).map((p) => p.format));
-  const height = 280, at = { left: 58, right: width - 14, top: 14, bottom: height - 44 };
-  const shown = options.filter((o) => o.kl > 0);
-  if (!shown.length) { place.replaceChildren(html("p", {}, "No format of this unit costs anything.")); return; }
-  const biggest = shown.length < options.length ? shown.at(-1).bytes * 1.08 : options.at(-1).bytes;
+  const far = FAR * bytesOf(u, state.choice[u]);
+  const shown = options.filter((o) => o.kl > 0 && o.bytes <= far);
+  if (!shown.length) { place.replaceChildren(html("p", {}, "No format of this size costs anything.")); return; }
+  const biggest = shown.at(-1).bytes;
   const [divisor, name] = biggest >= 2e6 ? [1e6, "MB"] : biggest >= 2e3 ? [1e3, "kB"] : [1, "B"];
   const low = Math.min(...shown.map((o) => o.kl)) / 1.7, high = Math.max(...shown.map((o) => o.kl)) * 1.7;
+  const ticks = logTicks(low, high, 5), height = 280;
+  const at = { left: gutter(ticks), right: width - 14, top: 14, bottom: height - 44 };
   const x = linearScale(options[0].bytes, biggest, at.left + 12, at.right - 12), y = logScale(low, high, at.bottom, at.top);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group",
     "aria-label": `Price curve of ${NAMES[u]}: ${shown.map((o) => `${nameOf(o.format)} ${number(o.kl)}`).join(", ")}` });
-  svg.append(...axes(at, logTicks(low, high, 5), y, linearTicks(options[0].bytes / divisor, biggest / divisor, 5),
+  svg.append(...axes(at, ticks, y, linearTicks(options[0].bytes / divisor, biggest / divisor, 5),
     (tick) => x(tick * divisor), `size of this unit (${name})`, "KL (nats per token)", height));
   const hull = shown.filter((o) => path.has(o.format));
   svg.append(make("path", { class: "curve", d: hull.map((o, i) => `${i ? "L" : "M"}${x(o.bytes)},${y(o.kl)}`).join("") }));
   const taken = shown.map((o) => [x(o.bytes) - 7, y(o.kl) - 7, x(o.bytes) + 7, y(o.kl) + 7]);
   const order = [...shown].sort((a, b) => (b.format === state.choice[u]) - (a.format === state.choice[u]));
-  for (const option of order) {
+  for (const option of [...order].reverse()) { // the chosen one on top
     const chosen = option.format === state.choice[u], px = x(option.bytes), py = y(option.kl);
     const kind = chosen ? "plan measured" : option.allowed ? (path.has(option.format) ? "hull" : "off") : "refused";
     const words = [nameOf(option.format), `${bytesText(option.bytes)}, ${bitsOf(u, option.format).toFixed(2)} bits per weight`,
@@ -149,13 +152,14 @@ function drawRates(place, width) {
   if (!ups.length) { place.replaceChildren(html("p", {}, "This unit has a single format: there is nothing to buy.")); return; }
   const rates = ups.map((up) => up.rate * SIZE.bytes), rate = state.lambda * SIZE.bytes;
   const all = [...rates, rate].filter((r) => r > 0);
-  const height = 280, at = { left: 58, right: width - 14, top: 14, bottom: height - 62 };
   const low = Math.min(...all) / 2.5, high = Math.max(...all) * 1.6;
+  const ticks = logTicks(low, high, 5), height = 280;
+  const at = { left: gutter(ticks), right: width - 14, top: 14, bottom: height - 62 };
   const y = logScale(low, high, at.bottom, at.top);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group",
     "aria-label": `What every upgrade of ${NAMES[u]} buys: ${ups.map((up, i) =>
       `${nameOf(up.to)} ${number(rates[i])}`).join(", ")}; the going rate is ${number(rate)}` });
-  svg.append(...axes(at, logTicks(low, high, 5), y, [], null, "", `nats per ${SIZE.name}`, height));
+  svg.append(...axes(at, ticks, y, [], null, "", `nats per ${SIZE.name}`, height));
   const step = (at.right - at.left) / ups.length, bar = Math.min(46, step * 0.66);
   const now = bytesOf(u, state.choice[u]);
   ups.forEach((up, i) => {
