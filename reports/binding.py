@@ -124,14 +124,14 @@ def _amounts(run: RunData, found: Economy, size: tuple[str, float]) -> Iterator[
         found.problem.constraints, found.prices.per_limit, strict=True
     ):
         total, symbol = used(constraint, run.choice), f" {constraint.symbol}".rstrip()
+        text = [f"{_count(value)}{symbol}" for value in (total, constraint.limit)]
         effect = "does not bind: another limit is reached first"
         if worth_one > 0:
             gain = number(worth_one * constraint.limit / 100)
             effect = f"1 % more would lower the predicted KL by about {gain}"
         yield LimitRow(
             constraint.name,
-            f"{number(total)}{symbol}",
-            f"{number(constraint.limit)}{symbol}",
+            *text,
             total / constraint.limit if constraint.limit else 1.0,
             worth_one > 0,
             effect,
@@ -174,3 +174,11 @@ def _format_limits(run: RunData, found: Economy) -> Iterator[LimitRow]:
 
 def _units(count: int) -> str:
     return f"{count:,} unit{'' if count == 1 else 's'}"
+
+
+def _count(value: float) -> str:
+    """A number with the letter of its power of a thousand: ``7.34 M``."""
+    for letter, power in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= power:
+            return f"{number(value / power)} {letter}"
+    return number(value)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
@@ -54,13 +55,19 @@ def drawing(path: Path, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # both files get this layout, without finding it again
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            fix_layout(figure)
         # No software version and no date in the files: the same numbers give the same bytes.
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
         with atomic_path(path.with_suffix(".svg")) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def fix_layout(figure: Figure) -> None:
+    """Find the layout, once: what is drawn afterwards, and both files, keep it."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 class Label(NamedTuple):
@@ -99,7 +106,7 @@ _OFFSETS = {  # dx and dy in points, then the alignment of the text
 def place_labels(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
     """Write the labels in order of importance, leaving out those without a free place.
 
-    The layout must be final (``figure.draw_without_rendering()``).
+    The layout must be final (:func:`fix_layout`).
 
     Args:
         axes: Where to write.

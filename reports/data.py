@@ -74,7 +74,7 @@ def frontier_data(run: RunData) -> FrontierData:
     # The bound is straight between the plans, but a straight line is a curve on a log axis.
     between = np.linspace(nbytes[0], nbytes[-1], BOUND_SAMPLES).astype(np.int64)
     budgets = np.union1d(nbytes, between)
-    bound = np.array([run.frontier.lower_bound(int(budget)) for budget in budgets])
+    bound = np.interp(budgets, nbytes, kl)
     measured = plan.measured
     return FrontierData(
         frontier=curve(nbytes, kl),

@@ -90,11 +90,12 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
 def _frontier(run: RunData) -> dict[str, Any]:
     """The frontier's steps, all of them, and the stops of the slider: plans after some steps."""
     frontier = run.frontier
-    count = len(frontier.bytes)
+    count, small = len(frontier.bytes), len(frontier.units) <= 1 << 16
     stops = np.unique(np.linspace(0, count - 1, min(count, MOST_STOPS)).round().astype(np.int64))
     return {
         "start": _packed(frontier.start, np.uint8),
-        "unit": _packed(frontier.step_unit, np.uint32),
+        "unit": _packed(frontier.step_unit, np.uint16 if small else np.uint32),
+        "wide": not small,
         "format": _packed(frontier.step_format, np.uint8),
         "stops": _packed(stops, np.uint32),
         "bytes": frontier.bytes[stops].tolist(),

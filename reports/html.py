@@ -42,6 +42,7 @@ ASSETS = Path(__file__).parent / "assets"
 FIGURES = ("frontier", "allocation", "sensitivity", "prediction")
 SCRIPTS = ("core.js", "frontier.js", "grids.js", "why.js", "page.js")
 MOST_ROWS = 1_000  # of the table of units that is there without scripts
+MOST_WITH_PICTURES = 5_000  # units; the data of more needs the room of pictures
 
 
 class Picture(NamedTuple):
@@ -108,6 +109,7 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
         verdict=verdict(plan, rows),
         tiles=tiles(plan, rows),
         pictures=pictures,
+        embedded=len(run.table.units) <= MOST_WITH_PICTURES,
         comparison=[comparison_cells(row, row is rows[0]) for row in rows],
         limits=limit_rows(run, found, size_unit(plan.total_bytes / 1e6)),
         limits_note=found.note,

@@ -15,7 +15,18 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from ..quantizers.format import Format
-from .canvas import GREEN, INK, LIGHT_BLUE, PLAIN, RED, Label, drawing, marker_box, place_labels
+from .canvas import (
+    GREEN,
+    INK,
+    LIGHT_BLUE,
+    PLAIN,
+    RED,
+    Label,
+    drawing,
+    fix_layout,
+    marker_box,
+    place_labels,
+)
 from .data import (
     MIXED,
     FrontierData,
@@ -39,6 +50,7 @@ from .panels import (
 from .words import UNIFORM, number, short_names, with_error
 
 _FAR = 2.2  # times the plan's size: 16-bit floats would squeeze all other plans to the left
+_DRAWN = 1_200  # points of a curve
 _BITS_TICKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 
 
@@ -60,9 +72,9 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
 
     with drawing(path, height=5.8) as figure:
         axes = figure.add_subplot()
-        x, y = data.bound.megabytes / megabytes, data.bound.kl
+        x, y = _thinned(data.bound.megabytes) / megabytes, _thinned(data.bound.kl)
         (bound,) = axes.plot(x, y, color=INK, lw=1.1, zorder=3)
-        x, y = data.frontier.megabytes / megabytes, data.frontier.kl
+        x, y = _thinned(data.frontier.megabytes) / megabytes, _thinned(data.frontier.kl)
         (frontier,) = axes.plot(x, y, "o", color=LIGHT_BLUE, ms=6)
         budget = axes.axvline(data.budget_megabytes / megabytes, color=GREEN, lw=1.3, ls=":")
         legend: dict[str, Any] = {  # lines and error bars
@@ -118,7 +130,7 @@ def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) 
 
 def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: float) -> None:
     """Name the plan and as many uniform plans as there is room for, measured ones first."""
-    figure.draw_without_rendering()
+    fix_layout(figure)
     best = data.plan_measured or data.plan
     kind = "predicted" if best.stderr is None else "measured"
     words = (
@@ -137,7 +149,7 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
         taken.append(legend.get_window_extent())
     taken += [
         marker_box(figure, axes, size / megabytes, kl, radius=2)
-        for size, kl in zip(data.bound.megabytes, data.bound.kl, strict=True)
+        for size, kl in zip(_thinned(data.bound.megabytes), _thinned(data.bound.kl), strict=True)
         if kl > 0
     ]
     labels = [Label(words, best.megabytes / megabytes, best.kl, GREEN, ("SW", "S", "far S"), True)]
@@ -145,6 +157,13 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
         color = INK if point.name in mixed else RED
         labels.append(Label(names[point.name], point.megabytes / megabytes, point.kl, color))
     place_labels(axes, [label for label in labels if label.y > 0], taken)
+
+
+def _thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At most _DRAWN of the values, evenly spread and with both ends: more cannot be seen."""
+    if len(values) <= _DRAWN:
+        return values
+    return values[np.linspace(0, len(values) - 1, _DRAWN).round().astype(np.intp)]
 
 
 def _points(data: FrontierData) -> list[Point]:
@@ -231,7 +250,7 @@ def plot_prediction(data: PredictionData, path: Path) -> None:
             axis.set_minor_formatter("")
         axes.set_xlabel("predicted KL (nats per token)")
         axes.set_ylabel("measured KL (nats per token)")
-        figure.draw_without_rendering()
+        fix_layout(figure)
         taken = [marker_box(figure, axes, c.predicted, c.measured) for c in checks]
         taken += [box.get_window_extent() for box in [axes.get_legend()] if box is not None]
         names = short_names([c.name for c in checks])

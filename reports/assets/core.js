@@ -86,7 +86,7 @@ function isAllowed(u, f) {
 /* ---- the frontier: every step, and the stops of the slider ---- */
 
 const START = unpack(DATA.frontier.start, Uint8Array);
-const STEP_UNIT = unpack(DATA.frontier.unit, Uint32Array);
+const STEP_UNIT = unpack(DATA.frontier.unit, DATA.frontier.wide ? Uint32Array : Uint16Array);
 const STEP_FORMAT = unpack(DATA.frontier.format, Uint8Array);
 const STOPS = unpack(DATA.frontier.stops, Uint32Array);
 const STOP_BYTES = DATA.frontier.bytes;
