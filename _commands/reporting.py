@@ -2,22 +2,114 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import out
+from .console import hint, out
 
 app = typer.Typer()
+PORT = 8321
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN|FOLDER]",
+            help="A run folder; with --serve the folder that holds the runs, by default runs.",
+        ),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show all runs in a browser, those at work live.")
+    ] = False,
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Show the trials of a tpe or nsga2 run in optuna-dashboard."),
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port for --serve and --study; 0: any free one.")
+    ] = PORT,
+    browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page of --serve in a browser.")
+    ] = True,
 ) -> None:
-    """Draw a run's figures and report.html again."""
+    """Draw a run's figures and report.html again, or show all runs in a browser.
+
+    report.html needs no network and no server: open it from disk, mail it, print it. The pages of
+    --serve can be reached from this machine only.
+    """
+    if serve and study:
+        raise ValueError("--serve and --study are two different pages: give one of them.")
+    if serve:
+        _serve(run or Path("runs"), port, browser)
+        return
+    if run is None:
+        raise ValueError("Which run? Give its folder, or --serve to see all runs in a browser.")
+    if study:
+        _study(run, port)
+        return
     from ..reports.html import write_report
 
     for path in write_report(run):
         out.print(str(path), markup=False)
+
+
+@app.command()
+def compare(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="A plan.json, a run or a packed folder.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Also write a page (.html) or a map of the changes (.png, .svg)."
+        ),
+    ] = None,
+) -> None:
+    """Compare two plans of one model: what changed, in bytes, predicted and measured KL.
+
+    Changes are B minus A. Measured KL is paired where both runs kept figures of the same text.
+    """
+    from ..reports.compare import compare as compare_plans
+    from ..reports.compared import print_comparison, write_comparison
+
+    found = compare_plans(first, second)
+    print_comparison(out, found)
+    if file is not None:
+        for path in write_comparison(found, file):
+            out.print(str(path), markup=False)
+
+
+def _serve(folder: Path, port: int, browser: bool) -> None:
+    from ..reports.serve import make_server
+
+    with make_server(folder, port) as server:
+        address = f"http://{server.server_address[0]!s}:{server.server_address[1]}/"
+        out.print(f"Runs of {folder}: {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+        if browser:
+            webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            out.print("Stopped.")
+
+
+def _study(run: Path, port: int) -> None:
+    from ..reports.study import dashboard_command, is_installed
+
+    command = dashboard_command(run, port or PORT)
+    if not is_installed():
+        out.print("The trials of this search can be seen in optuna-dashboard:")
+        out.print(f"pip install optuna-dashboard && {shlex.join(command)}", markup=False, soft_wrap=True)
+        return
+    out.print(f"Trials: http://127.0.0.1:{port or PORT}/ (Ctrl-C ends it)", markup=False)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        hint(f"{command[0]} ended with {code}. Is the port taken? Try", "report", run, "--study", "--port", port + 1)

@@ -1,4 +1,4 @@
-"""What the figures share: style, atomic PNG files, and labels that never overlap."""
+"""What the figures share: style, atomic PNG and SVG files, and labels that never overlap."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
@@ -36,6 +37,7 @@ _STYLE: Any = {  # the type of its keys differs between versions of matplotlib
     "axes.axisbelow": True,
     "grid.color": "#E4E4E4",
     "legend.frameon": False,
+    "svg.hashsalt": "bitplan",
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -44,13 +46,28 @@ _STYLE: Any = {  # the type of its keys differs between versions of matplotlib
 
 @contextmanager
 def drawing(path: Path, height: float) -> Iterator[Figure]:
-    """Yield an empty figure ``height`` inches high; afterwards it is written to ``path``."""
+    """Yield an empty figure ``height`` inches high; afterwards it is written as PNG and SVG.
+
+    Args:
+        path: Of the PNG; the SVG beside it has the same name.
+        height: Inches.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            fix_layout(figure)
+        # No software version and no date in the files: the same numbers give the same bytes.
         with atomic_path(path) as temporary:
-            # No software version in the file: the same numbers give the same bytes.
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+        with atomic_path(path.with_suffix(".svg")) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def fix_layout(figure: Figure) -> None:
+    """Find the layout, once: what is drawn afterwards, and both files, keep it."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 class Label(NamedTuple):
@@ -89,7 +106,7 @@ _OFFSETS = {  # dx and dy in points, then the alignment of the text
 def place_labels(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox]) -> None:
     """Write the labels in order of importance, leaving out those without a free place.
 
-    The layout must be final (``figure.draw_without_rendering()``).
+    The layout must be final (:func:`fix_layout`).
 
     Args:
         axes: Where to write.

@@ -4,79 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantizers.format import Format
-from ..search.frontier import Frontier
-from ..search.limits import Limits
-from ..search.plan import Plan
-from ..search.rules import Rules
 from ..sensitivity.table import SensitivityTable, UnitInfo
+from .run import RunData, unit_bytes
 
 BOUND_SAMPLES = 512
 REFERENCE_BPW = 4.3  # where formats start to hurt, and where most plans live
 MIXED = "mixed"
-
-
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """What a run folder holds: the plan, the frontier it lies on and the prices behind both."""
-
-    plan: Plan
-    frontier: Frontier
-    table: SensitivityTable
-
-    def __post_init__(self) -> None:
-        """Check that all three are for the same model, units and formats.
-
-        Raises:
-            ValueError: If the plan or the frontier is not for what the profile is for.
-        """
-        model = self.table.provenance.get("model", {}).get("sha256")
-        if self.plan.model.sha256 != model:
-            raise _different("plan.json", f"it is for the model {self.plan.model.sha256}")
-        for unit in self.table.units:
-            for module in unit.modules:
-                if module not in self.plan.assignments:
-                    raise _different("plan.json", f"it has no format for {module!r}")
-        frontier = self.frontier
-        if frontier.model is not None and frontier.model.sha256 != model:
-            raise _different("frontier.json", f"it is for the model {frontier.model.sha256}")
-        if frontier.units != tuple(unit.name for unit in self.table.units):
-            raise _different("frontier.json", "it has other units")
-        if frontier.formats != self.table.formats:
-            raise _different("frontier.json", f"its formats are {', '.join(frontier.formats)}")
-
-    @classmethod
-    def load(cls, run_dir: Path) -> RunData:
-        """Read ``plan.json``, ``frontier.json`` and ``profile.safetensors`` of a run.
-
-        Raises:
-            ValueError: If a file is missing or invalid, or they do not belong together.
-        """
-        plan = Plan.load(run_dir / "plan.json")
-        limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
-        return cls(
-            plan=plan,
-            frontier=Frontier.load(run_dir / "frontier.json"),
-            table=limits.fused(SensitivityTable.load(run_dir / "profile.safetensors")),
-        )
-
-    def format_of(self, unit: UnitInfo) -> str:
-        """The format the plan gives to a unit: its modules share one."""
-        return self.plan.assignments[unit.modules[0]]
-
-
-def _different(file: str, how: str) -> ValueError:
-    return ValueError(
-        f"{file} does not belong to profile.safetensors: {how}. Run the search again, so that "
-        "all files of the run are from the same search."
-    )
 
 
 class Curve(NamedTuple):
@@ -136,7 +74,7 @@ def frontier_data(run: RunData) -> FrontierData:
     # The bound is straight between the plans, but a straight line is a curve on a log axis.
     between = np.linspace(nbytes[0], nbytes[-1], BOUND_SAMPLES).astype(np.int64)
     budgets = np.union1d(nbytes, between)
-    bound = np.array([run.frontier.lower_bound(int(budget)) for budget in budgets])
+    bound = np.interp(budgets, nbytes, kl)
     measured = plan.measured
     return FrontierData(
         frontier=curve(nbytes, kl),
@@ -153,6 +91,40 @@ def frontier_data(run: RunData) -> FrontierData:
         budget_megabytes=(plan.bytes if plan.kv_cache else plan.budget.bytes) / 1e6,
         weights=weights,
     )
+
+
+def size_unit(megabytes: float) -> tuple[str, float]:
+    """The unit in which a size reads well, and its megabytes."""
+    units = (("GB", 1e3), ("MB", 1.0), ("kB", 1e-3), ("B", 1e-6))
+    return next((unit for unit in units if megabytes >= 2 * unit[1]), units[-1])
+
+
+class Check(NamedTuple):
+    """A prediction and its measurement, nats per token; ``predicted_stderr`` is 0 if unknown."""
+
+    name: str
+    predicted: float
+    predicted_stderr: float
+    measured: float
+    stderr: float
+
+
+class PredictionData(NamedTuple):
+    """What ``prediction.png`` shows: the plan first, then every plan measured beside it."""
+
+    checks: tuple[Check, ...]
+
+
+def prediction_data(run: RunData) -> PredictionData:
+    """Predicted against measured KL of everything a run measured; no checks if it did not."""
+    plan, measured = run.plan, run.plan.measured
+    if measured is None:
+        return PredictionData(())
+    own = Check(
+        "this plan", plan.predicted_kl, plan.predicted_kl_stderr, measured.kl, measured.kl_stderr
+    )
+    others = (Check(b.name, b.predicted_kl, 0.0, b.kl, b.kl_stderr) for b in plan.baselines)
+    return PredictionData((own, *others))
 
 
 class UnitValue(NamedTuple):
@@ -238,12 +210,6 @@ def reference_format(table: SensitivityTable) -> str:
 
     everywhere = [n for n, count in zip(table.formats, priced, strict=True) if count == max(priced)]
     return min(everywhere, key=distance)
-
-
-def unit_bytes(run: RunData, unit: UnitInfo) -> int:
-    """Bytes the plan stores a unit in."""
-    fmt = Format.parse(run.format_of(unit))
-    return sum(fmt.stored_bytes(shape) for shape in unit.shapes)
 
 
 def _unit_grid(

@@ -15,8 +15,27 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from ..quantizers.format import Format
-from .canvas import GREEN, INK, LIGHT_BLUE, PLAIN, RED, Label, drawing, marker_box, place_labels
-from .data import MIXED, FrontierData, Point, SensitivityData, UnitGrid
+from .canvas import (
+    GREEN,
+    INK,
+    LIGHT_BLUE,
+    PLAIN,
+    RED,
+    Label,
+    drawing,
+    fix_layout,
+    marker_box,
+    place_labels,
+)
+from .data import (
+    MIXED,
+    FrontierData,
+    Point,
+    PredictionData,
+    SensitivityData,
+    UnitGrid,
+    size_unit,
+)
 from .panels import (
     MAX_BARS,
     annotate_cells,
@@ -30,12 +49,14 @@ from .panels import (
 )
 from .words import UNIFORM, number, short_names, with_error
 
+_FAR = 2.2  # times the plan's size: 16-bit floats would squeeze all other plans to the left
+_DRAWN = 1_200  # points of a curve
 _BITS_TICKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 
 
 def plot_frontier(data: FrontierData, path: Path) -> None:
     """Draw KL against size: frontier, lower bound, uniform plans, and the plan."""
-    unit, megabytes = _size_unit(max(data.frontier.megabytes[-1], data.plan.megabytes))
+    unit, megabytes = size_unit(max(data.frontier.megabytes[-1], data.plan.megabytes))
 
     def predicted(points: Sequence[Point], marker: str, color: str, size: float) -> Line2D:
         x, y = [p.megabytes / megabytes for p in points], [p.kl for p in points]
@@ -51,9 +72,9 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
 
     with drawing(path, height=5.8) as figure:
         axes = figure.add_subplot()
-        x, y = data.bound.megabytes / megabytes, data.bound.kl
+        x, y = _thinned(data.bound.megabytes) / megabytes, _thinned(data.bound.kl)
         (bound,) = axes.plot(x, y, color=INK, lw=1.1, zorder=3)
-        x, y = data.frontier.megabytes / megabytes, data.frontier.kl
+        x, y = _thinned(data.frontier.megabytes) / megabytes, _thinned(data.frontier.kl)
         (frontier,) = axes.plot(x, y, "o", color=LIGHT_BLUE, ms=6)
         budget = axes.axvline(data.budget_megabytes / megabytes, color=GREEN, lw=1.3, ls=":")
         legend: dict[str, Any] = {  # lines and error bars
@@ -77,7 +98,7 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
 
 def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) -> None:
     """Scales, limits, titles and legend of the frontier figure."""
-    points = [p for p in _points(data) if p.kl > 0]
+    points = [p for p in _points(data) if p.kl > 0 and p.megabytes <= _FAR * data.plan.megabytes]
     if points:
         axes.set_yscale("log")
         low = min(p.kl for p in points)
@@ -109,7 +130,7 @@ def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) 
 
 def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: float) -> None:
     """Name the plan and as many uniform plans as there is room for, measured ones first."""
-    figure.draw_without_rendering()
+    fix_layout(figure)
     best = data.plan_measured or data.plan
     kind = "predicted" if best.stderr is None else "measured"
     words = (
@@ -128,7 +149,7 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
         taken.append(legend.get_window_extent())
     taken += [
         marker_box(figure, axes, size / megabytes, kl, radius=2)
-        for size, kl in zip(data.bound.megabytes, data.bound.kl, strict=True)
+        for size, kl in zip(_thinned(data.bound.megabytes), _thinned(data.bound.kl), strict=True)
         if kl > 0
     ]
     labels = [Label(words, best.megabytes / megabytes, best.kl, GREEN, ("SW", "S", "far S"), True)]
@@ -138,15 +159,16 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
     place_labels(axes, [label for label in labels if label.y > 0], taken)
 
 
+def _thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At most _DRAWN of the values, evenly spread and with both ends: more cannot be seen."""
+    if len(values) <= _DRAWN:
+        return values
+    return values[np.linspace(0, len(values) - 1, _DRAWN).round().astype(np.intp)]
+
+
 def _points(data: FrontierData) -> list[Point]:
     """Every marker of the frontier figure."""
     return [*data.uniform, *data.measured, data.plan, *filter(None, [data.plan_measured])]
-
-
-def _size_unit(megabytes: float) -> tuple[str, float]:
-    """The unit in which a size reads well, and its megabytes."""
-    units = (("GB", 1e3), ("MB", 1.0), ("kB", 1e-3), ("B", 1e-6))
-    return next((unit for unit in units if megabytes >= 2 * unit[1]), units[-1])
 
 
 def plot_allocation(grid: UnitGrid, path: Path) -> None:
@@ -191,6 +213,54 @@ def plot_sensitivity(data: SensitivityData, path: Path) -> None:
                 axes.set_title("Per million weights" if index else alone)
                 axes.set_xlabel(unit)
                 axes.tick_params(labelleft=index == 0)
+
+
+def plot_prediction(data: PredictionData, path: Path) -> None:
+    """Draw measured against predicted KL: points on the diagonal were predicted exactly."""
+    checks = [c for c in data.checks if c.predicted > 0 and c.measured > 0]
+    with drawing(path, height=5.8) as figure:
+        axes = figure.add_subplot()
+        values = [v for c in checks for v in (c.predicted, c.measured)] or [0.1, 1.0]
+        low, high = min(values) / 1.6, max(values) * 1.6
+        (exact,) = axes.plot([low, high], [low, high], color=INK, lw=1.1, zorder=2)
+        axes.fill_between([low, high], [low / 2, high / 2], [low * 2, high * 2], color="#EFEFEF")
+        legend: dict[str, Any] = {"measured as predicted (grey: within a factor of 2)": exact}
+        for color, marker, label, group in (
+            (GREEN, "D", "this plan", checks[:1]),
+            (RED, "o", "one format everywhere", [c for c in checks[1:] if _uniform(c.name)]),
+            (INK, "^", "other plans", [c for c in checks[1:] if not _uniform(c.name)]),
+        ):
+            if group:
+                legend[label] = axes.errorbar(
+                    [c.predicted for c in group],
+                    [c.measured for c in group],
+                    yerr=[c.stderr for c in group],
+                    xerr=[min(c.predicted_stderr, 0.95 * c.predicted) for c in group],
+                    fmt=marker,
+                    color=color,
+                    ms=6,
+                    capsize=3,
+                    zorder=5,
+                )
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.legend(legend.values(), legend.keys(), loc="upper left", fontsize=9.5)
+        axes.grid(True, which="major")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PLAIN)
+            axis.set_minor_formatter("")
+        axes.set_xlabel("predicted KL (nats per token)")
+        axes.set_ylabel("measured KL (nats per token)")
+        fix_layout(figure)
+        taken = [marker_box(figure, axes, c.predicted, c.measured) for c in checks]
+        taken += [box.get_window_extent() for box in [axes.get_legend()] if box is not None]
+        names = short_names([c.name for c in checks])
+        sides = ("E", "SE", "NE", "W", "NW")
+        labels = [Label(names[c.name], c.predicted, c.measured, INK, sides) for c in checks]
+        place_labels(axes, labels, taken)
+
+
+def _uniform(name: str) -> bool:
+    return name.startswith(UNIFORM)
 
 
 def _all_values(grid: UnitGrid) -> NDArray[np.float64]:

@@ -49,7 +49,8 @@ FRONTIER_FILE = "frontier.json"
 KV_FILE = "kv-{key}.json"
 STUDY_FILE = "job.sqlite"
 EXACT = ("certified", "dp", "highs", "ilp")  # solvers whose plans prices alone decide
-REPORT_FILES = ("report.html", "frontier.png", "allocation.png", "sensitivity.png")
+FIGURES = ("frontier", "allocation", "sensitivity", "prediction")
+REPORT_FILES = ("report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")))
 KV_SAMPLES = 8  # sequences the KV cache is priced on: 3 passes per layer
 
 

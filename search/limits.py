@@ -323,3 +323,22 @@ def parse_bans(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
             patterns = (part.strip() for part in names.split(","))
             bans[glob] = (*bans.get(glob, ()), *(part for part in patterns if part))
     return bans
+
+
+def refused_options(
+    table: SensitivityTable, limits: Limits
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Every limit on formats as the user wrote it, and the options it refuses: bool [U, F].
+
+    Raises:
+        ValueError: As for :func:`build_problem`.
+    """
+    found = []
+    if limits.formats is not None:
+        outside = ~np.isin(table.formats, [table.formats[format_index(table, n)] for n in limits.formats])
+        found.append((f"--formats {','.join(limits.formats)}", np.tile(outside, (len(table.units), 1))))
+    names = unit_names(table.units)
+    for glob, name in limits.pins.items():
+        others = np.arange(len(table.formats)) != format_index(table, name)
+        found.append((f"--pin '{glob}={name}'", names.find(glob, "--pin")[:, None] & others))
+    return found + [(refusal.text, refusal.mask) for refusal in _refusals(table, limits)]

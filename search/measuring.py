@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,15 @@ from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import UnitInfo
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
-from .plan import PLAN_FILE, Baseline, KVCache, Measured, Plan
-
-MEASUREMENTS_FILE = "measurements.json"
+from .plan import (
+    MEASUREMENTS_FILE,
+    PLAN_FILE,
+    Baseline,
+    KVCache,
+    Measured,
+    Plan,
+    plan_key,
+)
 
 
 class HeldOut:
@@ -58,7 +63,7 @@ class HeldOut:
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Measurement]:
         """Measure the plans that were not measured before; the figures of all of them."""
-        keys = {name: _plan_key(plan) for name, plan in plans.items()}
+        keys = {name: plan_key(plan) for name, plan in plans.items()}
         todo = {name: plans[name] for name, key in keys.items() if key not in self._known["plans"]}
         if todo:
             runs = {name: plan_run(self._model, self._renderer, p) for name, p in todo.items()}
@@ -188,13 +193,6 @@ def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
 def _measurement(entry: dict[str, Any]) -> Measurement:
     nll = None if entry["nll"] is None else np.array(entry["nll"])
     return Measurement(np.array(entry["kl"]), nll, entry["tokens"])
-
-
-def _plan_key(plan: Plan) -> str:
-    parts: list[Any] = [plan.model.sha256, plan.rounding, sorted(plan.assignments.items())]
-    if plan.kv_cache:
-        parts.append(list(plan.kv_cache.bits.items()))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement) -> Baseline:

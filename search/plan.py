@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from math import isnan, nan
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,7 @@ from ..quantizers.files import read_json_text, write_json
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"  # its name in a run folder
+MEASUREMENTS_FILE = "measurements.json"  # every figure measured in a run folder
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -203,3 +206,11 @@ class Plan(_Strict):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise ValueError(f"{path} is not a valid plan: {where}: {first['msg']}.") from error
+
+
+def plan_key(plan: Plan) -> str:
+    """What decides a plan's measurement, as a hash: its key in ``measurements.json``."""
+    parts: list[Any] = [plan.model.sha256, plan.rounding, sorted(plan.assignments.items())]
+    if plan.kv_cache:
+        parts.append(list(plan.kv_cache.bits.items()))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

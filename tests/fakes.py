@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitplan.quantizers.format import Format
+from bitplan.search.confidence import Confidence
 from bitplan.search.frontier import Frontier
+from bitplan.search.limits import Limits, build_problem
 from bitplan.search.plan import Baseline, Measured, Plan
-from bitplan.search.problem import Problem
+from bitplan.search.runs import Job
+from bitplan.search.settings import ProfileSettings, SearchSettings
 from bitplan.search.solve import solve
 from bitplan.sensitivity.table import SensitivityTable, UnitInfo
 
@@ -122,6 +126,26 @@ def measure(plan: Plan, frontier: Frontier) -> Plan:
     )
 
 
+def fake_confidence(plan: Plan, table: SensitivityTable, seed: int = 0) -> Confidence:
+    """A made-up bootstrap of a plan."""
+    random = np.random.default_rng(seed)
+    chosen = [plan.assignments[unit.modules[0]] for unit in table.units]
+    agreement = np.round(1 - random.beta(1, 4, len(chosen)), 2)
+    return Confidence(
+        units=tuple(unit.name for unit in table.units),
+        plan=tuple(chosen),
+        agreement=agreement,
+        runner_up=tuple(next(f for f in table.formats if f != name) for name in chosen)
+        if len(table.formats) > 1
+        else ("",) * len(chosen),
+        more_sequences=np.where(agreement < 0.6, np.inf, np.where(agreement < 0.9, 40.0, 0.0)),
+        optimism=0.004,
+        sequences=96,
+        resamples=200,
+        seed=0,
+    )
+
+
 def fake_run(
     folder: Path,
     units: tuple[UnitInfo, ...] | None = None,
@@ -129,15 +153,37 @@ def fake_run(
     formats: tuple[str, ...] = FORMATS,
     budget: str = "4.3bpw",
     measured: bool = True,
+    search: SearchSettings | None = None,
+    confidence: bool = False,
 ) -> Path:
-    """Write plan.json, frontier.json and the profile of a made-up run; returns the folder."""
+    """Write the files of a made-up run; returns the folder.
+
+    Args:
+        folder: The run folder.
+        units: Three layers of a small language model by default.
+        formats: The formats priced.
+        budget: The budget; that of ``search`` counts if there is one.
+        measured: Whether the plan was measured.
+        search: What ``job.json`` says was asked for; without it there is no such file.
+        confidence: Whether there is a bootstrap.
+    """
     table = fake_table(units or transformer_units(3), formats)
-    plan = solve(table, budget, command=f"bitplan search tiny --budget {budget}")
-    frontier = Frontier.from_problem(Problem.from_table(table), plan.model)
+    limits = search.limits() if search else Limits()
+    if search:
+        budget = search.budget or budget
+        asked = {"profile": asdict(ProfileSettings("tiny")), "search": asdict(search)}
+        with Job(folder, ["bitplan", "search", "tiny", "--budget", budget], asked) as job:
+            for name in ("profile", "solve", "validate"):
+                with job.stage(name):
+                    pass
+    plan = solve(table, budget, limits=limits, command=f"bitplan search tiny --budget {budget}")
+    frontier = Frontier.from_problem(build_problem(table, limits), plan.model)
     if measured:
         plan = measure(plan, frontier)
     folder.mkdir(parents=True, exist_ok=True)
     table.save(folder / "profile.safetensors")
     frontier.save(folder / "frontier.json")
     plan.save(folder / "plan.json")
+    if confidence:
+        fake_confidence(plan, table).save(folder / "confidence.json")
     return folder

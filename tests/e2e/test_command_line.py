@@ -22,9 +22,11 @@ from bitplan.sensitivity.models import load_model
 FILES = {
     "plan.json",
     "frontier.json",
-    "frontier.png",
-    "allocation.png",
-    "sensitivity.png",
+    *(
+        f"{name}.{kind}"
+        for name in ("frontier", "allocation", "sensitivity", "prediction")
+        for kind in ("png", "svg")
+    ),
     "report.html",
     "profile.safetensors",
     "profile.json",

@@ -1,10 +1,13 @@
-"""report.html and the PNGs: complete, self-contained, and right for every kind of run."""
+"""report.html and the figures: complete, self-contained, and right for every kind of run."""
 
 import html
+import json
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -12,8 +15,9 @@ from bitplan.reports.html import write_report
 from bitplan.search.plan import Plan
 from bitplan.tests.fakes import fake_run, flat_units, transformer_units
 
-FILES = ["frontier.png", "allocation.png", "sensitivity.png", "report.html"]
-VOID = {"meta", "img", "br"}
+FIGURES = ["frontier", "allocation", "sensitivity", "prediction"]
+FILES = [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")] + ["report.html"]
+VOID = {"meta", "img", "br", "input", "link"}
 
 
 class Balance(HTMLParser):
@@ -30,9 +34,11 @@ class Balance(HTMLParser):
             self.open.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
-        if tag in {"script", "link", "iframe"}:
+        if tag == "iframe":
             self.fetched.append(tag)
-        self.fetched += [v or "" for k, v in attrs if k in {"src", "href"} and v[:5] != "data:"]  # type: ignore[index]
+        self.fetched += [
+            v or "" for k, v in attrs if k in {"src", "href"} and (v or "")[:1] not in ("#", "d")
+        ]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -46,20 +52,22 @@ def test_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     units = transformer_units(3, embedding=True)
     written = write_report(fake_run(tmp_path, units))
     assert written == [tmp_path / name for name in FILES]
-    for path in written[:3]:
+    for path in written[:-1:2]:
         data = path.read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", data[16:24])
         assert width == 1920
         assert height > 300
+        svg = path.with_suffix(".svg").read_text(encoding="utf-8")
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
     text = read(tmp_path)
     page = Balance()
     page.feed(text)
     page.close()
     assert page.open == []
     assert page.fetched == []
-    assert "url(" not in text
-    assert len(page.images) == 3
+    assert "http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'" in text
+    assert len(page.images) == 4
     assert all(len(image["alt"] or "") > 40 for image in page.images)
     assert len(text) < 3_000_000
     assert not list(tmp_path.glob(".*.tmp"))
@@ -89,6 +97,7 @@ def test_report_without_measurement_says_so(tmp_path: Path) -> None:
     assert "nats per token predicted</h1>" in text
     assert "Not measured yet" in text
     assert "KL<br>measured" not in text
+    assert not (tmp_path / "prediction.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -116,8 +125,25 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     plan.model.id = "<script>alert(1)</script>"
     plan.save(tmp_path / "plan.json")
     write_report(tmp_path)
-    assert "<script" not in read(tmp_path)
+    assert "<script>alert" not in read(tmp_path)
     assert "&lt;script&gt;" in read(tmp_path)
+
+
+def test_names_cannot_end_the_embedded_data(tmp_path: Path) -> None:
+    units = tuple(replace(u, name=u.name + "</script><b>") for u in transformer_units(1))
+    write_report(fake_run(tmp_path, units))
+    text = read(tmp_path)
+    assert "</script><b>" not in text
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    assert json.loads(data[1])["units"]["names"][0][1].endswith("</script><b>")
+
+
+def test_a_thousand_units_stay_below_three_megabytes(tmp_path: Path) -> None:
+    units = transformer_units(160, embedding=True)
+    write_report(fake_run(tmp_path, units, confidence=True))
+    assert len(units) > 1_100
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""The report's sentences: headline, verdict, cells of tables, descriptions of pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..search.budget import format_bytes
+from ..search.plan import Plan
+from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
+from .summary import Comparison, best_uniform, describe_rival, facts, only_format
+from .words import UNIFORM, number, with_error
+
+TOLD = (
+    "optimality",
+    "refined",
+    "KV cache",
+    "memory",
+    "time",
+    "time is a model",
+    "runtime",
+    "solver note",
+)  # of the facts
+
+
+def headline(plan: Plan) -> str:
+    """Size, bits per weight and KL: ``265.0 MB → 81.0 MB, 3.90 bits per weight, KL 0.21 ...``."""
+    measured = plan.measured
+    if measured is not None:
+        kl = f"KL {with_error(measured.kl, measured.kl_stderr)} nats per token measured"
+    else:
+        kl = (
+            f"KL {with_error(plan.predicted_kl, plan.predicted_kl_stderr)} nats per token predicted"
+        )
+    before, after = format_bytes(2 * plan.weights), format_bytes(plan.bytes)
+    return _unbroken(f"{before} → {after}, {plan.bpw:.2f} bits per weight, {kl}")
+
+
+def verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
+    """How good the plan is, in sentences."""
+    sentences = []
+    if same := only_format(plan):
+        sentences.append(f"Every unit is stored in the same format, {same}.")
+    if rival := best_uniform(rows):
+        which = "other uniform" if same else "uniform"
+        sentences.append(f"Best {which} format within the budget: {describe_rival(rival)}.")
+    elif not same:
+        sentences.append("No uniform format fits the budget.")
+    for name, phrase in facts(plan, rows):
+        if name in TOLD:
+            sentences.append(f"{name[0].upper()}{name[1:]}: {phrase.removesuffix('.')}.")
+    if plan.measured is None:
+        sentences.append("Not measured yet: bitplan search also checks its plan on held-out text.")
+    return [_unbroken(sentence) for sentence in sentences]
+
+
+def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """The numbers to remember, each with its meaning."""
+    before, measured, rival = 2 * plan.weights, plan.measured, best_uniform(rows)
+    tiles = [
+        (f"{100 * plan.bytes / before:.1f} %", "of the size at 16 bits"),
+        (f"{plan.bpw:.3f}", f"bits per weight, budget {plan.budget.text}"),
+    ]
+    if measured is not None:
+        kl = with_error(measured.kl, measured.kl_stderr)
+        tiles.append((kl, f"KL measured on {measured.tokens:,} tokens, nats per token"))
+    predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
+    tiles.append((predicted, "KL predicted, nats per token"))
+    if rival is not None:
+        ours, theirs, kind = plan.predicted_kl, rival.predicted_kl, ", predicted"
+        if measured is not None and rival.kl is not None:
+            ours, theirs, kind = measured.kl, rival.kl, ""
+        if ours > 0:
+            tiles.append((f"{theirs / ours:.2f} ×", f"this KL in the best uniform format{kind}"))
+    if measured is not None and measured.ppl is not None:
+        original = measured.ppl_original
+        label = "perplexity" + (f", original {number(original)}" if original is not None else "")
+        tiles.append((number(measured.ppl), label))
+    return tiles
+
+
+def _unbroken(text: str) -> str:
+    """Keep a value together with its error and its percent sign."""
+    return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
+
+
+def comparison_cells(row: Comparison, own: bool) -> dict[str, Any]:
+    """One line of the comparison table as text; ``own`` marks the plan in question."""
+    ratio = "" if not row.kl else f"{row.predicted_kl / row.kl:.2f}"
+    difference = ""
+    if row.difference is not None:
+        difference = with_error(row.difference, row.difference_stderr, sign=True)
+    return {
+        "name": row.name.removeprefix(UNIFORM),
+        "own": own,
+        "fits": row.fits,
+        "predicted": [
+            format_bytes(row.bytes),
+            "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",
+            number(row.predicted_kl),
+        ],
+        "measured": [
+            "" if row.kl is None else with_error(row.kl, row.kl_stderr),
+            ratio,
+            difference,
+            "" if row.ppl is None else number(row.ppl),
+        ],
+    }
+
+
+def unit_cells(row: UnitRow) -> tuple[str, ...]:
+    """One line of the table of units as text."""
+    kl = "" if row.kl is None else with_error(row.kl, row.kl_stderr)
+    return (row.name, row.shape, row.format, f"{row.bpw:.3f}", format_bytes(row.bytes), kl)
+
+
+def provenance(plan: Plan) -> dict[str, str]:
+    """Where the numbers come from, as names and values."""
+    values = {
+        "Model": plan.model.id,
+        "Model revision": plan.model.revision,
+        "Model SHA-256": plan.model.sha256,
+        "Metric": plan.metric,
+        "Rounding": plan.rounding,
+        "Solver": plan.solver,
+        "Calibration": _pairs(plan.calibration),
+        "Versions": _pairs(plan.versions),
+        "Created": plan.created,
+    }
+    if (measured := plan.measured) is not None:
+        values["Measured on"] = (
+            f"{measured.text}, {measured.tokens:,} tokens in sequences of {measured.length}"
+        )
+        values["Measured text SHA-256"] = measured.text_sha256
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def frontier_alt(data: FrontierData) -> str:
+    """What the frontier figure shows, in words."""
+    first, last = data.frontier.kl[0], data.frontier.kl[-1]
+    best = data.plan_measured or data.plan
+    return (
+        f"KL in nats per token against stored size. Optimal plans fall from {number(first)} at "
+        f"{data.frontier.bpw[0]:.2f} bits per weight to {number(last)} at "
+        f"{data.frontier.bpw[-1]:.2f}. The plan has {best.bpw:.2f} bits per weight and KL "
+        f"{with_error(best.kl, best.stderr)}."
+    )
+
+
+def allocation_alt(grid: UnitGrid) -> str:
+    """What the allocation figure shows, in words."""
+    widths = [float(value) for value in grid.values.flat if value > 0]
+    widths += [unit.value for unit in grid.others]
+    return f"Bits per weight of every unit, from {min(widths):.2f} to {max(widths):.2f}."
+
+
+def sensitivity_alt(data: SensitivityData) -> str:
+    """What the sensitivity figure shows, in words."""
+    named = {unit.name: unit.value for unit in data.kl.others} | {
+        f"{kind} in layer {layer}": float(data.kl.values[row, column])
+        for row, kind in enumerate(data.kl.kinds)
+        for column, layer in enumerate(data.kl.layers)
+    }
+    named = {name: value for name, value in named.items() if math.isfinite(value)}
+    worst = max(named, key=lambda name: named[name])
+    return (
+        f"Predicted KL of every unit stored alone in {data.format}. The most sensitive is "
+        f"{worst} with {number(named[worst])} nats per token."
+    )
+
+
+def prediction_alt(data: PredictionData) -> str:
+    """What the figure of predictions and measurements shows, in words."""
+    if not data.checks:
+        return "Predicted against measured KL; nothing was measured."
+    ratios = [c.measured / c.predicted for c in data.checks if c.predicted > 0]
+    spread = f"from {min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
+    return (
+        f"Measured against predicted KL of {len(data.checks)} plans, in nats per token. The ratio "
+        f"of measured to predicted KL ranges {spread}."
+    )
