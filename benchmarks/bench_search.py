@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bitplan.benchmarks.common import RESULTS, write_results
+from bitplan.benchmarks.search_fused import fused
+from bitplan.benchmarks.search_heldout import heldout
 from bitplan.benchmarks.search_lab import BUDGETS, LENGTH, Lab, Part, Settings
 from bitplan.benchmarks.search_refine import refinement
 from bitplan.benchmarks.search_rivals import rivals
@@ -25,6 +27,8 @@ from bitplan.sensitivity.progress import Reporter
 
 ON_MODEL: dict[str, Callable[[Lab], Part]] = {
     "rivals": rivals,
+    "heldout": heldout,
+    "fused": fused,
     "refine": refinement,
     "work": equal_work,
 }

@@ -17,6 +17,8 @@ from . import SOLVERS, measuring
 OFFSPRING = 16  # children per generation
 STAGES = 3
 KEPT = 4  # one child in KEPT goes on to the next stage, on KEPT times the sequences
+GENERATIONS = 20  # that the tokens should at least pay for; else fewer sequences are measured
+LEAST_SEQUENCES = KEPT ** (STAGES - 1)  # so that every stage has one
 MOST_SWITCHES = 3  # level switches per child, at most
 TABLE_GENERATIONS = 40  # without an oracle
 IDLE_GENERATIONS = 30  # that ask nothing new: every plan in reach is known
@@ -32,7 +34,9 @@ def evolutionary(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution
     Every generation mutates the best plan so far into OFFSPRING children and measures them in
     STAGES, on a few sequences, then the best of them on more, at last on all.  In every stage
     children that do not beat their parent on the same sequences are dropped, so no generation
-    makes the mean KL on all sequences worse.  The search ends before the oracle's tokens do.
+    makes the mean KL on all sequences worse.  "All" are as many of the oracle's sequences as
+    leave tokens for GENERATIONS generations, from LEAST_SEQUENCES on.  The search ends before the
+    oracle's tokens do.
 
     Args:
         problem: The table as arrays; its oracle measures.  Without one the plan is judged by the
@@ -82,7 +86,7 @@ def _evolve_on_table(
 def _evolve_on_oracle(
     oracle: Oracle, ladder: Ladder, parent: Level, max_bytes: int, generator: np.random.Generator
 ) -> Level:
-    everything = range(oracle.sequences)
+    everything = range(_sequences(oracle))
     stages = [max(1, len(everything) // KEPT**later) for later in reversed(range(STAGES))]
     family = [OFFSPRING // KEPT**stage for stage in range(STAGES)]
     generation = sum(f * s for f, s in zip(family, stages, strict=True)) * oracle.length
@@ -107,6 +111,13 @@ def _evolve_on_oracle(
         parent = children[0] if children else parent
         idle = 0 if oracle.tokens > before else idle + 1
     return parent
+
+
+def _sequences(oracle: Oracle) -> int:
+    """Sequences to measure on: the first plan takes each once, a generation STAGES times."""
+    affordable = (oracle.max_tokens - oracle.tokens) // oracle.length
+    wanted = max(LEAST_SEQUENCES, affordable // (1 + GENERATIONS * STAGES))
+    return min(oracle.sequences, wanted)
 
 
 def _kl(

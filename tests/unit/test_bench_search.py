@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from bitplan.benchmarks.common import write_results
+from bitplan.benchmarks.search_fused import GROUPS, _plan
+from bitplan.benchmarks.search_heldout import heldout
 from bitplan.benchmarks.search_lab import Lab, Settings, ratio
 from bitplan.benchmarks.search_rivals import PASSES, table_of
 from bitplan.search.problem import Problem
@@ -71,6 +73,34 @@ def test_measured_plans_are_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> N
     for name in plans:
         np.testing.assert_array_equal(again[name].kl, first[name].kl)
         assert again[name].tokens == first[name].tokens == 256
+
+
+def test_plans_are_priced_by_the_sequences_of_other_seeds(lab: Lab) -> None:
+    rows = heldout(lab).tables["Prices of other sequences"]
+    row = next(r for r in rows if (r["budget"], r["score"]) == ("4.3bpw", "fisher_probe"))
+    tables = [table_of(lab, "fisher_probe", seed) for seed in range(3)]
+    units = np.arange(len(lab.units))
+    expected = []
+    for seed, table in enumerate(tables):
+        solution = SOLVERS.get("certified")(Problem.from_table(table), lab.max_bytes("4.3bpw"))
+        others = [t.kl[units, solution.choice].sum() for i, t in enumerate(tables) if i != seed]
+        expected.append(np.mean(others))
+    assert row["by other sequences"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert row["predicted"] < row["by other sequences"]  # the winner's curse
+
+
+@pytest.mark.parametrize("score", ["fisher", "output_fisher"])
+def test_fused_plans_fuse_and_keep_the_budget(lab: Lab, score: str) -> None:
+    for groups in ((), GROUPS):
+        choice = _plan(lab, "3.28bpw", score, groups, 1)
+        assert lab.bpw(choice) <= 3.28
+        formats: dict[tuple[int | None, str], set[int]] = {}
+        for unit, f in zip(lab.units, choice.tolist(), strict=True):
+            for rule in GROUPS:
+                if unit.name.rpartition(".")[2] in rule.split(","):
+                    formats.setdefault((unit.layer, rule), set()).add(f)
+        assert len(formats) == 2 * len({unit.layer for unit in lab.units})
+        assert (max(map(len, formats.values())) == 1) == bool(groups)
 
 
 def test_figures_of_other_settings_are_refused(lab: Lab, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from bitplan.search.levels import Ladder
 from bitplan.search.oracle import Choice, Measure, Oracle
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS
-from bitplan.search.solvers.evolutionary import switch_levels
+from bitplan.search.solvers.evolutionary import LEAST_SEQUENCES, switch_levels
 
 SEQUENCES, LENGTH = 16, 8
 NAMES = ("evolutionary", "evolutionary_scratch")
@@ -28,12 +28,12 @@ def problem() -> Problem:
     return synthetic_problem(24, 6, seed=3)
 
 
-def interacting_model(problem: Problem, seed: int = 0) -> Measure:
+def interacting_model(problem: Problem, seed: int = 0, sequences: int = SEQUENCES) -> Measure:
     """KL per sequence: the table's prices, off by a factor per unit, and neighbours' products."""
     random = np.random.default_rng(seed)
     shape = problem.loss.shape
     price = problem.loss * random.lognormal(0, 1.0, (shape[0], 1))
-    weight = random.lognormal(0, 0.5, (SEQUENCES, shape[0]))
+    weight = random.lognormal(0, 0.5, (sequences, shape[0]))
     product = random.uniform(-0.5, 1.0, shape[0] - 1)
 
     def measure(choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
@@ -141,6 +141,20 @@ def test_tokens_are_counted_before_they_are_spent(
     SOLVERS.get(name)(replace(problem, oracle=asked), budget(problem))
     assert measured == asked.tokens <= max_tokens
     assert measured > max_tokens - 2000  # about one generation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_budget_is_spent_on_generations(problem: Problem, name: str) -> None:
+    """Work for nine plans on all sequences: three generations on all, or many on fewer."""
+    many = 160
+    model = interacting_model(problem, sequences=many)
+    asked = Oracle(model, many, LENGTH, max_tokens=9 * many * LENGTH)
+    choice = SOLVERS.get(name)(replace(problem, oracle=asked), budget(problem), seed=0).choice
+    assert 0.95 * asked.max_tokens < asked.tokens <= asked.max_tokens
+    first = Oracle(model, LEAST_SEQUENCES, LENGTH, max_tokens=LEAST_SEQUENCES * LENGTH)
+    start = SOLVERS.get(name)(replace(problem, oracle=first), budget(problem), seed=0).choice
+    before, after = model([start, choice], range(many)).mean(axis=1)
+    assert after < 0.95 * before
 
 
 def test_too_few_tokens_for_one_plan_are_refused(problem: Problem) -> None:

@@ -63,6 +63,25 @@ def test_many_sequences_give_the_probe_and_one_gives_the_diagonals_shape() -> No
         np.testing.assert_allclose(ratio[kind], ratio[kind][0, 0], rtol=1e-6)
 
 
+def test_a_unit_unlike_its_type_does_not_lend_its_spread_to_the_others() -> None:
+    """True ratios are all 1 but those of one unit: the others stay as near to them as without."""
+    errors = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        truth = np.ones((40, 6))
+        noise = rng.normal(size=(96, 40, 6))
+        typical = np.arange(40) != 7
+        for outlier in (1.0, 3.0):
+            truth[7] = outlier ** np.array([-2, -1, 0, 0, 1, 2])
+            scores = (noise * np.sqrt(truth)).astype(np.float32)
+            ratio = Shrinkage(scores, np.ones((40, 6)), KINDS).prices()
+            errors.append(np.mean((ratio / ratio[typical].mean() - truth)[typical] ** 2))
+        errors.append(np.mean(((scores.astype(float) ** 2).mean(0) - truth)[typical] ** 2))
+    without, beside, probe = np.reshape(errors, (-1, 3)).mean(axis=0)
+    assert without < 0.15 * probe
+    assert beside < 0.15 * probe
+
+
 def test_stderr_is_the_spread_between_draws() -> None:
     """Frequentist check: the error of the price relative to its posterior deviation is about 1."""
     z = []
