@@ -45,12 +45,13 @@ def check(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Compile the decode kernel for processors that need not be here, count, and judge.
+    r"""Compile the decode kernel for processors that need not be here, count, and judge.
 
     The gate: no spills, b/8 bytes per weight in 16-byte loads, matrix instructions, no conversion
     from integer, no dequantized weight in shared memory, and few enough instructions per weight
-    that memory stays the limit. Nothing runs: counts bound a run time, they do not give it.
-    Exits with 1 if a kernel fails. Needs Triton: pip install 'bitplan[kernels]'.
+    that memory stays the limit (vector instructions on AMD). Nothing runs: counts bound a run
+    time, they do not give it. Exits with 1 if a kernel fails. Needs Triton, which comes with
+    pip install 'bitplan\[kernels]'.
     """
     from ..kernels import check as static
     from ..quantizers.files import write_json
@@ -70,13 +71,14 @@ def check(
     out.print(_check_table([*found, *failing]))
     for result in [*found, *failing]:
         for violation in result.violations:
-            out.print(f"{result.arch}, {result.name}: {violation}", highlight=False)
+            text = f"{result.arch}, {result.name}: {violation}"
+            out.print(text, highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file, {"rows": [_row(result) for result in [*found, *failing]]})
     wrong = sum(not r.passed for r in found)
     missed = sum(r.passed for r in failing)
     if missed:
-        out.print(f"{missed} controls passed, so the gate misses what it must see.")
+        out.print(f"{missed} controls passed: the gate misses what it must see.")
     out.print(f"{len(found) - wrong} of {len(found)} kernels pass the gate.", highlight=False)
     if wrong or missed:
         raise typer.Exit(1)
@@ -87,25 +89,26 @@ def _row(result: Any) -> dict[str, Any]:
 
 
 def _check_table(results: list[Any]) -> Table:
-    shown = Table("processor", "kernel", title="Main loops, per weight")
-    for column in ("registers", "spills", "shared B", "loop", "instructions", "budget"):
-        shown.add_column(column, justify="right")
-    for column in ("weight B", "matrix ops", "gate"):
-        shown.add_column(column, justify="right")
+    shown = Table("for", "kernel", title="Main loops; counts are per weight")
+    for column in ("regs", "spills", "shared", "instr", "budget", "bytes", "MMA", "gate"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for result in results:
-        head = [result.arch, result.name, str(result.registers), str(result.spills)]
-        head.append(f"{result.shared_bytes:,}")
+        whole = [result.arch, result.name]
+        use = [str(result.registers), str(result.spills), str(result.shared_bytes)]
         verdict = "pass" if result.passed else "[red]FAIL[/]"
+        if len(result.loops) > 1:
+            shown.add_row(*whole, *use, "", "", "", "", verdict)
+            whole, use, verdict = ["", ""], [""] * 3, ""
         for loop in result.loops:
+            if len(result.loops) > 1:
+                whole = ["", f"  its {loop.bits} bit loop" if loop.bits else "  a loop"]
             shown.add_row(
-                *head,
-                f"{loop.bits} bit" if loop.bits else "–",
-                f"{loop.instructions:.2f}"
-                + ("" if loop.issued == loop.instructions else f" ({loop.issued:.2f} vector)"),
+                *whole,
+                *use,
+                f"{loop.issued:.2f}",
                 f"{loop.budget:.2f}",
                 f"{loop.weight_bytes:.4g}",
                 str(loop.tensor_ops),
                 verdict,
             )
-            head, verdict = [""] * len(head), ""
     return shown

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +17,8 @@ from .format import Format
 from .packed import PackedTensor
 
 FILE_NAME = "model.safetensors"
-VERSION = "1"
+VERSION = "2"
+_READABLE = ("1", VERSION)  # version 1 has no checksums
 
 
 def write_checkpoint(
@@ -28,7 +31,8 @@ def write_checkpoint(
 
     A packed weight becomes ``<module>.codes``, ``.scale`` and ``.zero``, or ``<module>.weight``
     in a float format.  The bytes of these tensors are exactly ``fmt.stored_bytes(shape)``.  The
-    metadata holds the format and shape of every module, and ``header``.
+    metadata holds the version of the layout, the format and shape of every module, the CRC-32 of
+    every tensor, and ``header``.
 
     Args:
         folder: Where to write: for an atomic result, and a full disk explained, a folder made
@@ -52,12 +56,10 @@ def write_checkpoint(
         module: {"format": weight.fmt.name, "shape": list(weight.shape)}
         for module, weight in packed.items()
     }
-    metadata = {
-        "format": "pt",
-        "bitplan_version": VERSION,
-        "bitplan": json.dumps({"modules": modules, "header": dict(header)}),
-    }
     tensors = parts | {name: tensor.detach().contiguous() for name, tensor in others.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    content = {"modules": modules, "header": dict(header), "crc32": checksums}
+    metadata = {"format": "pt", "bitplan_version": VERSION, "bitplan": json.dumps(content)}
     save_file(tensors, folder / FILE_NAME, metadata)
 
 
@@ -70,8 +72,9 @@ def read_checkpoint(
         The packed weights, the other tensors and the header.
 
     Raises:
-        ValueError: If the file is missing, truncated, not written by this version of bitplan,
-            or if a tensor is missing or has the wrong shape or dtype; file and tensor are named.
+        ValueError: If the file is missing, truncated, written by a later version of bitplan or
+            in a format that this one lacks, or if a tensor is missing, damaged, or has the wrong
+            shape or dtype; file and tensor are named.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -87,45 +90,72 @@ def read_checkpoint(
         raise ValueError(
             f"{path} is damaged or truncated ({error}). Write or copy it again."
         ) from error
-    modules, header = _parse_metadata(path, metadata)
+    modules, header, checksums = _parse_metadata(path, metadata)
+    found = dict(tensors)
     packed = {
-        module: _take(path, tensors, module, entry["format"], entry["shape"])
-        for module, entry in modules.items()
+        module: _take(path, tensors, module, spec, shape)
+        for module, (spec, shape) in modules.items()
     }
+    for name, checksum in checksums.items():
+        if name not in found:
+            raise ValueError(f"{path} lacks the tensor {name!r}. Write or copy it again.")
+        if _checksum(found[name]) != checksum:
+            raise ValueError(
+                f"{path}: the tensor {name!r} is damaged: its CRC-32 is not the one that was "
+                "written. Copy the file again, or quantize again."
+            )
     return packed, tensors, header
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous tensor."""
+    plain = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
+    return zlib.crc32(plain)  # type: ignore[arg-type]
 
 
 def _parse_metadata(
     path: Path, metadata: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+) -> tuple[dict[str, tuple[str, tuple[int, int]]], dict[str, Any], dict[str, int]]:
+    """Format and shape by module, the header, and the checksums by tensor."""
     version = metadata.get("bitplan_version")
     if version is None:
         raise ValueError(f"{path} was not written by bitplan: its header has no bitplan_version.")
-    if version != VERSION:
+    if version not in _READABLE:
         raise ValueError(
-            f"{path} has layout version {version}; this bitplan reads version {VERSION}. "
-            "Read it with the bitplan that wrote it, or quantize again."
+            f"{path} has layout version {version}; this bitplan reads version "
+            f"{' and '.join(_READABLE)}. Read it with the bitplan that wrote it, or quantize again."
         )
     try:
         content = json.loads(metadata["bitplan"])
-        return content["modules"], content["header"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        modules = {}
+        for module, entry in content["modules"].items():
+            rows, cols = map(int, entry["shape"])
+            modules[module] = (str(entry["format"]), (rows, cols))
+        checksums = {name: int(crc) for name, crc in content.get("crc32", {}).items()}
+        return modules, dict(content["header"]), checksums
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged bitplan header ({error}).") from error
 
 
 def _take(
-    path: Path, tensors: dict[str, Tensor], module: str, spec: str, shape: list[int]
+    path: Path, tensors: dict[str, Tensor], module: str, spec: str, shape: tuple[int, int]
 ) -> PackedTensor:
     """Move the parts of one module out of ``tensors``."""
-    rows, cols = shape
-    fmt = Format.parse(spec)
+    try:
+        fmt = Format.parse(spec)
+    except ValueError as error:
+        held = ", ".join(sorted(name for name in tensors if name.startswith(f"{module}.")))
+        raise ValueError(
+            f"{path}: module {module!r} (tensors {held or 'none'}) is stored in a format that "
+            f"this bitplan cannot read: {error}"
+        ) from error
     parts = {}
-    for part in fmt.tensors((rows, cols)):
+    for part in fmt.tensors(shape):
         name = f"{module}.{part}"
         if name not in tensors:
             raise ValueError(f"{path} lacks the tensor {name!r}. Write or copy it again.")
         parts[part] = tensors.pop(name)
     try:
-        return PackedTensor(fmt, (rows, cols), parts)
+        return PackedTensor(fmt, shape, parts)
     except ValueError as error:
         raise ValueError(f"{path}: module {module!r}: {error}") from error

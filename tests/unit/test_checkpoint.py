@@ -90,10 +90,14 @@ def test_truncated_file(tmp_path: Path, kept: int) -> None:
     ("metadata", "message"),
     [
         ({}, "not written by bitplan"),
-        ({"bitplan_version": "2"}, "layout version 2"),
+        ({"bitplan_version": "3"}, "layout version 3; this bitplan reads version 1 and 2"),
         ({"bitplan_version": "1"}, "damaged bitplan header"),
         ({"bitplan_version": "1", "bitplan": "{"}, "damaged bitplan header"),
         ({"bitplan_version": "1", "bitplan": "[]"}, "damaged bitplan header"),
+        (
+            {"bitplan_version": "2", "bitplan": '{"modules": {"a": {"shape": 3}}, "header": {}}'},
+            "damaged bitplan header",
+        ),
     ],
 )
 def test_wrong_header(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
@@ -114,6 +118,45 @@ def test_wrong_tensor(tmp_path: Path) -> None:
     change_tensors(tmp_path, lambda tensors: tensors.update({"a.k.scale": torch.zeros(7, 4)}))
     with pytest.raises(ValueError, match=rf"{FILE_NAME}: module 'a.k': 'scale' .* is float32"):
         read_checkpoint(tmp_path)
+
+
+def change_metadata(folder: Path, change: Callable[[dict[str, Any]], Any], version: str) -> None:
+    """Rewrite the file with another bitplan header and the same tensors."""
+    path = folder / FILE_NAME
+    size = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    metadata = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
+    content = json.loads(metadata["bitplan"])
+    change(content)
+    metadata |= {"bitplan": json.dumps(content), "bitplan_version": version}
+    save_file(load_file(path), path, metadata)
+
+
+def test_damaged_tensor(tmp_path: Path) -> None:
+    """One flipped bit in the middle of the codes of one module is found and named."""
+    packed = packed_weights()
+    write_checkpoint(tmp_path, packed, {}, {})
+    path = tmp_path / FILE_NAME
+    content = bytearray(path.read_bytes())
+    codes = bytes(packed["a.k"].tensors["codes"].reshape(-1).tolist())
+    content[content.index(codes) + 40] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{FILE_NAME}: the tensor 'a.k.codes' is damaged"):
+        read_checkpoint(tmp_path)
+
+
+def test_format_that_this_build_lacks(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, packed_weights(), {}, {})
+    change_metadata(tmp_path, lambda c: c["modules"]["a.q"].update(format="nf4-g64"), "2")
+    with pytest.raises(
+        ValueError, match=rf"{FILE_NAME}: module 'a.q' \(tensors a.q.codes, .* 'nf4-g64'"
+    ):
+        read_checkpoint(tmp_path)
+
+
+def test_version_1_has_no_checksums(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, packed_weights(), {}, {})
+    change_metadata(tmp_path, lambda content: content.pop("crc32"), "1")
+    assert read_checkpoint(tmp_path)[0].keys() == SPECS.keys()
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
