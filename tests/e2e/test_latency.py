@@ -174,6 +174,7 @@ def test_a_bench_writes_its_timings_and_a_device(profile: Path, tmp_path: Path) 
         (["--m", "many"], "--m 'many' must be whole numbers"),
         (["--m", "0"], "all must be at least 1"),
         (["--n", "64,128", "--k", "64"], "--n gives 2 matrices and --k 1"),
+        (["--tune"], "Only launches on a GPU are tuned"),
         (["--refit", "mine.json"], "would not be a .toml file"),
     ],
 )
