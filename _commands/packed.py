@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -77,8 +78,9 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
     device: options.DeviceOption = "auto",
 ) -> None:
-    """Generate text with a packed model (greedy)."""
+    """Generate text with a packed model (greedy), token by token as it comes."""
     from ..search.materialize import load_packed
+    from .streaming import TimedStreamer
 
     if not prompt:
         raise ValueError("The prompt is empty. Give the model something to continue.")
@@ -87,7 +89,8 @@ def generate(
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer, so it cannot generate text.")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    tokens = model.module.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=max_tokens, do_sample=False
+    streamer = TimedStreamer(tokenizer)
+    model.module.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer
     )
-    out.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False)
+    Console(stderr=True).print(streamer.summary(), style="dim", highlight=False)

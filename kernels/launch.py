@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from . import reference
+from . import native, reference
+from .backend import kernel_for
+from .cpu import CpuWeight
 
 
 class PackedMeta(NamedTuple):
@@ -65,8 +67,10 @@ def packed_linear(
     cols: int,
 ) -> Tensor:
     """``x @ W.T + bias``: x [..., cols], bias [rows] -> [..., rows], in the dtype of x."""
-    meta = PackedMeta(bits, group_size, symmetric, rows, cols)
-    return reference.linear(x, meta.packed(codes, scale, zero), bias)
+    weight = PackedMeta(bits, group_size, symmetric, rows, cols).packed(codes, scale, zero)
+    if _compiled_kernels(codes):
+        return CpuWeight(weight).linear(x, bias)
+    return reference.linear(x, weight, bias)
 
 
 @packed_linear.register_fake
@@ -117,8 +121,10 @@ def dequantize(
     cols: int,
 ) -> Tensor:
     """All rows of W, or those with the given indices [n]: float32 [n, cols]."""
-    meta = PackedMeta(bits, group_size, symmetric, rows, cols)
-    return reference.dequantize_rows(meta.packed(codes, scale, zero), indices)
+    weight = PackedMeta(bits, group_size, symmetric, rows, cols).packed(codes, scale, zero)
+    if _compiled_kernels(codes):
+        return CpuWeight(weight).unpack(indices)
+    return reference.dequantize_rows(weight, indices)
 
 
 @dequantize.register_fake
@@ -135,3 +141,7 @@ def _(
 ) -> Tensor:
     count = rows if indices is None else indices.shape[0]
     return codes.new_empty(count, cols, dtype=torch.float32)
+
+
+def _compiled_kernels(tensor: Tensor) -> bool:
+    return kernel_for(tensor.device) == "cpu" and native.library() is not None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers.packed import PackedTensor
-from .launch import PackedMeta, dequantize, packed_linear
+from .launch import PackedMeta, dequantize
+from .layouts import Layout, PlaneLayout, StoredLayout, prepare
 
 
 class PackedModule(nn.Module):
@@ -34,8 +35,11 @@ class PackedModule(nn.Module):
         for name, part in packed.tensors.items():
             self.register_buffer(name, part)
         self.bias = bias
-        # An empty tensor that follows casts: the dtype of an output that has no float input.
-        self.register_buffer("like", torch.empty(0, dtype=like.dtype), persistent=False)
+        # An empty tensor that follows casts and moves: the dtype of an output that has no float
+        # input, and the device of the module even where its parts stay in main memory.
+        device = next(iter(packed.tensors.values())).device
+        empty = torch.empty(0, dtype=like.dtype, device=device)
+        self.register_buffer("like", empty, persistent=False)
 
     def packed(self) -> PackedTensor:
         """The packed weight; its tensors are this module's buffers."""
@@ -65,7 +69,27 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers."""
+    """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers.
+
+    What the kernels of its device need is made at the first call, or by :meth:`prepare`, and made
+    again after the module was moved or other parts were loaded.
+    """
+
+    def __init__(self, packed: PackedTensor, bias: nn.Parameter | None, like: Tensor) -> None:
+        super().__init__(packed, bias, like)
+        self._layout: Layout | None = None
+
+    def prepare(self) -> Layout:
+        """Lay the weight out for its device.
+
+        Raises:
+            ValueError: If ``BITPLAN_KERNEL`` asks for kernels that cannot run there.
+        """
+        self._layout = prepare(self.packed(), self.like.device)
+        if isinstance(self._layout, PlaneLayout):  # not both in the memory of a GPU
+            for name, part in self.packed().tensors.items():
+                self._buffers[name] = part.cpu()
+        return self._layout
 
     @property
     def in_features(self) -> int:
@@ -79,11 +103,31 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., cols] to outputs [..., rows], in the dtype of ``x``."""
-        if self.meta is None:
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        zero = self._buffers.get("zero")
-        outputs: Tensor = packed_linear(x, self.codes, self.scale, zero, self.bias, *self.meta)
-        return outputs
+        layout = self._layout
+        if layout is None:
+            if torch.compiler.is_compiling():  # cannot be traced; the op behind this one can
+                layout = StoredLayout(self.packed())
+            else:
+                layout = self.prepare()
+        return layout.linear(x, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        before, stored = self.like.device, dict(self.packed().tensors)
+        super()._apply(fn, recurse)
+        if self.like.device == before:  # a cast
+            self._buffers.update(stored)
+        elif self._layout is not None:
+            self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._layout is not None:
+            self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the layout: pointers mean nothing in a copy."""
+        return self.__dict__ | {"_layout": None}
 
 
 class PackedEmbedding(PackedModule):

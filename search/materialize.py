@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..kernels.linear import replace
+from ..kernels.linear import PackedLinear, replace
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.files import atomic_path
 from ..quantizers.format import Format
@@ -107,20 +107,23 @@ def is_packed(folder: Path) -> bool:
 def load(folder: Path | str, device: str = "cpu") -> nn.Module:
     """Load a packed folder: the model, ready to call, its planned layers packed.
 
-    Nothing is dequantized at load time: layers unpack their weights when they are called.
+    Nothing is dequantized at load time: layers unpack their weights when they are called, on a CPU
+    from the pages of the file itself. Layers that the plan leaves alone stay in the file's dtype,
+    too, and compute in float32.
 
     Args:
         folder: What :func:`quantize` wrote.
         device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
-        ValueError: If the folder is missing, truncated or does not fit the model's architecture.
+        ValueError: If the folder is missing, truncated or does not fit the model's architecture;
+            file and tensor are named.
     """
-    return load_packed(Path(folder), device).module
+    return load_packed(Path(folder), device, tokenizer=False).module
 
 
-def load_packed(folder: Path, device: str = "cpu") -> LoadedModel:
-    """:func:`load` with tokenizer and identity."""
+def load_packed(folder: Path, device: str = "cpu", tokenizer: bool = True) -> LoadedModel:
+    """:func:`load` with identity and, if wanted, the tokenizer."""
     plan = Plan.load(folder / PLAN_FILE)
     packed, others, header = read_checkpoint(folder)
     if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
@@ -128,22 +131,27 @@ def load_packed(folder: Path, device: str = "cpu") -> LoadedModel:
             f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
             "the plan again."
         )
-    skeleton, workload = _skeleton(folder, plan)
-    replace(skeleton, packed, header["aliases"])
+    _check_scales(folder / FILE_NAME, packed)
+    skeleton, workload = _skeleton(folder, plan, tokenizer)
+    halves = _take_halves(skeleton, others)
+    tied = {name: owner for name, owner in header["tied"].items() if owner in others}
+    aliases = {
+        name.removesuffix(".weight"): owner.removesuffix(".weight")
+        for name, owner in header["tied"].items()
+        if owner not in others
+    }
+    replace(skeleton, packed | halves, header["aliases"] | aliases)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in others.items()
     }
-    state |= {name: state[owner] for name, owner in header["tied"].items()}
-    result = skeleton.load_state_dict(state, strict=False, assign=True)
-    missing = [name for name, p in skeleton.named_parameters() if p.is_meta]
-    if missing or result.unexpected_keys:
-        culprit = (missing or result.unexpected_keys)[0]
-        raise ValueError(
-            f"{folder / FILE_NAME} does not fit the architecture: tensor {culprit!r} is "
-            f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
-        )
+    _fill(
+        folder / FILE_NAME, skeleton, state | {name: state[owner] for name, owner in tied.items()}
+    )
     skeleton.requires_grad_(False).eval().to(find_device(device))
+    for module in skeleton.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare()
     return LoadedModel(str(folder), skeleton, "float32", workload)
 
 
@@ -220,7 +228,57 @@ def _save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
         model.workload.tokenizer.save_pretrained(folder)
 
 
-def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Workload]:
+def _check_scales(path: Path, packed: Mapping[str, PackedTensor]) -> None:
+    for name, weight in packed.items():
+        scale = weight.tensors.get("scale")
+        if scale is not None and not scale.isfinite().all():
+            raise ValueError(
+                f"{path} is damaged: {name + '.scale'!r} has values that are no numbers. Write or "
+                "copy it again."
+            )
+
+
+def _take_halves(model: nn.Module, others: dict[str, Tensor]) -> dict[str, PackedTensor]:
+    """Move the 16-bit weights of linear layers and embeddings out of ``others``.
+
+    As packed weights they are used as they are stored, at half the memory of float32.
+    """
+    formats = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    taken = {}
+    for name, module in model.named_modules():
+        weight = others.get(f"{name}.weight")
+        if type(module) in {nn.Linear, nn.Embedding} and weight is not None:
+            if weight.dtype not in formats or getattr(module, "max_norm", None) is not None:
+                continue
+            rows, cols = weight.shape
+            fmt = Format.parse(formats[weight.dtype])
+            taken[name] = PackedTensor(fmt, (rows, cols), {"weight": others.pop(f"{name}.weight")})
+    return taken
+
+
+def _fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model its other tensors.
+
+    Raises:
+        ValueError: If one is missing, unknown or of another shape.
+    """
+    try:
+        result = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # sizes; the first line says nothing
+        detail = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{path} does not fit the architecture: {detail} Quantize the plan again."
+        ) from error
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing or result.unexpected_keys:
+        culprit = (missing or result.unexpected_keys)[0]
+        raise ValueError(
+            f"{path} does not fit the architecture: tensor {culprit!r} is "
+            f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
+        )
+
+
+def _skeleton(folder: Path, plan: Plan, with_tokenizer: bool) -> tuple[nn.Module, Workload]:
     """The architecture without weights, and the workload that feeds it."""
     function = function_reference(plan.model.id)
     if function or not (folder / "config.json").is_file():
@@ -241,6 +299,6 @@ def _skeleton(folder: Path, plan: Plan) -> tuple[nn.Module, Workload]:
     if (folder / GENERATION_FILE).is_file():
         module.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = None
-    if (folder / "tokenizer_config.json").is_file():
+    if with_tokenizer and (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return module, Workload(module, tokenizer=tokenizer)

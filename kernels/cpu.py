@@ -1,0 +1,169 @@
+"""Packed layers on a CPU: codes are unpacked in registers, right where they are multiplied.
+
+The kernels of ``cpu.cpp`` read the tensors as they are stored, so nothing is laid out anew, and
+compute in float32 whatever the dtype of the activations.  One library has all widths and shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..quantizers.format import Format
+from ..quantizers.packed import PackedTensor
+from . import native
+from .native import NativeWeight
+
+FEW = 16  # rows of activations up to which the fused kernel beats unpacking a tile for BLAS
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLOATS = {"bf16": 16, "fp16": 17}  # formats of plain weights, as cpu.cpp numbers them
+_WHOLE_ROW = 62  # log2 of more columns than there are
+_TRIAL = (1024, 1024)  # shape of the comparison with float32
+_ROUNDS = 12
+_TILE = 1 << 19  # weights that are dequantized at a time
+_ONE_THREAD = 1 << 18  # products that one thread does before another would have woken up
+
+
+class CpuWeight:
+    """A packed weight [rows, cols] on a CPU, as the kernels see it: pointers to its stored parts.
+
+    Args:
+        packed: The weight; an integer format, bf16 or fp16.  Its tensors are kept, not copied.
+
+    Raises:
+        RuntimeError: If there are no compiled kernels.
+    """
+
+    def __init__(self, packed: PackedTensor) -> None:
+        library = native.library()
+        if library is None:
+            raise RuntimeError("There are no compiled kernels.")
+        fmt, (rows, cols) = packed.fmt, packed.shape
+        # Their addresses must stay valid as long as this object.
+        self.parts = {name: part.contiguous() for name, part in packed.tensors.items()}
+        codes = self.parts["weight" if fmt.kind == "float" else "codes"]
+        zero, scale = self.parts.get("zero"), self.parts.get("scale")
+        self.shape = packed.shape
+        self.native = NativeWeight(
+            codes=codes.data_ptr(),
+            scale=None if scale is None else scale.data_ptr(),
+            zero=None if zero is None else zero.data_ptr(),
+            rows=rows,
+            cols=cols,
+            row_bytes=codes.stride(0) * codes.itemsize,
+            groups=fmt.groups(cols),
+            log_group=int(math.log2(fmt.group_size)) if fmt.group_size > 0 else _WHOLE_ROW,
+            bits=_FLOATS.get(fmt.name, fmt.bits),
+            per_tensor=int(scale is not None and scale.numel() == 1),
+        )
+        self._pointer = ctypes.addressof(self.native)
+        self._linear, self._unpack = library.bitplan_linear, library.bitplan_unpack
+        self._small = rows * cols < _ONE_THREAD
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W.T + bias``: x [..., cols] to [..., rows], in the dtype of x.
+
+        Up to ``FEW`` rows of x are multiplied by weights that exist in registers only.  For more,
+        tiles of a few megabytes are dequantized and multiplied by BLAS, in float32 too.
+        """
+        rows, cols = self.shape
+        count = x.numel() // cols
+        kind = _TYPES.get(x.dtype)
+        if count > FEW or kind is None:
+            return self._by_tiles(x, bias)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        address = None
+        if bias is not None:
+            bias = bias.float()
+            address = bias.data_ptr()
+        threads = 1 if self._small and count == 1 else torch.get_num_threads()
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        self._linear(self._pointer, x.data_ptr(), kind, count, address, y.data_ptr(), threads)
+        return y
+
+    def unpack(self, indices: Tensor | None = None) -> Tensor:
+        """Rows of W as float32: all, or those with the indices [n]."""
+        rows, cols = self.shape
+        count, address = rows, None
+        if indices is not None:
+            indices = _checked(indices, rows)
+            count, address = indices.numel(), indices.data_ptr()
+        out = torch.empty((count, cols))
+        self._fill(out, address, 0)
+        return out
+
+    def _fill(self, out: Tensor, indices: int | None, first: int) -> None:
+        threads = 1 if out.numel() < _ONE_THREAD else torch.get_num_threads()
+        self._unpack(self._pointer, indices, first, len(out), out.data_ptr(), threads)
+
+    def _by_tiles(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows, cols = self.shape
+        flat = x.reshape(-1, cols).float()
+        y = torch.empty((flat.shape[0], rows))
+        step = max(1, _TILE // cols)
+        tile = torch.empty((min(step, rows), cols))
+        for first in range(0, rows, step):
+            part = tile[: rows - first]
+            self._fill(part, None, first)
+            torch.mm(flat, part.T, out=y[:, first : first + step])
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _checked(indices: Tensor, rows: int) -> Tensor:
+    """Row numbers as contiguous int64.
+
+    Raises:
+        IndexError: If one is not within a weight of ``rows`` rows.
+    """
+    indices = indices.to(torch.int64).contiguous()
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        raise IndexError(
+            f"Rows {int(indices.min())} to {int(indices.max())} were looked up in a weight that has "
+            f"rows 0 to {rows - 1}."
+        )
+    return indices
+
+
+@cache
+def faster(fmt: Format) -> bool:
+    """Whether the kernel beats ``matmul`` with a float32 weight at one row of activations.
+
+    Measured once for every format on a weight of ``_TRIAL``, which no cache of a core holds in
+    float32; layers so small that the call itself takes the time are no reason to unpack them.
+    """
+    fused, plain = _times(fmt)
+    if fused > plain:
+        warnings.warn(
+            f"The kernel for {fmt} weights is slower than plain float32 on this CPU ({1e6 * fused:.0f} "
+            f"and {1e6 * plain:.0f} us for {_TRIAL[0]} x {_TRIAL[1]}), so such layers are kept "
+            "dequantized in memory.",
+            stacklevel=3,
+        )
+    return fused <= plain
+
+
+def _times(fmt: Format) -> tuple[float, float]:
+    """Seconds for one row of activations times a weight of ``_TRIAL``: fused, and float32."""
+    parts = {
+        name: torch.ones(shape, dtype=getattr(torch, dtype))
+        for name, (shape, dtype) in fmt.tensors(_TRIAL).items()
+    }
+    weight = CpuWeight(PackedTensor(fmt, _TRIAL, parts))
+    dense, x = weight.unpack(), torch.ones(1, _TRIAL[1])
+    best = [math.inf, math.inf]
+    for _ in range(_ROUNDS):  # in turns, and the least of each: other programs disturb both
+        for i, call in enumerate((lambda: weight.linear(x, None), lambda: linear(x, dense))):
+            started = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best[0], best[1]
