@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from bitplan.benchmarks.search_lab import Part, Row, target
+from bitplan.kernels.blocks import Block
 from bitplan.kernels.check import ARCHS, Check, check, controls, parse_cases
-from bitplan.kernels.packing import Block, PlanePack, resident_bytes
+from bitplan.kernels.packing import PlanePack, resident_bytes
 from bitplan.kernels.planes import ORDERS
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bitplan.kernels import tune
+from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
 from bitplan.kernels.gemm import plane_linear
-from bitplan.kernels.packing import Block, PlaneClass, PlanePack, ZeroKind
+from bitplan.kernels.packing import PlanePack
 from bitplan.kernels.planes import ORDERS, Order
 from bitplan.kernels.triton_launch import (
     INTERPRETED,
