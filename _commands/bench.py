@@ -54,6 +54,13 @@ def bench(
             help="Fit the latency model to the timings and write it here, for --latency-device.",
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="On a GPU: first choose how to launch by measurement; kept for later runs.",
+        ),
+    ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Time packed products of every width on this machine, next to the float32 product.
@@ -76,6 +83,9 @@ def bench(
     widths = _whole("--bits", bits or default)
     measuring.check(shapes, widths)
     reporter = Reporter(quiet)
+    if tune:
+        with reporter.bar("Tuning", len(shapes)) as advance:
+            measuring.tune(shapes, widths, where, _base(where), group, advance)
     with reporter.bar("Timing", len(shapes)) as advance:
         rows = measuring.bench(
             shapes, widths, where, group_size=group, seconds=seconds, advance=advance

@@ -1,6 +1,6 @@
 """The latency model against published timings: what a fit reaches, and how far it carries.
 
-Needs ``DATA/latency/gemm_points.json``: rows of device, kernel, bits per weight, tokens and
+Needs ``BITPLAN_DATA/latency/gemm_points.json``: rows of device, kernel, bits per weight, tokens and
 seconds, for one product with an 8192 x 8192 matrix, 16-bit activations and scales per channel, from
 the benchmark tables of the Humming repository.
 """
@@ -8,12 +8,14 @@ the benchmark tables of the Humming repository.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitplan.benchmarks.common import RESULTS
 from bitplan.benchmarks.search_lab import Part, Row, target
 from bitplan.kernels.fitting import (
     NO_DECODE,
@@ -29,7 +31,9 @@ from bitplan.kernels.fitting import (
 )
 from bitplan.kernels.latency import DENSE, WIDTHS, Device, Kernel, Number, Widths
 from bitplan.quantizers.format import Format
+from bitplan.sensitivity.progress import Reporter
 
+DATA = Path(os.environ.get("BITPLAN_DATA", RESULTS.parents[2] / "shared" / "data"))
 SIDE = 8192
 DEVICES = ("rtx4090", "a800", "h20", "h200")
 DECODE = 16  # the most tokens that count as decoding
@@ -89,13 +93,16 @@ def left_out(device: Device, timings: Timings, decode: bool = True) -> NDArray[n
     return np.concatenate(list(errors.values()))
 
 
-def latency(data: Path) -> Part:
+def latency_model(_work: Path, _reporter: Reporter) -> Part:
     """Fit every kernel to its published timings, and Humming again without each of its widths.
 
-    Args:
-        data: Folder that holds ``latency/gemm_points.json``.
+    Raises:
+        ValueError: If the timings are not there.
     """
-    points = read_points(data / "latency" / "gemm_points.json")
+    path = DATA / "latency" / "gemm_points.json"
+    if not path.is_file():
+        raise ValueError(f"No timings at {path}. Set BITPLAN_DATA to the folder above latency/.")
+    points = read_points(path)
     fits, outs, targets = [], [], []
     for name in DEVICES:
         device = Device.load(name)

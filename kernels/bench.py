@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
 from .fitting import Freedom, Timings, fit, timings_of
+from .gemm import order_of
 from .latency import DENSE, WIDTHS, Device, Number
+from .launch_cost import perf_model
 from .linear import PackedLinear
+from .packing import PlanePack
 
 FLOAT_BITS = 16  # a matrix that a plan leaves in bf16
 ROTATED_BYTES = 64 << 20  # weights that take turns, so that none is found in a cache
@@ -95,6 +98,41 @@ def bench(
     return rows
 
 
+def tune(
+    shapes: Sequence[Shape],
+    bits: Sequence[int],
+    device: torch.device,
+    base: Device,
+    group_size: int = 128,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Choose launches by measurement, among those that a latency model predicts to be fast.
+
+    What is chosen is kept for every later run on this device.
+
+    Args:
+        shapes: The products.
+        bits: Widths.
+        device: A GPU.
+        base: What is known of it.
+        group_size: Weights per scale and zero point.
+        advance: Called with 1 after every shape.
+
+    Raises:
+        ValueError: If there is no GPU.
+    """
+    if device.type != "cuda":
+        raise ValueError("Only launches on a GPU are tuned. Leave out --tune.")
+    from . import tune as tuning  # needs Triton
+
+    for shape in shapes:
+        for width in filter(WIDTHS.__contains__, bits):
+            weight = _random_weight(_format(width, group_size), (shape.n, shape.k), 0)
+            pack = PlanePack.from_packed(weight, order_of(device)).to(device)
+            tuning.tune(_input(shape, device), pack, perf_model(base))
+        advance(1)
+
+
 def check(shapes: Sequence[Shape], bits: Sequence[int]) -> None:
     """Raise if a width or shape cannot be.
 
@@ -121,8 +159,7 @@ class _Contender:
 
     @staticmethod
     def packed(bits: int, shape: Shape, device: torch.device, group_size: int) -> _Contender:
-        name = "bf16" if bits == FLOAT_BITS else f"int{bits}-g{group_size}-asym"
-        fmt = Format.parse(name)
+        fmt = _format(bits, group_size)
         size = fmt.stored_bytes((shape.n, shape.k))
         x = _input(shape, device)
         like = torch.empty(0, dtype=x.dtype)
@@ -139,6 +176,10 @@ class _Contender:
             nn.Linear(shape.k, shape.n, bias=False, device=device) for _ in range(_copies(size))
         ]
         return _Contender(modules, _input(shape, device).float(), size)
+
+
+def _format(bits: int, group_size: int) -> Format:
+    return Format.parse("bf16" if bits == FLOAT_BITS else f"int{bits}-g{group_size}-asym")
 
 
 def _input(shape: Shape, device: torch.device) -> Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .blocks import ZERO_KINDS, ZeroKind
 from .gemm import require_triton
-from .packing import ZERO_KINDS, ZeroKind
 from .planes import CELLS, Cell
 
 MAX_REGISTERS = {32: 128, 64: 256}  # per thread, by threads of a warp
@@ -176,6 +176,8 @@ def parse_cases(
         if given not in known:
             raise ValueError(f"Unknown {what} {given!r}. Known: {', '.join(known)}.")
     kind = next(kind for kind in ZERO_KINDS if kind == zero)
+    if kind == "table" and set(bits) & set("5678"):
+        raise ValueError("Tables of values have codes of at most 4 bits.")
     cases = []
     for arch in archs.split(","):
         if arch not in ARCHS:
@@ -344,8 +346,6 @@ def _warps(arch: Arch, cell: Cell) -> int:
 
 
 def _compile_case(case: Case) -> Any:
-    if case.zero == "table" and max(case.bits) > 4:
-        raise ValueError("Tables of values have codes of at most 4 bits.")
     arch, cell = ARCHS[case.arch], case.cell
     require_triton()
     from .triton_kernels import plane_gemm

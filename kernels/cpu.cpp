@@ -313,13 +313,14 @@ inline float sum(vec v) {
 
 // One row of activations in fixed point, for integer products: block b is
 // x = step[b] * (2^14 high + 2^7 middle + low) with digits within +-64, which is 21 bits of the
-// largest value in the block; digits are [blocks, 3, 64].
+// largest value in the block; digits are [blocks, 3, 64].  to_fixed() also replaces x by what it
+// became, so that sums of it belong to the same numbers; what is not finite becomes NaN there.
 struct Fixed {
   const int8_t* digits;
   const float* step;
 };
 
-void to_fixed(const float* x, int64_t blocks, int8_t* digits, float* step) {
+void to_fixed(float* x, int64_t blocks, int8_t* digits, float* step) {
   for (int64_t b = 0; b < blocks; b++, x += BLOCK, digits += 3 * BLOCK) {
     __m512 largest = _mm512_setzero_ps();
     for (int q = 0; q < 4; q++)
@@ -329,7 +330,11 @@ void to_fixed(const float* x, int64_t blocks, int8_t* digits, float* step) {
     const __m512 inverse = _mm512_set1_ps(most > 0 ? 0x1p20f / most : 0);
     const __m512i half = _mm512_set1_epi32(64), seven = _mm512_set1_epi32(127);
     for (int q = 0; q < 4; q++) {
-      __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * q), inverse));
+      const __m512 before = _mm512_loadu_ps(x + 16 * q);
+      __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(before, inverse));
+      _mm512_storeu_ps(x + 16 * q, _mm512_fmadd_ps(_mm512_cvtepi32_ps(value),
+                                                   _mm512_set1_ps(step[b]),
+                                                   _mm512_sub_ps(before, before)));
       for (int d = 2; d > 0; d--) {
         const __m512i digit = _mm512_sub_epi32(
             _mm512_and_si512(_mm512_add_epi32(value, half), seven), half);
@@ -550,27 +555,30 @@ void bitplan_linear(const Weight* weight, const void* x, int type, int64_t m, co
   float* const inputs = (float*)scratch.take(m * rows);
   vec* const sums = scratch.take(m * vecs(w));
   memset(sums, 0, sizeof(vec) * size_t(m * vecs(w)));
+#ifdef BITPLAN_VBMI
+  const bool one = m == 1 && w.bits <= 8;
+  const int64_t blocks = padded / BLOCK;
+  int8_t* const digits = (int8_t*)scratch.take(3 * blocks);
+  float* const steps = (float*)scratch.take((blocks + LANES - 1) / LANES);
+#endif
   for (int64_t i = 0; i < m; i++) {
     float* const row = inputs + i * padded;
     read_row(x, type, i, w.cols, row);
     memset(row + w.cols, 0, sizeof(float) * size_t(padded - w.cols));
+#ifdef BITPLAN_VBMI
+    if (one) to_fixed(row, blocks, digits, steps);
+#endif
     for (int64_t k = 0; k < w.cols; k += LANES)
       ((float*)(sums + i * vecs(w)))[k >> w.log_group] += sum(*(const vec*)(row + k));
   }
   vec* const grids = scratch.take(2 * threads * vecs(w));
   float* const out = narrow ? (float*)scratch.take(narrow) : (float*)y;
-#ifdef BITPLAN_VBMI
-  const int64_t blocks = padded / BLOCK;
-  int8_t* const digits = (int8_t*)scratch.take(3 * blocks);
-  float* const steps = (float*)scratch.take((blocks + 15) / 16);
-  if (m == 1 && w.bits <= 8) to_fixed(inputs, blocks, digits, steps);
-#endif
   in_parallel(w.rows, threads, [&](int part, int64_t begin, int64_t end) {
     vec* const own = grids + 2 * part * vecs(w);
     by_bits(w.bits, [&]<int BITS>() {
 #ifdef BITPLAN_VBMI
       if constexpr (BITS <= 8)
-        if (m == 1) {
+        if (one) {
           const auto call = w.log_group == 5 ? fixed_product<BITS, true> : fixed_product<BITS, false>;
           return call(w, {digits, steps}, sums, out, bias, begin, end, {own, own + vecs(w)});
         }

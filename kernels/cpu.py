@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..quantizers.format import Format
-from ..quantizers.grid import CHUNK, row_chunks
 from ..quantizers.packed import PackedTensor
 from . import native
 from .native import NativeWeight
@@ -28,6 +27,7 @@ _FLOATS = {"bf16": 16, "fp16": 17}  # formats of plain weights, as cpu.cpp numbe
 _WHOLE_ROW = 62  # log2 of more columns than there are
 _TRIAL = (1024, 1024)  # shape of the comparison with float32
 _ROUNDS = 12
+_TILE = 1 << 19  # weights that are dequantized at a time
 _ONE_THREAD = 1 << 18  # products that one thread does before another would have woken up
 
 
@@ -89,25 +89,31 @@ class CpuWeight:
         self._linear(self._pointer, x.data_ptr(), kind, count, address, y.data_ptr(), threads)
         return y
 
-    def unpack(self, indices: Tensor | None = None, some: slice | None = None) -> Tensor:
-        """Rows of W as float32: all, a slice of them, or those with the indices [n]."""
+    def unpack(self, indices: Tensor | None = None) -> Tensor:
+        """Rows of W as float32: all, or those with the indices [n]."""
         rows, cols = self.shape
-        first, last, _ = (some or slice(None)).indices(rows)
-        count, address = last - first, None
+        count, address = rows, None
         if indices is not None:
             indices = _checked(indices, rows)
             count, address = indices.numel(), indices.data_ptr()
         out = torch.empty((count, cols))
-        threads = 1 if count * cols < _ONE_THREAD else torch.get_num_threads()
-        self._unpack(self._pointer, address, first, count, out.data_ptr(), threads)
+        self._fill(out, address, 0)
         return out
+
+    def _fill(self, out: Tensor, indices: int | None, first: int) -> None:
+        threads = 1 if out.numel() < _ONE_THREAD else torch.get_num_threads()
+        self._unpack(self._pointer, indices, first, len(out), out.data_ptr(), threads)
 
     def _by_tiles(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = self.shape
         flat = x.reshape(-1, cols).float()
         y = torch.empty((flat.shape[0], rows))
-        for some in row_chunks(self.shape):
-            torch.mm(flat, self.unpack(some=some).T, out=y[:, some])
+        step = max(1, _TILE // cols)
+        tile = torch.empty((min(step, rows), cols))
+        for first in range(0, rows, step):
+            part = tile[: rows - first]
+            self._fill(part, None, first)
+            torch.mm(flat, part.T, out=y[:, first : first + step])
         if bias is not None:
             y += bias
         return y.to(x.dtype).view(*x.shape[:-1], rows)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import ZERO_KINDS, PlaneClass, PlanePack
+from .blocks import ZERO_KINDS, PlaneClass
+from .packing import PlanePack
 from .planes import ORDERS, Cell, Order
 
 DECODE_TOKENS = 64  # above, the weight is dequantized and multiplied by the vendor's library
@@ -132,6 +133,64 @@ def _(
     meta: Sequence[int],
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], meta[0])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:-1])
+    ctx.meta = inputs[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; the weight, its sparse rows and its correction are constants."""
+    *parts, _, starts, _, _, down, up = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        if starts is not None:
+            raise RuntimeError("There is no gradient through sparse rows; add them to the weight.")
+        grad_x = grad @ plane_weight_op(*parts, ctx.meta).to(grad.dtype)
+        if down is not None and up is not None:
+            grad_x = grad_x + (grad @ up.to(grad.dtype)) @ down.to(grad.dtype)
+    if ctx.needs_input_grad[len(_TENSORS) + 1]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return (grad_x, *[None] * len(_TENSORS), grad_bias, *[None] * 6)
+
+
+plane_linear_op.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("bitplan::plane_weight", mutates_args=())
+def plane_weight_op(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    cells: Tensor,
+    table: Tensor,
+    codebook: Tensor | None,
+    pairs: Tensor | None,
+    meta: Sequence[int],
+) -> Tensor:
+    """The dequantized weight of a pack: float32 [N, K]."""
+    pack = pack_of((words, scales, zeros, cells, table, codebook, pairs), meta)
+    if not _uses_triton(words):
+        return pack.dequantize()
+    require_triton()
+    from .triton_launch import dequantize_blocks
+
+    return dequantize_blocks(pack, 0, len(table), torch.float32)
+
+
+@plane_weight_op.register_fake
+def _(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    cells: Tensor,
+    table: Tensor,
+    codebook: Tensor | None,
+    pairs: Tensor | None,
+    meta: Sequence[int],
+) -> Tensor:
+    return words.new_empty(meta[0], meta[1], dtype=torch.float32)
 
 
 def _uses_triton(x: Tensor) -> bool:

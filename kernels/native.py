@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why there are no compiled kernels; None where there are."""
     with _lock:
-        return _library()[1]
+        return _library()[1] or None
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_checkpoint(
             f"{path} is damaged or truncated ({error}). Write or copy it again."
         ) from error
     modules, header, checksums = _parse_metadata(path, metadata)
-    found = dict(tensors)
+    found = set(tensors)
     packed = {
         module: _take(path, tensors, module, spec, shape)
         for module, (spec, shape) in modules.items()
@@ -99,7 +100,8 @@ def read_checkpoint(
     for name, checksum in checksums.items():
         if name not in found:
             raise ValueError(f"{path} lacks the tensor {name!r}. Write or copy it again.")
-        if _checksum(found[name]) != checksum:
+    for name, checksum in _file_checksums(path).items():
+        if name in checksums and checksum != checksums[name]:
             raise ValueError(
                 f"{path}: the tensor {name!r} is damaged: its CRC-32 is not the one that was "
                 "written. Copy the file again, or quantize again."
@@ -111,6 +113,29 @@ def _checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous tensor."""
     plain = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
     return zlib.crc32(plain)  # type: ignore[arg-type]
+
+
+def _file_checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every tensor in a safetensors file.
+
+    The file is read, not mapped, so that tensors in use share its pages but do not have to be in
+    memory all at once.
+    """
+    found = {}
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(size))
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            file.seek(8 + size + begin)
+            checksum, left = 0, end - begin
+            while left and (count := file.readinto(buffer[: min(left, len(buffer))])):
+                checksum, left = zlib.crc32(buffer[:count], checksum), left - count
+            found[name] = checksum
+    return found
 
 
 def _parse_metadata(

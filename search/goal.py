@@ -16,7 +16,7 @@ from .fastest import by_time, describe_time
 from .kv import KVTable, memory_budget, with_kv
 from .limits import Limits, build_problem
 from .memory import Family, resident_bytes
-from .plan import BudgetRef, Plan
+from .plan import BudgetRef, Latency, Plan
 from .problem import Problem
 from .settings import SearchSettings
 from .solve import outside_bytes
@@ -128,6 +128,13 @@ class Goal:
     def family(self) -> Family:
         """What kind of device holds the weights: that of ``--latency-device``, else a GPU."""
         return self.limits.device.family if self.limits.device else "nvidia"
+
+    def latency_of(self, table: SensitivityTable, choice: NDArray[np.intp]) -> Latency | None:
+        """Time of a plan; where the fastest is wanted, rivals must keep it."""
+        latency = self.limits.latency_of(table, choice)
+        if latency is None or not self.search.fastest:
+            return latency
+        return latency.model_copy(update={"max_ms": latency.ms})
 
     def size_of(self, plan: Plan) -> float:
         """What the goal wants little of: bytes, or milliseconds."""

@@ -377,7 +377,7 @@ class _Search:
             budget=self.budget,
             kv_cache=cache,
             resident_bytes=self.goal.resident_bytes(self.table, choice),
-            latency=self.goal.limits.latency_of(self.table, choice),
+            latency=self.goal.latency_of(self.table, choice),
             runtime=self.search.runtime,
             note=solution.note or None,
             command=self.search.command,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bitplan.__main__ import app
 from bitplan.kernels.latency import Device
+from bitplan.reports.summary import baselines
 from bitplan.search.limits import Limits
 from bitplan.search.measuring import run_eval
 from bitplan.search.plan import Plan
@@ -104,9 +105,13 @@ def test_the_fastest_plan_of_a_measured_kl(tiny_folder: Path, profile: Path, dev
     assert plan.measured is not None and plan.latency is not None
     assert plan.measured.kl <= 0.05
     assert plan.budget.text == "KL <= 0.05, fastest"
-    assert "target KL <= 0.05, fastest" in said
+    assert "target KL <= 0.05, fastest" in said and "(the fastest)" in said
+    assert plan.latency.max_ms == plan.latency.ms
+    slower = [b for b in plan.baselines if b.ms is not None and b.ms > plan.latency.ms]
+    assert slower, "the next uniform format is measured as well"
+    assert not any(row.fits for row in baselines(plan) if row.name in {b.name for b in slower})
     faster = Limits(device=Device.load(str(device)), max_ms=0.99 * plan.latency.ms)
-    solve(profile, "1000bpw", limits=faster).save(profile.parent / "faster.json")
+    solve(profile, "16bpw", limits=faster).save(profile.parent / "faster.json")
     _, result, _ = run_eval(
         profile.parent / "faster.json", "builtin", plan.measured.tokens, "cpu", Reporter(True)
     )
@@ -169,6 +174,7 @@ def test_a_bench_writes_its_timings_and_a_device(profile: Path, tmp_path: Path) 
         (["--m", "many"], "--m 'many' must be whole numbers"),
         (["--m", "0"], "all must be at least 1"),
         (["--n", "64,128", "--k", "64"], "--n gives 2 matrices and --k 1"),
+        (["--tune"], "Only launches on a GPU are tuned"),
         (["--refit", "mine.json"], "would not be a .toml file"),
     ],
 )

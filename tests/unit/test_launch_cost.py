@@ -100,3 +100,23 @@ def test_instructions_between_two_widths() -> None:
     assert average_instructions(kernel, 3) == three
     assert average_instructions(kernel, 3.5) == pytest.approx((three + four) / 2)
     assert average_instructions(Device.load("h100").kernels["dense"], 4) == 0
+
+
+def test_tuning_measures_what_the_model_prefers() -> None:
+    pytest.importorskip("triton")
+    from bitplan.kernels.packing import PlanePack
+    from bitplan.kernels.tune import candidates, prune
+    from bitplan.quantizers.packed import PackedTensor
+
+    fmt, shape = Format.parse("int4-g128-asym"), (128, 8192)
+    parts = {
+        name: torch.randint(256, size, dtype=torch.uint8)
+        if dtype == "uint8"
+        else torch.rand(size).to(torch.float16)
+        for name, (size, dtype) in fmt.tensors(shape).items()
+    }
+    pack = PlanePack.from_packed(PackedTensor(fmt, shape, parts))
+    launches = candidates(pack, 1)
+    first, *_, last = prune(pack, 1, launches, perf_model(Device.load("h100")), len(launches))
+    assert first.splits >= 8, "one row block leaves 131 processors without work"
+    assert last.splits == 1

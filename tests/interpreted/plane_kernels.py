@@ -1,0 +1,191 @@
+"""The Triton kernels of plane packing against torch, in Triton's interpreter.
+
+Run by ``unit/test_triton_numerics.py`` in a process of its own: the interpreter is chosen when
+Triton is imported.  Without it the same cases run on a GPU.  Float32 results must agree to 1e-5,
+float16 ones to 1e-3.
+"""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitplan.kernels import tune
+from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
+from bitplan.kernels.gemm import plane_linear
+from bitplan.kernels.packing import PlanePack
+from bitplan.kernels.planes import ORDERS, Order
+from bitplan.kernels.triton_launch import (
+    INTERPRETED,
+    Extras,
+    Launch,
+    dequantize_blocks,
+    multiply,
+    multiply_dense,
+)
+from bitplan.tests.packs import random_packed, relative_error
+
+HALVES = (torch.float16, torch.bfloat16)
+SHAPES = ((70, 200), (128, 128), (64, 192), (130, 64), (1, 33))
+GROUPS = ("64", "128", "c", "32", "256", "t")
+
+
+torch.set_default_device("cpu" if INTERPRETED else "cuda")
+
+
+def covering() -> list[tuple[str, tuple[int, int], Order, torch.dtype, ZeroKind, int]]:
+    """Every width with both dtypes, orders, kinds of zeros; shapes and groups take turns."""
+    cases = []
+    for i, (bits, dtype, order) in enumerate(itertools.product(range(1, 9), HALVES, ORDERS)):
+        group, shape = GROUPS[i % len(GROUPS)], SHAPES[(i + i // 4) % len(SHAPES)]
+        asymmetric = "-asym" if (bits + ORDERS.index(order)) % 2 else ""
+        zero: ZeroKind = "code" if i % 3 else "half"
+        cases.append((f"int{bits}-g{group}{asymmetric}", shape, order, dtype, zero, 1 + i % 11))
+    return cases
+
+
+@pytest.mark.parametrize(("spec", "shape", "order", "dtype", "zero", "tokens"), covering())
+def test_all_widths(
+    spec: str,
+    shape: tuple[int, int],
+    order: Order,
+    dtype: torch.dtype,
+    zero: ZeroKind,
+    tokens: int,
+) -> None:
+    packed = random_packed(spec, shape)
+    pack = PlanePack.from_packed(packed, order, zero)
+    x = torch.randn(tokens, shape[1]).to(dtype)
+    expected = x.double() @ packed.dequantize().double().T
+    launch = tune.rule(pack, tokens, 1)
+    found = multiply(x, pack, None, Extras(), launch, torch.float32)
+    assert relative_error(found, expected) < 1e-5
+    blocks = pack.table.shape[0]
+    assert torch.equal(dequantize_blocks(pack, 0, blocks, torch.float32), packed.dequantize())
+    if blocks > 1:
+        last = dequantize_blocks(pack, blocks - 1, blocks, torch.float32)
+        assert torch.equal(last, packed.dequantize()[(blocks - 1) * pack.cell.rows :])
+
+
+def mixed(order: Order = "nvidia") -> tuple[PlanePack, torch.Tensor]:
+    """Four widths, three groups and both kinds of zeros in one matrix [205, 320]."""
+    parts = [
+        ("int3-g64-asym", (128, 192), (0, 0)),
+        ("int4-gc", (128, 64), (0, 192)),
+        ("int8-g32-asym", (128, 64), (0, 256)),
+        ("int2-g128", (77, 320), (128, 0)),
+    ]
+    blocks, whole = [], torch.zeros(205, 320)
+    for spec, (rows, cols), (row, col) in parts:
+        packed = random_packed(spec, (rows, cols))
+        whole[row : row + rows, col : col + cols] = packed.dequantize()
+        blocks.append(Block.of(packed, row, col))
+    return PlanePack.from_blocks(blocks, (205, 320), order), whole
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_mixed_widths_and_splits(order: Order, dtype: torch.dtype, splits: int) -> None:
+    pack, whole = mixed(order)
+    x, bias = torch.randn(9, 320).to(dtype), torch.randn(205).to(dtype)
+    expected = x.double() @ whole.double().T + bias.double()
+    launch = Launch(8 if order == "nvidia" else 16, 2, 2, splits)
+    found = multiply(x, pack, bias, Extras(), launch, torch.float32)
+    assert relative_error(found, expected) < 1e-5
+    again = multiply(x, pack, bias, Extras(), launch, torch.float32)
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("tokens", [3, 80])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_bias_sparse_rows_and_low_rank(dtype: torch.dtype, tokens: int) -> None:
+    pack, whole = mixed()
+    sparse = torch.zeros(205, 320)
+    sparse[torch.randint(205, (90,)), torch.randint(320, (90,))] = torch.randn(90) / 8
+    rows = sparse.half().float().to_sparse_csr()
+    parts = (rows.crow_indices().int(), rows.col_indices().int(), rows.values().half())
+    up, down = (torch.randn(205, 20) / 8).to(dtype), (torch.randn(20, 320) / 8).to(dtype)
+    x, bias = torch.randn(tokens, 320).to(dtype), torch.randn(205).to(dtype)
+    found = plane_linear(x, pack, bias, parts, (up, down))
+    plain = whole.double() + sparse.half().double()
+    through = (x @ down.T).double() @ up.double().T
+    expected = x.double() @ plain.T + through + bias.double()
+    bound = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    assert relative_error(found, expected) < bound
+    if dtype != torch.bfloat16:  # the control: each part counts
+        for part in (x.double() @ sparse.half().double().T, through, bias.double()):
+            assert relative_error(found, expected - part) > 5 * bound
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_table_of_values(dtype: torch.dtype, order: Order) -> None:
+    """NF4-like codes: the table is rounded to the activations' dtype, nothing else is."""
+    for bits in (4, 2):
+        book = torch.linspace(-1, 1, 2**bits) ** 3
+        codes = torch.randint(2**bits, (70, 200), dtype=torch.uint8)
+        scale = torch.rand(70, 4).half()
+        block = Block(0, 0, codes, scale, None, PlaneClass(bits, 64, "table"))
+        pack = PlanePack.from_blocks([block], (70, 200), order, codebook=book)
+        plain = book.to(dtype).double()[codes.long()]
+        plain *= scale.double().repeat_interleave(64, 1)[:, :200]
+        x = torch.randn(5, 200).to(dtype)
+        expected = x.double() @ plain.T
+        found = multiply(x, pack, None, Extras(), tune.rule(pack, 5, 1), torch.float32)
+        assert relative_error(found, expected) < 1e-5
+        dense = multiply_dense(x.float(), pack, None, Extras(), torch.float32)
+        assert relative_error(dense, x.double() @ pack.dequantize().double().T) < 1e-3
+
+
+def test_float16_results_and_odd_inputs() -> None:
+    """Outputs rounded to float16; inputs that are not contiguous, not aligned, or a vector."""
+    packed = random_packed("int4-g64-asym", (64, 192))
+    pack = PlanePack.from_packed(packed)
+    whole = torch.randn(2, 6, 196).half()
+    for x in (whole[:, ::2, 1:193], whole[0, 0, :192], whole[..., 4:]):
+        found = plane_linear(x, pack)
+        assert found.shape == (*x.shape[:-1], 64) and found.dtype == torch.float16
+        assert relative_error(found, x.double() @ packed.dequantize().double().T) < 1e-3
+
+
+def test_long_rows_stay_accurate() -> None:
+    """The offsets 1 and 16 of the codes must not drown a sum over thousands of columns."""
+    for spec in ("int2-gc", "int4-g128-asym"):
+        packed = random_packed(spec, (64, 2048))
+        x = torch.randn(1, 2048).half() + 1  # a mean that the offsets multiply
+        pack = PlanePack.from_packed(packed)
+        found = multiply(x, pack, None, Extras(), Launch(8, 2, 1, 2), torch.float32)
+        assert relative_error(found, x.double() @ packed.dequantize().double().T) < 1e-5
+
+
+def test_tuning_measures_what_a_model_lets_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of the measured launches is kept and found again; others are not measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune._tuned.cache_clear()
+    pack = PlanePack.from_packed(random_packed("int4-g128", (64, 512)))
+    x = torch.randn(3, 512).half()
+    by_rule = tune.choose_launch(x, pack)
+    seen: list[float] = []
+
+    def measure(call: object) -> float:
+        launch = call.args[-1]  # type: ignore[attr-defined]
+        assert relative_error(call(), x.double() @ pack.dequantize().double().T) < 1e-3  # type: ignore[operator]
+        seen.append(launch.splits)
+        return float(abs(launch.splits - 3))
+
+    best, seconds = tune.tune(
+        x, pack, lambda *, splits, STAGES, **_: abs(splits - 2) + STAGES, top=4, measure=measure
+    )
+    assert (best.splits, seconds) == (3, 0.0)
+    assert 2 in seen and len(seen) == 5
+    tune._tuned.cache_clear()
+    assert tune.choose_launch(x, pack) == best
+    assert tune.choose_launch(x.bfloat16(), pack) == by_rule
+    next(tmp_path.glob("bitplan/launches-*.json")).write_text("{")
+    tune._tuned.cache_clear()
+    assert tune.choose_launch(x, pack) == by_rule

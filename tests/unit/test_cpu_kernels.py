@@ -1,0 +1,276 @@
+"""The compiled CPU kernels against float64, and what stands in for them where they cannot run."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bitplan.kernels import cpu, native
+from bitplan.kernels.backend import kernel_for
+from bitplan.kernels.cpu import FEW, CpuWeight
+from bitplan.kernels.layouts import CpuLayout, DenseLayout, PlaneLayout, StoredLayout, prepare
+from bitplan.kernels.linear import PackedLinear
+from bitplan.quantizers.format import Format
+from bitplan.quantizers.methods import METHODS
+from bitplan.quantizers.packed import PackedTensor
+
+CPU = torch.device("cpu")
+_REAL_CACHE = native.cache_folder()
+GROUPS = ("g32", "g64", "g128", "g256", "gc", "gt")
+SPECS = [f"int{b}-{g}{z}" for b in range(1, 9) for g in GROUPS for z in ("", "-asym")]
+compiled = pytest.mark.skipif(
+    native.unavailable() is not None, reason=f"no compiled kernels: {native.unavailable()}"
+)
+
+
+def pack(weight: Tensor, spec: str) -> PackedTensor:
+    fmt = Format.parse(spec)
+    return PackedTensor.pack(weight, fmt, METHODS.get("rtn")(weight, fmt))
+
+
+def error(found: Tensor, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> float:
+    """Largest error relative to the largest output, which float64 arithmetic has."""
+    exact = x.double() @ packed.dequantize().double().T
+    if bias is not None:
+        exact += bias.double()
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(5, 576), (3, 1), (7, 33), (4, 100), (9, 260), (17, 1000)])
+def test_products_and_rows_of_every_format(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    for spec in (*SPECS, "bf16", "fp16"):
+        packed = pack(torch.randn(shape), spec)
+        weight, bias = CpuWeight(packed), torch.randn(shape[0])
+        assert torch.equal(weight.unpack(), packed.dequantize()), spec
+        picked = torch.tensor([2, 0, 2])
+        assert torch.equal(weight.unpack(picked), packed.dequantize()[picked]), spec
+        for count in (1, 3, 8, FEW + 1):
+            x = torch.randn(count, shape[1])
+            assert error(weight.linear(x, bias), x, packed, bias) < 1e-5, (spec, count)
+
+
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SPECS),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, FEW + 2),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 2**31),
+)
+def test_any_shape_and_dtype(
+    spec: str, rows: int, cols: int, count: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    packed = pack(torch.randn(rows, cols) * 0.1, spec)
+    x = torch.randn(count, cols).to(dtype)
+    found = CpuWeight(packed).linear(x, None)
+    assert found.dtype == dtype and found.shape == (count, rows)
+    # Not relative to the outputs, which may cancel: to the largest they could be.
+    largest = float(x.float().abs().max() * packed.dequantize().abs().sum(1).max())
+    exact = x.double() @ packed.dequantize().double().T
+    tolerance = 2e-6 + torch.finfo(dtype).eps
+    assert (found.double() - exact).abs().max() <= tolerance * largest + 1e-30
+
+
+@compiled
+def test_the_error_is_that_of_float32_and_not_of_bfloat16() -> None:
+    torch.manual_seed(0)
+    packed, x = pack(torch.randn(256, 2048), "int4-g64-asym"), torch.randn(1, 2048)
+    x[0, 7] = 300.0  # an outlier costs precision in its own block of 64 only
+    assert error(CpuWeight(packed).linear(x, None), x, packed) < 1e-5
+    assert error(x.bfloat16() @ packed.dequantize().bfloat16().T, x, packed) > 1e-4
+
+
+@compiled
+def test_what_is_no_number_stays_none() -> None:
+    packed = pack(torch.randn(4, 96), "int4-g32")
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(1, 96)
+        x[0, 50] = bad
+        assert not CpuWeight(packed).linear(x, None).isfinite().any()
+
+
+@compiled
+def test_inputs_of_any_layout() -> None:
+    packed = pack(torch.randn(8, 96), "int3-g64-asym")
+    weight, x = CpuWeight(packed), torch.randn(2, 96, 4).mT
+    assert torch.equal(weight.linear(x, None), weight.linear(x.contiguous(), None))
+    assert weight.linear(torch.empty(0, 96), None).shape == (0, 8)
+    assert weight.linear(torch.randn(2, 3, 96).double(), None).dtype == torch.float64
+    with pytest.raises(IndexError, match="Rows 0 to 8 .* has rows 0 to 7"):
+        weight.unpack(torch.tensor([0, 8]))
+
+
+@compiled
+def test_modules_follow_their_stored_parts() -> None:
+    torch.manual_seed(0)
+    first, second = pack(torch.randn(8, 96), "int4-g64"), pack(torch.randn(8, 96), "int4-g64")
+    module, x = PackedLinear(first, None, torch.empty(0)), torch.randn(1, 96)
+    module.requires_grad_(False)
+    assert error(module(x), x, first) < 1e-5
+    assert isinstance(module._layout, CpuLayout)
+    clone = copy.deepcopy(module)
+    state = {name: part.clone() for name, part in second.tensors.items()}
+    module.load_state_dict(state)
+    assert error(module(x), x, second) < 1e-5
+    assert error(clone(x), x, first) > 1e-2 or clone.codes is module.codes
+    module.load_state_dict(dict(pack(torch.randn(8, 96), "int4-g64").tensors), assign=True)
+    assert error(module(x), x, module.packed()) < 1e-5
+    module.to(torch.bfloat16)
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), module(x))
+
+
+@compiled
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_prepared_modules_compile_to_one_graph(backend: str) -> None:
+    packed = pack(torch.randn(8, 96), "int4-g64-asym")
+    module = PackedLinear(packed, nn.Parameter(torch.randn(8)), torch.empty(0))
+    module.prepare()
+    compiled_module = torch.compile(module, backend=backend, fullgraph=True)
+    x = torch.randn(1, 96)
+    assert torch.allclose(compiled_module(x), module(x), atol=1e-5)
+
+
+@compiled
+def test_gradients_do_not_take_the_short_way() -> None:
+    packed = pack(torch.randn(8, 96), "int4-g64-asym")
+    layout, x = prepare(packed, CPU), torch.randn(2, 96, requires_grad=True)
+    assert isinstance(layout, CpuLayout)
+    (found,) = torch.autograd.grad(layout.linear(x, None).sum(), x)
+    assert torch.allclose(found, packed.dequantize().sum(0).expand(2, -1), atol=1e-4)
+
+
+def test_planes_and_dense_copies_multiply_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    packed, bias = pack(torch.randn(70, 96), "int5-g32-asym"), torch.randn(70)
+    monkeypatch.setattr("bitplan.kernels.layouts.kernel_for", lambda _: "triton")
+    planes = prepare(packed, CPU)
+    assert isinstance(planes, PlaneLayout)
+    dense, stored = DenseLayout(packed.dequantize()), StoredLayout(packed)
+    for x in (torch.randn(2, 96), torch.randn(2, 96, requires_grad=True)):
+        for layout in (planes, dense, stored):
+            found = layout.linear(x, bias)
+            assert error(found.detach(), x.detach(), packed, bias) < 1e-5
+            assert found.requires_grad == x.requires_grad
+
+
+def test_kernels_are_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITPLAN_KERNEL", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernel_for(CPU) == "cpu"
+    assert kernel_for(torch.device("mps")) == "reference"
+    monkeypatch.setenv("BITPLAN_KERNEL", "reference")
+    assert kernel_for(CPU) == "reference"
+    layout = prepare(pack(torch.randn(4, 64), "int4-g64"), CPU)
+    assert isinstance(layout, StoredLayout)
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "message"),
+    [
+        ("avx", "cpu", "is 'avx', but the kernels are called reference, triton, cpu"),
+        ("triton", "cpu", "(needs a CUDA or ROCm device|triton is not installed)"),
+        ("cpu", "mps", "cannot run on 'mps': these kernels are for CPUs"),
+    ],
+)
+def test_kernels_that_cannot_run(
+    value: str, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("BITPLAN_KERNEL", value)
+    with pytest.raises(ValueError, match=message):
+        kernel_for(torch.device(device))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache of libraries, and nothing loaded."""
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+    native._library.cache_clear()
+    native._warn.cache_clear()
+    cpu.faster.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+    cpu.faster.cache_clear()
+
+
+def test_without_a_compiler_layers_are_dequantized(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    packed, x = pack(torch.randn(8, 96), "int4-g64-asym"), torch.randn(1, 96)
+    with pytest.warns(UserWarning, match=r"No C\+\+ compiler was found .*no-such-compiler"):
+        layout = prepare(packed, CPU)
+    assert isinstance(layout, DenseLayout)
+    assert error(layout.linear(x, None), x, packed) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        prepare(packed, CPU)
+    monkeypatch.setenv("BITPLAN_KERNEL", "cpu")
+    with pytest.raises(ValueError, match=r"cannot run on 'cpu': No C\+\+ compiler was found"):
+        kernel_for(CPU)
+
+
+def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = fresh / "c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "cpu.cpp:1: error: too old" >&2; exit 1\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.warns(UserWarning, match="could not be built"):
+        assert native.library() is None
+    assert "too old" in str(native.unavailable())
+    assert not list((fresh / "cache").glob("*.so"))
+
+
+@compiled
+def test_the_library_is_built_once_and_again_if_damaged(
+    monkeypatch: pytest.MonkeyPatch, fresh: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (built, *_) = _REAL_CACHE.glob("cpu-*.so")
+    script, log = fresh / "c++", fresh / "log"
+    script.write_text(  # "compiles" by copying
+        f'#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit\n'
+        f'echo "$out" >> {log}\ncp {built} "$out"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    (fresh / "cache").mkdir()
+    (fresh / "cache" / f"cpu-{native._key(str(script))}.so").write_bytes(b"\x7fELF damaged")
+    assert isinstance(native.library(), ctypes.CDLL)
+    assert "compiling the CPU kernels" in capfd.readouterr().err
+    steps = log.read_text().splitlines()
+    assert [Path(step).name for step in steps] == ["cpu.o", "cpu.so"]
+    native._library.cache_clear()
+    assert native.library() is not None
+    assert log.read_text().splitlines() == steps  # from the cache
+    assert not capfd.readouterr().err
+
+
+@compiled
+def test_kernels_slower_than_float32_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_times", lambda fmt: (2e-4, 1e-4))
+    cpu.faster.cache_clear()
+    with pytest.warns(UserWarning, match=r"int4-g64 weights is slower .* \(200 and 100 us"):
+        layout = prepare(pack(torch.randn(8, 96), "int4-g64"), CPU)
+    cpu.faster.cache_clear()
+    assert isinstance(layout, DenseLayout)

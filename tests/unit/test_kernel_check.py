@@ -1,0 +1,116 @@
+"""The static check: kernels compiled for processors that are not here pass, controls fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bitplan.__main__ import app
+from bitplan.kernels.check import ARCHS, Case, check, controls, inspect, parse_cases
+from bitplan.kernels.planes import Cell
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+
+# The most instructions per weight, of all or of vector ones on AMD.
+MOST: dict[tuple[str, tuple[int, ...]], float] = {
+    ("sm_80", (2,)): 1.7,
+    ("sm_90", (3,)): 2.2,
+    ("sm_100", (4,)): 1.8,
+    ("gfx942", (4,)): 1.9,
+}
+
+
+@pytest.mark.parametrize(("arch", "bits"), MOST)
+def test_decode_loops_pass_the_gate(arch: str, bits: tuple[int, ...]) -> None:
+    result = check(Case(arch, bits))
+    assert result.violations == ()
+    (loop,) = result.loops
+    assert loop.bits == bits[0] and loop.weight_bytes == bits[0] / 8
+    assert loop.issued <= MOST[arch, bits]
+    assert result.spills == 0 and loop.tensor_ops > 0
+
+
+def test_a_mixed_launch_has_a_loop_per_width() -> None:
+    result = check(Case("sm_80", (2, 4), zero="none"))
+    assert [loop.bits for loop in result.loops] == [2, 4]
+    assert result.violations == ()
+
+
+def test_small_cells_load_sixteen_bytes_too() -> None:
+    result = check(Case("sm_80", (4,), cell=Cell(64, 64), zero="none"))
+    assert [loop.weight_bytes for loop in result.loops] == [0.5]
+    assert result.violations == ()
+
+
+def test_issuing_is_the_limit_of_two_bits_on_the_fastest_memory() -> None:
+    result = check(Case("sm_100", (2,), zero="none"))
+    assert len(result.violations) == 1 and "issuing, not memory" in result.violations[0]
+
+
+def test_the_usual_kernels_fail() -> None:
+    broadcast, planes = controls("sm_80")
+    assert any("16-byte loads bring" in text for text in broadcast.violations)
+    assert any("conversions from integer" in text for text in broadcast.violations)
+    assert any("stores to shared memory" in text for text in broadcast.violations)
+    assert planes.loops[0].weight_bytes == 3 / 8
+    assert any("issuing, not memory" in text for text in planes.violations)
+
+
+def test_spills_fail() -> None:
+    """Two warps with 64 tokens each need more registers than there are."""
+    import bitplan.kernels.check as static
+
+    case = Case("sm_80", (4,), tokens=64, zero="none")
+    result = inspect(static._compile_case(case), "", "sm_80", (4,), 128 * 128, 2, 2 * 128 * 64)
+    assert any("registers" in text or "spills" in text for text in result.violations)
+
+
+def test_budget_is_what_the_processor_issues_while_it_reads() -> None:
+    """108 processors of 128 lanes at 1.41 GHz, 4 bits from 2,039 GB/s."""
+    assert ARCHS["sm_80"].budget(4) == pytest.approx(108 * 128 * 1.41 * 4 / 8 / 2039)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sm_70", "4"), "Unknown processor 'sm_70'. Known: sm_80"),
+        (("sm_80", "9"), "Cannot read the widths '9'"),
+        (("sm_80", "4+4"), "Cannot read the widths '4\\+4'"),
+        (("sm_80", "4", 100), "Unknown group size '100'"),
+        (("sm_80", "4", 128, "some"), "Unknown kind of zero point 'some'"),
+        (("gfx942", "4", 128, "code", "fp16", 8), "gfx942 takes powers of two from 16"),
+        (("sm_80", "8", 128, "table"), "at most 4 bits"),
+    ],
+)
+def test_what_makes_no_sense(arguments: tuple[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_cases(*arguments)
+
+
+def test_interpreting_is_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="Unset TRITON_INTERPRET"):
+        check(Case("sm_80", (4,)))
+
+
+def test_command(tmp_path: Path) -> None:
+    """Exit code 1 when a kernel fails; the counters as JSON either way."""
+    out = tmp_path / "check.json"
+    command = [
+        "kernels",
+        "check",
+        "--arch",
+        "sm_80,sm_100",
+        "--bits",
+        "2",
+        "--json",
+        str(out),
+        "-q",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1, done.output
+    assert "1 of 2 kernels pass the gate." in done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["arch"], row["passed"]) for row in rows] == [("sm_80", True), ("sm_100", False)]
+    assert rows[0]["loops"][0]["weight_bytes"] == 0.25
