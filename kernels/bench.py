@@ -21,7 +21,7 @@ from .launch_cost import perf_model
 from .linear import PackedLinear
 from .packing import PlanePack
 
-FLOAT_BITS = 16  # a matrix that a plan leaves in bf16
+FLOAT_BITS = 16  # a matrix that a plan leaves as it is
 ROTATED_BYTES = 64 << 20  # weights that take turns, so that none is found in a cache
 MOST_COPIES = 64
 LEAST_ROUNDS = 5
@@ -41,7 +41,7 @@ class Row:
     """One timing.
 
     Attributes:
-        bits: Bits per code; 16 for a matrix kept in bf16, 32 for the float32 product itself.
+        bits: Bits per code; 16 for a 16-bit float matrix, 32 for the float32 product itself.
         m: Vectors at a time.
         n: Output features.
         k: Input features.
@@ -77,7 +77,7 @@ def bench(
 
     Args:
         shapes: The products.
-        bits: Widths from 1 to 8, and 16 for bf16.
+        bits: Widths from 1 to 8, and 16 for a 16-bit float.
         device: ``cpu`` or ``cuda``.
         group_size: Weights per scale and zero point.
         seconds: Time to spend on each product of each shape.
@@ -127,7 +127,7 @@ def tune(
 
     for shape in shapes:
         for width in filter(WIDTHS.__contains__, bits):
-            weight = _random_weight(_format(width, group_size), (shape.n, shape.k), 0)
+            weight = _random_weight(_format(width, group_size, device), (shape.n, shape.k), 0)
             pack = PlanePack.from_packed(weight, order_of(device)).to(device)
             tuning.tune(_input(shape, device), pack, perf_model(base))
         advance(1)
@@ -159,7 +159,7 @@ class _Contender:
 
     @staticmethod
     def packed(bits: int, shape: Shape, device: torch.device, group_size: int) -> _Contender:
-        fmt = _format(bits, group_size)
+        fmt = _format(bits, group_size, device)
         size = fmt.stored_bytes((shape.n, shape.k))
         x = _input(shape, device)
         like = torch.empty(0, dtype=x.dtype)
@@ -178,8 +178,9 @@ class _Contender:
         return _Contender(modules, _input(shape, device).float(), size)
 
 
-def _format(bits: int, group_size: int) -> Format:
-    return Format.parse("bf16" if bits == FLOAT_BITS else f"int{bits}-g{group_size}-asym")
+def _format(bits: int, group_size: int, device: torch.device) -> Format:
+    plain = "bf16" if device.type == "cpu" else "fp16"  # that of the activations on a GPU
+    return Format.parse(plain if bits == FLOAT_BITS else f"int{bits}-g{group_size}-asym")
 
 
 def _input(shape: Shape, device: torch.device) -> Tensor:
