@@ -145,7 +145,9 @@ def load_packed(folder: Path, device: str = "cpu", tokenizer: bool = True) -> Lo
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in others.items()
     }
-    _fill(folder / FILE_NAME, skeleton, state | {name: state[owner] for name, owner in tied.items()})
+    _fill(
+        folder / FILE_NAME, skeleton, state | {name: state[owner] for name, owner in tied.items()}
+    )
     skeleton.requires_grad_(False).eval().to(find_device(device))
     for module in skeleton.modules():
         if isinstance(module, PackedLinear):
