@@ -42,6 +42,7 @@ def search(
     vram: options.VramOption = None,
     max_kl: options.MaxKlOption = None,
     max_ppl: options.MaxPplOption = None,
+    fastest: options.FastestOption = False,
     context: options.ContextOption = 4096,
     batch: options.BatchOption = 1,
     run: options.OutRunOption = None,
@@ -65,6 +66,7 @@ def search(
     runtime: options.RuntimeOption = None,
     max_bops: options.MaxBopsOption = None,
     latency: options.LatencyOption = None,
+    latency_device: options.LatencyDeviceOption = None,
     max_ms: options.MaxMsOption = None,
     solver: options.SolverOption = "certified",
     refine: options.RefineOption = None,
@@ -97,7 +99,7 @@ def search(
         if vram is None and max_kl is None and max_ppl is None:
             budget = budget or "4.3bpw"
         limits = options.limit_options(
-            pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms
+            pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
         )
         settings = options.profile_settings(
             model,
@@ -120,6 +122,7 @@ def search(
             vram=vram,
             max_kl=max_kl,
             max_ppl=max_ppl,
+            fastest=fastest,
             context=context,
             batch=batch,
             solver=solver,
@@ -234,11 +237,19 @@ def profile(
 @app.command()
 def solve(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
-    budget: options.BudgetOption = "4.3bpw",
+    budget: options.SolveBudgetOption = None,
     max_kl: Annotated[
         float | None,
         typer.Option(help="The smallest plan within --budget of this predicted KL, or less."),
     ] = None,
+    fastest: Annotated[
+        bool,
+        typer.Option(
+            "--fastest",
+            help="With --max-kl and --latency-device (or --latency): the fastest instead of the "
+            "smallest; of any size without --budget.",
+        ),
+    ] = False,
     pin: options.PinOption = None,
     ban: options.BanOption = None,
     at_least: options.AtLeastOption = None,
@@ -246,7 +257,9 @@ def solve(
     runtime: options.RuntimeOption = None,
     max_bops: options.MaxBopsOption = None,
     latency: options.LatencyOption = None,
+    latency_device: options.LatencyDeviceOption = None,
     max_ms: options.MaxMsOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --latency-device: tokens at a time.")] = 1,
     formats: Annotated[
         str | None, typer.Option(help="Use only these of the profile's formats, comma-separated.")
     ] = None,
@@ -265,11 +278,16 @@ def solve(
     from .search.solve import solve as run_solver
     from .search.solve import write_program
 
-    limited = options.limit_options(pin, ban, at_least, at_most, runtime, max_bops, latency, max_ms)
-    limits = options.limits_of(formats, limited)
+    limited = options.limit_options(
+        pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
+    )
+    limits = options.limits_of(formats, limited, batch)
+    budget = budget or (None if fastest else "4.3bpw")
     files = {}
     if program is not None:
-        write_program(path, budget, limits, program)
+        if fastest:
+            raise ValueError("--program writes what --budget asks for, not --fastest.")
+        write_program(path, budget or "4.3bpw", limits, program)
         files["program"] = program
     plan = run_solver(
         path,
@@ -277,6 +295,7 @@ def solve(
         solver=solver if max_kl is None else "bisection",
         limits=limits,
         max_kl=max_kl,
+        fastest=fastest,
         seed=seed,
         command=options.command(),
     )

@@ -26,7 +26,9 @@ _BUDGET_HELP = (
     "Bits per weight of everything stored (4.3bpw), bytes (750MB, 6GiB), a ratio to 16 bits "
     "(0.3x) or the size of the written file (file:82MB)."
 )
-BudgetOption = Annotated[str, typer.Option("--budget", "-b", help=_BUDGET_HELP)]
+SolveBudgetOption = Annotated[
+    str | None, typer.Option("--budget", "-b", help=_BUDGET_HELP + " Default 4.3bpw.")
+]
 SearchBudgetOption = Annotated[
     str | None,
     typer.Option("--budget", "-b", help=_BUDGET_HELP + " Default 4.3bpw.", rich_help_panel=_GOAL),
@@ -140,11 +142,33 @@ MaxBopsOption = Annotated[
 LatencyOption = Annotated[
     Path | None,
     typer.Option(
-        help="JSON of milliseconds by layer and format; with --max-ms.", rich_help_panel=_LIMITS
+        help="JSON of measured milliseconds by layer and format; the plan says its time, --max-ms "
+        "limits it.",
+        rich_help_panel=_LIMITS,
+    ),
+]
+LatencyDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Predict milliseconds per step of --batch tokens on a device: h100, a100:humming, ... "
+        "(`bitplan kernels devices`), or a file of `bitplan kernels bench --refit`.",
+        rich_help_panel=_LIMITS,
     ),
 ]
 MaxMsOption = Annotated[
-    float | None, typer.Option(help="Most milliseconds; with --latency.", rich_help_panel=_LIMITS)
+    float | None,
+    typer.Option(
+        help="Most milliseconds; with --latency-device or --latency.", rich_help_panel=_LIMITS
+    ),
+]
+FastestOption = Annotated[
+    bool,
+    typer.Option(
+        "--fastest",
+        help="With --max-kl or --max-ppl: the fastest instead of the smallest plan that reaches "
+        "it; needs --latency-device or --latency.",
+        rich_help_panel=_GOAL,
+    ),
 ]
 StorageOption = Annotated[
     str | None,
@@ -177,7 +201,12 @@ ContextOption = Annotated[
     int, typer.Option(min=1, help="With --vram: tokens per sequence.", rich_help_panel=_GOAL)
 ]
 BatchOption = Annotated[
-    int, typer.Option(min=1, help="With --vram: sequences at a time.", rich_help_panel=_GOAL)
+    int,
+    typer.Option(
+        min=1,
+        help="With --vram or --latency-device: sequences at a time.",
+        rich_help_panel=_GOAL,
+    ),
 ]
 ResumeOption = Annotated[
     Path | None,
@@ -268,6 +297,7 @@ def limit_options(
     runtime: str | None,
     max_bops: str | None,
     latency: Path | None,
+    latency_device: str | None,
     max_ms: float | None,
 ) -> dict[str, Any]:
     """The fields of ``SearchSettings`` that limit a plan besides its bytes."""
@@ -282,17 +312,18 @@ def limit_options(
         "runtime": runtime,
         "max_bops": None if max_bops is None else parse_count(max_bops),
         "latency": None if latency is None else str(latency),
+        "latency_device": latency_device,
         "max_ms": max_ms,
     }
 
 
-def limits_of(formats: str | None, options: dict[str, Any]) -> Limits:
+def limits_of(formats: str | None, options: dict[str, Any], batch: int) -> Limits:
     """The same as limits on a saved profile."""
     from dataclasses import replace
 
     from .search.settings import SearchSettings
 
-    limits = SearchSettings(budget="0", **options).limits()
+    limits = SearchSettings(budget="0", batch=batch, **options).limits()
     return replace(limits, formats=split(formats)) if formats else limits
 
 

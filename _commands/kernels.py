@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from . import bench
 from .console import out
 
 app = typer.Typer()
 kernels = typer.Typer(no_args_is_help=True, help="Look at the kernels that run packed weights.")
+kernels.add_typer(bench.app)
 app.add_typer(kernels, name="kernels")
 
 

@@ -14,11 +14,15 @@ from pathlib import Path
 
 from bitplan.benchmarks.common import RESULTS, write_results
 from bitplan.benchmarks.kernels_cpu import cpu_kernels
+from bitplan.benchmarks.kernels_latency import latency_model
 from bitplan.benchmarks.search_lab import Part
 from bitplan.quantizers.files import write_json
 from bitplan.sensitivity.progress import Reporter
 
-PARTS: dict[str, Callable[[Path, Reporter], Part]] = {"cpu": cpu_kernels}
+PARTS: dict[str, Callable[[Path, Reporter], Part]] = {
+    "cpu": cpu_kernels,
+    "latency": latency_model,
+}
 
 
 def main() -> None:

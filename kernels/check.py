@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .blocks import ZERO_KINDS, ZeroKind
 from .gemm import require_triton
-from .packing import ZERO_KINDS, ZeroKind
 from .planes import CELLS, Cell
 
 MAX_REGISTERS = {32: 128, 64: 256}  # per thread, by threads of a warp

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import ZERO_KINDS, PlaneClass, PlanePack
+from .blocks import ZERO_KINDS, PlaneClass
+from .packing import PlanePack
 from .planes import ORDERS, Cell, Order
 
 DECODE_TOKENS = 64  # above, the weight is dequantized and multiplied by the vendor's library

@@ -10,102 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..quantizers.format import Format
-from ..quantizers.packed import PackedTensor, pack_bits, unpack_bits
-from .planes import CELLS, Cell, Order, digits, pack_cells, unpack_cells
+from ..quantizers.packed import PackedTensor
+from .blocks import (
+    UNIT,
+    UNIT_BYTES,
+    Block,
+    Part,
+    PlaneClass,
+    ZeroKind,
+    read_zeros,
+)
+from .planes import CELLS, Cell, Order, unpack_cells
 
-WHOLE_ROW = 0  # the group size of one scale per row
-UNIT = 128  # words; the words of every cell are a multiple
-_UNIT_BYTES = 8  # likewise for zero points
-
-ZeroKind = Literal["none", "code", "half", "table"]
-ZERO_KINDS: tuple[ZeroKind, ...] = ("none", "code", "half", "table")
 _FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-class PlaneClass(NamedTuple):
-    """What the cells of one class have in common; classes sort by width.
-
-    Attributes:
-        bits: Width b of a code.
-        group: Columns per scale; ``WHOLE_ROW`` for one scale per row.
-        zero: Zero points: implicit (``none``), b-bit codes (``code``), float16 (``half``), or
-            none because the codes index a table of values (``table``).
-    """
-
-    bits: int
-    group: int
-    zero: ZeroKind
-
-    @staticmethod
-    def of(fmt: Format, zero: ZeroKind = "code") -> PlaneClass:
-        """The class of an integer format; ``zero`` says how to keep its zero points, if any."""
-        return PlaneClass(
-            fmt.bits, max(fmt.group_size, WHOLE_ROW), "none" if fmt.symmetric else zero
-        )
-
-    @property
-    def implicit_zero(self) -> float:
-        """The zero point of ``none``, as ``Format.zero_point``: 2^(b-1), and 1/2 for one bit."""
-        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
-
-    def scale_rows(self, cols: int, cell: Cell) -> int:
-        """Scales per row of a block with this many columns, cells padded."""
-        if self.group == WHOLE_ROW:
-            return 1
-        if self.group >= cell.cols:
-            return math.ceil(cols / self.group)
-        return math.ceil(cols / cell.cols) * (cell.cols // self.group)
-
-    def zero_bytes(self, cell: Cell) -> int:
-        """Bytes of the zero points of one scale row."""
-        return {"code": self.bits * cell.rows // 8, "half": 2 * cell.rows}.get(self.zero, 0)
-
-
-class Block(NamedTuple):
-    """A part of a matrix: a run of rows and columns of one class.
-
-    Attributes:
-        row: Its first row.
-        col: Its first column; groups count from it.
-        codes: uint8 [rows, cols], below 2^bits.
-        scale: [rows, groups], or [1, 1] for a single one.
-        zero: Zero points like ``scale`` for ``code`` (integers below 2^bits) and ``half`` (any
-            number); None otherwise.
-        kind: The class.
-    """
-
-    row: int
-    col: int
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    kind: PlaneClass
-
-    @staticmethod
-    def of(packed: PackedTensor, row: int = 0, col: int = 0, zero: ZeroKind = "code") -> Block:
-        """A packed weight at some place of a larger one.
-
-        Args:
-            packed: The weight, in an integer format.
-            row: Its first row there.
-            col: Its first column there.
-            zero: How to keep its zero points, if any: ``code`` or ``half``.
-
-        Raises:
-            ValueError: If its format has no codes.
-        """
-        grid = packed.grid()
-        if grid is None:
-            raise ValueError(f"A {packed.fmt} weight has no codes to lay out. Use it as it is.")
-        codes = unpack_bits(packed.tensors["codes"], packed.fmt.bits, packed.shape[1])
-        return Block(row, col, codes, grid.scale, grid.zero, PlaneClass.of(packed.fmt, zero))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,28 +90,29 @@ class PlanePack:
             codebook: Values of the codes of ``table`` classes [2^b].
 
         Raises:
-            ValueError: If the blocks do not cover the matrix once, borders lie inside cells, or a
-                scale does not fit float16.
+            ValueError: If the blocks do not cover the matrix once, borders lie inside cells, a
+                scale does not fit float16, or a row has more than 65,535 cells or scales.
         """
         cell = cell or choose_cell(shape, [(block.row, block.col) for block in blocks])
         blocks = sorted(blocks, key=lambda block: (block.row, block.col))
         _check_cover(blocks, shape, cell)
         classes = tuple(sorted({block.kind for block in blocks}))
         _check_codebook(classes, codebook)
-        parts = [_Part.of(block, cell, order) for block in blocks]
+        parts = [Part.of(block, cell, order) for block in blocks]
         sizes = torch.zeros(-(-shape[0] // cell.rows), len(classes), 4, dtype=torch.int64)
         before = []  # what its row blocks hold of the same class when a part comes
         for part in parts:
             index = classes.index(part.kind)
             before.append(sizes[part.rows, index].clone())
             sizes[part.rows, index] += part.sizes
+        _check_size(shape, sizes)
         ends = sizes.view(-1, 4).cumsum(0).view(sizes.shape)
         firsts = ends - sizes
         device = blocks[0].codes.device
         total = [int(size) for size in ends[-1, -1]]
         words = torch.empty(total[1], UNIT, dtype=torch.int32, device=device)
         scales = torch.empty(total[2], cell.rows, dtype=torch.float16, device=device)
-        zeros = torch.empty(total[3], _UNIT_BYTES, dtype=torch.uint8, device=device)
+        zeros = torch.empty(total[3], UNIT_BYTES, dtype=torch.uint8, device=device)
         cells = torch.empty(total[0], dtype=torch.int32, device=device)
         for part, done in zip(parts, before, strict=True):
             first = (firsts[part.rows, classes.index(part.kind)] + done).to(device)
@@ -196,7 +120,7 @@ class PlanePack:
                 (0, cells, part.entries(done[:, 2])),
                 (1, words, part.words.view(len(first), -1, UNIT)),
                 (2, scales, part.scales),
-                (3, zeros, part.zeros.view(len(first), -1, _UNIT_BYTES)),
+                (3, zeros, part.zeros.view(len(first), -1, UNIT_BYTES)),
             ):
                 steps = torch.arange(of_part.shape[1], device=device)
                 whole[first[:, place, None] + steps] = of_part
@@ -249,82 +173,13 @@ class PlanePack:
             offset = torch.zeros_like(scale)
         else:
             values = codes.transpose(0, 1).float() / 2**kind.bits
-            stored = self.zeros[_UNIT_BYTES * zero0 : _UNIT_BYTES * zero1].view(len(scale), -1)
-            offset = _read_zeros(stored, kind, cell.rows, scale)
+            stored = self.zeros[UNIT_BYTES * zero0 : UNIT_BYTES * zero1].view(len(scale), -1)
+            offset = read_zeros(stored, kind, cell.rows, scale)
         groups = kind.scale_rows(cell.cols, cell)  # in one cell
         rows = ((entries >> 16) & 0xFFFF)[:, None] + torch.arange(groups, device=entries.device)
         values = values.view(-1, cell.rows, groups, cell.cols // groups)
         offset, scale = (part[rows].transpose(1, 2)[..., None] for part in (offset, scale))
         return entries.long() & 0xFFFF, ((values - offset) * scale).flatten(2)
-
-
-class _Part(NamedTuple):
-    """A block in the layout: R row blocks of C cells with G scale rows.
-
-    Attributes:
-        kind: The class.
-        rows: The row blocks in the whole weight.
-        col: The first column block there.
-        words: int32 [R, C, b, words].
-        scales: float16 [R, G, cell.rows].
-        zeros: uint8 [R, G, zero bytes].
-        scale_row: The first scale row of every cell [C], int32.
-    """
-
-    kind: PlaneClass
-    rows: slice
-    col: int
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor
-    scale_row: Tensor
-
-    @staticmethod
-    def of(block: Block, cell: Cell, order: Order) -> _Part:
-        """Lay out a block.
-
-        Raises:
-            ValueError: If a scale does not fit float16.
-        """
-        kind = block.kind
-        rows, cols = block.codes.shape
-        codes = pad(block.codes, (0, -cols % cell.cols, 0, -rows % cell.rows))
-        words = pack_cells(codes, kind.bits, cell, order)
-        count = kind.scale_rows(cols, cell)
-
-        def by_row_block(values: Tensor) -> Tensor:  # [rows or 1, groups] -> [R, G, cell.rows]
-            full = values.expand(rows, -1)
-            full = pad(full, (0, count - full.shape[1], 0, -rows % cell.rows))
-            return full.view(-1, cell.rows, count).transpose(1, 2).contiguous()
-
-        scale = block.scale.float() * (1 if kind.zero == "table" else 2**kind.bits)
-        if not scale.abs().amax() <= torch.finfo(torch.float16).max:
-            raise ValueError(
-                f"A scale of {float(block.scale.abs().amax()):g} is too large to be laid out: "
-                f"times 2^{kind.bits} it must be below 65504. Keep this weight in fp16."
-            )
-        scales = by_row_block(scale.half())
-        if block.zero is None:
-            zeros = torch.empty(*scales.shape[:2], 0, dtype=torch.uint8, device=scales.device)
-        else:
-            zeros = _write_zeros(by_row_block(block.zero), kind)
-        starts = torch.arange(words.shape[1], device=words.device, dtype=torch.int32) * cell.cols
-        scale_row = torch.zeros_like(starts) if kind.group == WHOLE_ROW else starts // kind.group
-        first = slice(block.row // cell.rows, block.row // cell.rows + words.shape[0])
-        return _Part(kind, first, block.col // cell.cols, words, scales, zeros, scale_row)
-
-    @property
-    def sizes(self) -> Tensor:
-        """Cells, words, scale rows and zero points of a row block, in the units of the table."""
-        cells, groups = self.words.shape[1], self.scales.shape[1]
-        words, zeros = self.words[0].numel() // UNIT, self.zeros[0].numel() // _UNIT_BYTES
-        return torch.tensor([cells, words, groups, zeros])
-
-    def entries(self, scale_rows: Tensor) -> Tensor:
-        """What ``cells`` says about the cells [R, C], after so many scale rows [R]."""
-        cols = torch.arange(self.words.shape[1], device=self.words.device) + self.col
-        scale_row = self.scale_row + scale_rows.to(cols.device)[:, None]
-        return (cols + (scale_row << 16)).int()
 
 
 def choose_cell(shape: tuple[int, int], corners: Sequence[tuple[int, int]] = ((0, 0),)) -> Cell:
@@ -376,34 +231,6 @@ def resident_bytes(
     return row_blocks * (col_blocks * per_cell + scales + table)
 
 
-def _write_zeros(zeros: Tensor, kind: PlaneClass) -> Tensor:
-    """Zero points [R, G, rows] as stored: uint8 [R, G, zero bytes]."""
-    row_blocks, groups, rows = zeros.shape
-    if kind.zero == "half":
-        shifted = (1 + zeros.float() / 2.0**kind.bits).half()
-        return shifted.contiguous().view(torch.uint8)
-    codes, found, bit = zeros.reshape(-1, rows).to(torch.uint8), [], 0
-    for digit in digits(kind.bits):
-        found.append(pack_bits((codes >> bit) & ((1 << digit) - 1), digit))
-        bit += digit
-    return torch.cat(found, dim=1).view(row_blocks, groups, -1)
-
-
-def _read_zeros(stored: Tensor, kind: PlaneClass, rows: int, like: Tensor) -> Tensor:
-    """``z / 2^b`` [G, rows] of zero points stored as [G, zero bytes]."""
-    if kind.zero == "none":
-        return torch.full_like(like, kind.implicit_zero / 2**kind.bits)
-    if kind.zero == "half":
-        return stored.view(torch.float16).float() - 1
-    codes, byte, bit = torch.zeros_like(like), 0, 0
-    for digit in digits(kind.bits):
-        size = digit * rows // 8
-        codes += unpack_bits(stored[:, byte : byte + size], digit, rows).float() * 2**bit
-        byte += size
-        bit += digit
-    return codes / 2.0**kind.bits
-
-
 def _check_cover(blocks: Sequence[Block], shape: tuple[int, int], cell: Cell) -> None:
     covered = torch.zeros([-(-size // side) for size, side in zip(shape, cell, strict=True)])
     for row, col, codes, *_ in blocks:
@@ -445,4 +272,13 @@ def _check_codebook(classes: Sequence[PlaneClass], codebook: Tensor | None) -> N
         raise ValueError(
             f"Codes of {sorted(widths)} bits index a table of {given} values. Give one width of "
             "at most 4 bits, and a codebook of 2^bits values."
+        )
+
+
+def _check_size(shape: tuple[int, int], sizes: Tensor) -> None:
+    """An entry of ``cells`` has 16 bits for the column block and for the scale row."""
+    most = int(sizes[..., [0, 2]].amax())
+    if most > 0xFFFF:
+        raise ValueError(
+            f"A row of a weight {list(shape)} has {most} cells or scales; 65,535 are the most."
         )

@@ -19,6 +19,7 @@ that a 16-byte load per lane is all there is between memory and the multiplicati
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -100,72 +101,47 @@ def pack_cells(codes: Tensor, bits: int, cell: Cell, order: Order) -> Tensor:
     Returns:
         Words [rows / cell.rows, cols / cell.cols, b, cell.words], int32.
     """
-    slots = _to_slots(codes, cell, order)  # [2, 16, row block, column block, words]
-    blocks = slots.shape[2:4]
-    words = torch.zeros((*blocks, bits, cell.words), dtype=torch.int32, device=codes.device)
+    row_blocks, col_blocks = codes.shape[0] // cell.rows, codes.shape[1] // cell.cols
+    neighbours = codes.contiguous().view(torch.int16)  # two codes each
+    split = neighbours.view(row_blocks, cell.rows, col_blocks, cell.cols // 2).transpose(1, 2)
+    split = split.reshape(row_blocks * col_blocks, -1)
+    places = _places(cell, order).to(codes.device).expand(len(split), -1)
+    slots = split.gather(1, places).view(len(split), SLOTS, cell.words).int()
+    slots = (slots & 0xFF) | ((slots & 0xFF00) << 8)  # one code in each half
+    words = torch.zeros(len(split), bits, cell.words, dtype=torch.int32, device=codes.device)
     for slot in range(SLOTS):
-        pair = slots[0, slot].int() | (slots[1, slot].int() << 16)
         for plane, shift, width, bit in fields(bits, slot):
             mask = ((1 << width) - 1) * 0x00010001
-            words[:, :, plane] |= ((pair >> bit) & mask) << shift
-    return words
+            words[:, plane] |= ((slots[:, slot] >> bit) & mask) << shift
+    return words.view(row_blocks, col_blocks, bits, cell.words)
 
 
 def unpack_cells(words: Tensor, cell: Cell, order: Order) -> Tensor:
     """Invert :func:`pack_cells`: words [R, C, b, cell.words] -> codes uint8 [rows, cols]."""
     row_blocks, col_blocks, bits, _ = words.shape
-    shape = (2, SLOTS, row_blocks, col_blocks, cell.words)
-    slots = torch.zeros(shape, dtype=torch.uint8, device=words.device)
+    words = words.view(-1, bits, cell.words)
+    slots = torch.zeros(len(words), SLOTS, cell.words, dtype=torch.int32, device=words.device)
     for slot in range(SLOTS):
-        for half in range(2):
-            for plane, shift, width, bit in fields(bits, slot):
-                part = (words[:, :, plane] >> (shift + 16 * half)) & ((1 << width) - 1)
-                slots[half, slot] |= (part << bit).to(torch.uint8)
-    return _from_slots(slots, cell, order)
+        for plane, shift, width, bit in fields(bits, slot):
+            mask = ((1 << width) - 1) * 0x00010001
+            slots[:, slot] |= ((words[:, plane] >> shift) & mask) << bit
+    neighbours = ((slots & 0xFF) | ((slots >> 8) & 0xFF00)).to(torch.int16).view(len(words), -1)
+    places = _places(cell, order).to(words.device).expand(len(words), -1)
+    split = torch.empty_like(neighbours).scatter_(1, places, neighbours)
+    split = split.view(row_blocks, col_blocks, cell.rows, cell.cols // 2).transpose(1, 2)
+    return split.reshape(row_blocks * cell.rows, -1).view(torch.uint8)
 
 
-def _dims(cell: Cell, order: Order) -> tuple[list[int], list[int], list[int]]:
-    """Row dims, column dims of a cell, and the axes that make them [half, slot, word].
-
-    The axes count row dims from 0 and column dims after them.  Rows are (slot part, top, middle,
-    ..., low), columns (slot part, r, ...).
-    """
-    lanes = cell.word_rows
-    spans = 128 // cell.cols  # rows of a word
+@functools.cache
+def _places(cell: Cell, order: Order) -> Tensor:
+    """For every slot and word [16 * words]: which pair of neighbours of a cell lies there."""
+    lanes, spans = cell.word_rows, 128 // cell.cols  # a word covers ``spans`` rows
+    pairs = torch.arange(cell.rows * cell.cols // 2)
     if order == "nvidia":
-        rows = [spans, 2, lanes // 32, 2, 8]  # span, top, middle, n3, low
-        cols = [cell.cols // 8, 4, 2]  # slot, r, half
-        return rows, cols, [7, 0, 5, 2, 4, 6, 1, 3]
+        # span, highest, middle, n3, low | slot, r  ->  span, slot | middle, low, r, highest, n3
+        split = pairs.view(spans, 2, lanes // 32, 2, 8, cell.cols // 8, 4)
+        return split.permute(0, 5, 2, 4, 6, 1, 3).flatten()
     top = 4 if lanes >= 64 else 2
-    rows = [spans, top, lanes // (16 * top), 16]  # span, top, middle, low
-    cols = [cell.cols // 16, 4, 2, 2]  # slot high, r, slot low, half
-    return rows, cols, [7, 0, 4, 6, 2, 5, 3, 1]
-
-
-def _to_slots(codes: Tensor, cell: Cell, order: Order) -> Tensor:
-    rows, cols, axes = _dims(cell, order)
-    row_blocks, col_blocks = codes.shape[0] // cell.rows, codes.shape[1] // cell.cols
-    split = codes.view(row_blocks, *rows, col_blocks, *cols)
-    block = 1 + len(rows)  # the axis of column blocks
-    moved = [axis + 1 if axis < len(rows) else axis + 2 for axis in axes]
-    slots = split.permute(*moved[: _slot_axes(order)], 0, block, *moved[_slot_axes(order) :])
-    return slots.reshape(2, SLOTS, row_blocks, col_blocks, cell.words)
-
-
-def _from_slots(slots: Tensor, cell: Cell, order: Order) -> Tensor:
-    rows, cols, axes = _dims(cell, order)
-    _, _, row_blocks, col_blocks, _ = slots.shape
-    sizes = rows + cols
-    lead = _slot_axes(order)
-    split = slots.reshape(
-        *(sizes[a] for a in axes[:lead]), row_blocks, col_blocks, *(sizes[a] for a in axes[lead:])
-    )
-    position = {axis: i if i < lead else i + 2 for i, axis in enumerate(axes)}
-    back = [lead, *(position[a] for a in range(len(rows)))]
-    back += [lead + 1, *(position[len(rows) + a] for a in range(len(cols)))]
-    return split.permute(back).reshape(row_blocks * cell.rows, col_blocks * cell.cols)
-
-
-def _slot_axes(order: Order) -> int:
-    """How many leading axes of ``_dims`` make up the half and the slot."""
-    return 3 if order == "nvidia" else 4
+    # span, highest, middle, low | slot, r, slot  ->  span, slot | middle, r, low, highest
+    split = pairs.view(spans, top, lanes // (16 * top), 16, cell.cols // 16, 4, 2)
+    return split.permute(0, 4, 6, 2, 5, 3, 1).flatten()

@@ -15,7 +15,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a multiply-add per acc
 import triton
 import triton.language as tl
 
-from .packing import ZERO_KINDS, PlanePack
+from .blocks import ZERO_KINDS
+from .packing import PlanePack
 from .triton_kernels import plane_dequantize, plane_finish, plane_gemm, plane_sums
 
 INTERPRETED = triton.knobs.runtime.interpret

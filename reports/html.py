@@ -29,7 +29,16 @@ from .plots import plot_allocation, plot_frontier, plot_sensitivity
 from .summary import Comparison, best_uniform, comparison, describe_rival, facts, only_format
 from .words import UNIFORM, number, with_error
 
-TOLD = ("optimality", "refined", "KV cache", "memory", "runtime", "solver note")  # of the facts
+TOLD = (
+    "optimality",
+    "refined",
+    "KV cache",
+    "memory",
+    "time",
+    "time is a model",
+    "runtime",
+    "solver note",
+)  # of the facts
 
 
 class Picture(NamedTuple):

@@ -20,9 +20,9 @@ class Comparison(NamedTuple):
     """One plan of the comparison table; measured numbers are None where not measured.
 
     KL is in nats per token.  ``bytes`` are what the budget limits, a KV cache included; ``bpw`` is
-    of the weights alone, NaN where those are not known apart.  ``fits`` says whether the plan is
-    within the budget; ``difference`` is its measured KL minus that of the plan in question, paired
-    over sequences.
+    of the weights alone, NaN where those are not known apart; ``ms`` is the time where one was
+    asked for.  ``fits`` says whether the plan is within the budget and that time; ``difference``
+    is its measured KL minus that of the plan in question, paired over sequences.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Comparison(NamedTuple):
     bpw: float
     fits: bool
     predicted_kl: float
+    ms: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
     ppl: float | None = None
@@ -72,8 +73,9 @@ def baselines(plan: Plan) -> list[Comparison]:
             name=b.name,
             bytes=b.bytes,
             bpw=math.nan if plan.kv_cache else 8 * b.bytes / plan.weights,
-            fits=b.bytes <= plan.budget.bytes,
+            fits=b.bytes <= plan.budget.bytes and _in_time(plan, b.ms),
             predicted_kl=b.predicted_kl,
+            ms=b.ms,
             kl=b.kl,
             kl_stderr=b.kl_stderr,
             ppl=b.ppl,
@@ -83,6 +85,11 @@ def baselines(plan: Plan) -> list[Comparison]:
         for b in plan.baselines
     ]
     return sorted(rows, key=lambda row: row.bytes)
+
+
+def _in_time(plan: Plan, ms: float | None) -> bool:
+    most = plan.latency.max_ms if plan.latency else None
+    return most is None or ms is None or ms <= most
 
 
 def best_uniform(rows: Sequence[Comparison]) -> Comparison | None:
@@ -116,6 +123,7 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         ("weights" if plan.kv_cache else "size", size),
         ("bits per weight", f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})")),
         *_memory(plan),
+        *_time(plan),
         *_quality(plan),
         ("optimality", optimality(plan)),
     ]
@@ -171,6 +179,26 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
+def _time(plan: Plan) -> list[tuple[str, str]]:
+    """How long a step takes on the device that was named, and how sure that is."""
+    latency = plan.latency
+    if latency is None:
+        return []
+    step = "per token" if latency.tokens == 1 else f"per step of {latency.tokens:,} tokens"
+    text = f"{milliseconds(latency.ms)} {step} in the planned matrices, on {latency.device}"
+    if latency.max_ms is not None:
+        asked = "the fastest" if latency.max_ms == latency.ms else f"at most {latency.max_ms:g} ms"
+        text += f" ({asked})"
+    if latency.sureness == "measured":
+        return [("time", f"{text}; summed from measured times")]
+    return [("time", text), ("time is a model", latency.sureness)]
+
+
+def milliseconds(ms: float) -> str:
+    """``0.8771 ms``."""
+    return f"{ms:.4g} ms"
+
+
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     """A planned KV cache, and what shares the memory with it."""
     cache = plan.kv_cache
@@ -182,7 +210,10 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     widths = f"{bits} bits in {share} {'layer' if count == 1 else 'layers'}"
     widths += "".join(f", {bits} bits in {count}" for bits, count in fewer)
     size = f"{format_bytes(cache.bytes)} at {cache.context:,} tokens × {cache.batch}"
-    parts = [f"weights {format_bytes(plan.bytes)}", f"KV cache {format_bytes(cache.bytes)}"]
+    weights = format_bytes(plan.bytes)
+    if plan.resident_bytes is not None:
+        weights = f"{format_bytes(plan.resident_bytes)} as laid out ({weights} stored)"
+    parts = [f"weights {weights}", f"KV cache {format_bytes(cache.bytes)}"]
     used, asked = plan.total_bytes, ""
     if (memory := _asked(plan)) is not None:
         rest = memory - plan.budget.bytes
@@ -203,6 +234,8 @@ def _asked(plan: Plan) -> int | None:
 def describe_rival(rival: Comparison) -> str:
     """A rival in words: format, size, KL, and how much worse it is."""
     name = f"{rival.name.removeprefix(UNIFORM)}, {format_bytes(rival.bytes)}"
+    if rival.ms is not None:
+        name += f", {milliseconds(rival.ms)}"
     if rival.kl is None:
         return f"{name}: KL {number(rival.predicted_kl)} predicted"
     text = f"{name}: KL {with_error(rival.kl, rival.kl_stderr)} measured"

@@ -1,17 +1,20 @@
-"""Linear costs besides bytes: bit operations, and a device's measured latency."""
+"""Linear costs besides bytes: bit operations, and time, measured or predicted for a device."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
 
+from ..kernels.latency import Device
 from ..quantizers.files import read_json_text
 from ..quantizers.format import Format
 from ..sensitivity.fusion import module_kinds
@@ -82,10 +85,58 @@ def read_latency(path: Path) -> LatencyTable:
         ) from error
 
 
-def latency(
-    table: SensitivityTable, allowed: NDArray[np.bool_], times: LatencyTable, limit: float
-) -> Constraint:
-    """Total time of the units in milliseconds, from a table of measured times.
+def predicted_milliseconds(
+    table: SensitivityTable,
+    allowed: NDArray[np.bool_],
+    device: Device,
+    tokens: int,
+    fused: bool,
+) -> NDArray[np.float64]:
+    """Time of every option on a device, by its latency model: float64 [U, F], whole nanoseconds.
+
+    Every matrix is one product with ``tokens`` vectors.  Embeddings that are only looked up, as the
+    profile recorded, take no time.  A convolution counts once, as if it had one output position.
+
+    Args:
+        table: The sensitivity table.
+        allowed: bool [U, F], the options that need a time.
+        device: The device.
+        tokens: Vectors at a time.
+        fused: Whether the matrices of a fused unit are run as one.
+
+    Raises:
+        ValueError: If the device's kernel does not run an allowed format.
+    """
+    formats = {f: Format.parse(name) for f, name in enumerate(table.formats) if allowed[:, f].any()}
+    for fmt in formats.values():
+        try:
+            device.seconds(fmt, (1, 1), tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"{fmt} cannot be timed on {device.title}: {error} Leave it out of --formats, or "
+                "choose another kernel."
+            ) from error
+
+    @cache
+    def times(shapes: tuple[tuple[int, int], ...]) -> list[float]:
+        seconds = (sum(device.seconds(fmt, s, tokens) for s in shapes) for fmt in formats.values())
+        return [math.ceil(1e9 * value) / 1e6 for value in seconds]
+
+    types = table.provenance.get("layer_types", {})
+    cost = np.zeros(table.kl.shape)
+    for u, unit in enumerate(table.units):
+        shapes = unit.shapes
+        if fused and len({cols for _, cols in shapes}) == 1:
+            shapes = ((sum(rows for rows, _ in shapes), shapes[0][1]),)
+        if types.get(unit.name) != "embedding":
+            cost[u, list(formats)] = times(shapes)
+    return cost
+
+
+def measured_milliseconds(
+    table: SensitivityTable, allowed: NDArray[np.bool_], times: LatencyTable
+) -> NDArray[np.float64]:
+    """Time of every option, from a table of measured times: float64 [U, F].
 
     A pattern names modules by name, alias, kind or glob.  The most specific entry counts: a name
     over a kind over a glob, then a format's name over a glob, then the later one.  A fused unit
@@ -96,7 +147,6 @@ def latency(
         table: The sensitivity table.
         allowed: bool [U, F], the options that need a time.
         times: The measured times.
-        limit: The most milliseconds.
 
     Raises:
         ValueError: If a pattern matches nothing, or an allowed option has no time.
@@ -120,7 +170,7 @@ def latency(
             f"The latency table has no time for {table.units[u].name!r} in {table.formats[f]} "
             f"({gaps.sum():,} such gaps). Add an entry, or one for '*' as the default."
         )
-    return Constraint("latency", np.nan_to_num(cost), float(limit), "ms")
+    return np.nan_to_num(cost)
 
 
 def _look_up(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..sensitivity.kv_cache import KV_BITS, kv_bytes_per_token
 from ..sensitivity.table import SensitivityTable
 from .budget import Budget
 from .conflicts import explain_infeasible, feasible
+from .fastest import by_time, describe_time
 from .kv import KVTable, memory_budget, with_kv
 from .limits import Limits, build_problem
-from .plan import BudgetRef
+from .memory import Family, resident_bytes
+from .plan import BudgetRef, Latency, Plan
 from .problem import Problem
 from .settings import SearchSettings
 from .solve import outside_bytes
@@ -71,6 +77,8 @@ class Goal:
             )
         if self.kv is None:
             return problem
+        if self._laid_out:
+            problem = replace(problem, bytes=resident_bytes(table, self.family))
         return with_kv(problem, self.kv, self.search.context, self.search.batch)
 
     def resolve(self, problem: Problem) -> BudgetRef:
@@ -87,6 +95,8 @@ class Goal:
             return BudgetRef(text=f"{self.budget.text} of memory", bytes=size)
         if self.search.budget is None:
             most = problem.evaluate(problem.best_choice(), np.inf).bytes
+            if self.search.fastest:
+                most = int(np.where(problem.allowed, problem.bytes, 0).max(axis=1).sum())
             return BudgetRef(text=self.target, bytes=most)
         size = self.budget.resolve(table.weights, outside_bytes(table, self.budget))
         problem.check_feasible(size)
@@ -94,9 +104,49 @@ class Goal:
             raise ValueError(explain_infeasible(problem, size))
         return BudgetRef(text=self.budget.text, bytes=size)
 
+    def sized(
+        self, problem: Problem, table: SensitivityTable
+    ) -> tuple[Problem, Callable[[int], str]]:
+        """The problem whose "bytes" are what to have little of, and how to say an amount of it."""
+        if not self.search.fastest:
+            return problem, lambda size: f"{size:,} B"
+        return by_time(problem, self.limits.milliseconds(table, problem.allowed)), describe_time
+
+    def resident_bytes(self, table: SensitivityTable, choice: NDArray[np.intp]) -> int | None:
+        """Bytes of a plan's weights on the device; None where they count as stored."""
+        if not self._laid_out:
+            return None
+        held = resident_bytes(table, self.family)
+        return int(held[np.arange(len(choice)), choice].sum())
+
+    @property
+    def _laid_out(self) -> bool:
+        """Whether weights count as bitplan's kernels hold them; other runtimes have their own."""
+        return self.search.vram is not None and self.limits.rules is None
+
+    @property
+    def family(self) -> Family:
+        """What kind of device holds the weights: that of ``--latency-device``, else a GPU."""
+        return self.limits.device.family if self.limits.device else "nvidia"
+
+    def latency_of(self, table: SensitivityTable, choice: NDArray[np.intp]) -> Latency | None:
+        """Time of a plan; where the fastest is wanted, rivals must keep it."""
+        latency = self.limits.latency_of(table, choice)
+        if latency is None or not self.search.fastest:
+            return latency
+        return latency.model_copy(update={"max_ms": latency.ms})
+
+    def size_of(self, plan: Plan) -> float:
+        """What the goal wants little of: bytes, or milliseconds."""
+        if self.search.fastest:
+            assert plan.latency is not None
+            return plan.latency.ms
+        return plan.total_bytes
+
     @property
     def target(self) -> str:
         """The quality target in words."""
+        end = ", fastest" if self.search.fastest else ""
         if self.search.max_kl is not None:
-            return f"KL <= {self.search.max_kl:g}"
-        return f"perplexity <= {self.search.max_ppl:g}"
+            return f"KL <= {self.search.max_kl:g}{end}"
+        return f"perplexity <= {self.search.max_ppl:g}{end}"

@@ -192,7 +192,7 @@ class _Search:
             plans |= self._refined_plans(problem, solution, refined)
         with self.job.stage("validate"):
             plans |= self._uniform_plans(problem, solution, plans)
-            plan = self.held_out.best(plans, smallest_within=self._largest_kl(plans))
+            plan = self.held_out.best(plans, self._largest_kl(plans), self.goal.size_of)
         for stale in REPORT_FILES:  # of an earlier plan in this folder
             (self.run / stale).unlink(missing_ok=True)
         weights = build_problem(self.table, self.goal.limits)
@@ -278,22 +278,28 @@ class _Search:
                     + (f" of {original:.4g}." if original else ": it has none. Use --max-kl.")
                 )
             target, what = float(np.log(self.search.max_ppl / original)), "log perplexity increase"
-        solution = smallest_within(
-            problem,
+        sized, amount = self.goal.sized(problem, self.table)
+
+        def report(tried: Tried) -> None:
+            self.reporter.say(
+                f"{amount(tried.bytes)}: predicted {tried.predicted:.4g}, "
+                f"measured {tried.measured:.4g}"
+            )
+
+        found = smallest_within(
+            sized,
             target,
             measured,
             what=what,
             solver=self.search.solver,
             seed=self.settings.seed,
-            report=self._tried,
+            report=report,
+            amount=amount,
         )
-        self.budget = BudgetRef(text=self.goal.target, bytes=solution.bytes)
+        solution = replace(problem.evaluate(found.choice, found.lower_bound), note=found.note)
+        if not self.search.fastest:  # which may take any number of bytes
+            self.budget = BudgetRef(text=self.goal.target, bytes=solution.bytes)
         return solution
-
-    def _tried(self, tried: Tried) -> None:
-        self.reporter.say(
-            f"{tried.bytes:,} B: predicted {tried.predicted:.4g}, measured {tried.measured:.4g}"
-        )
 
     def _largest_kl(self, plans: Mapping[str, Plan]) -> float | None:
         """The measured KL a plan may have if the goal is a quality; None for the least there is.
@@ -369,6 +375,8 @@ class _Search:
             lower_bound=solution.lower_bound,
             budget=self.budget,
             kv_cache=cache,
+            resident_bytes=self.goal.resident_bytes(self.table, choice),
+            latency=self.goal.latency_of(self.table, choice),
             runtime=self.search.runtime,
             note=solution.note or None,
             command=self.search.command,
@@ -388,13 +396,15 @@ class _Search:
                 c.cost[np.arange(len(choice)), choice].sum() <= c.limit for c in problem.constraints
             )
         }
-        larger = sorted(p.total_bytes for p in rivals.values() if p.total_bytes > self.budget.bytes)
-        limit = larger[0] if larger and self.goal.kv is None else self.budget.bytes
+        size = self.goal.size_of
+        most = size(next(iter(plans.values()))) if self.search.fastest else self.budget.bytes
+        larger = sorted(size(p) for p in rivals.values() if size(p) > most)
+        limit = larger[0] if larger and self.goal.kv is None else most
         ours = [(p.assignments, p.kv_cache) for p in plans.values()]
         kept = {
             f"uniform {name}": p
             for name, p in rivals.items()
-            if p.total_bytes <= limit and (p.assignments, p.kv_cache) not in ours
+            if size(p) <= limit and (p.assignments, p.kv_cache) not in ours
         }
         if self.goal.kv is not None:  # every pair of widths would be too many to measure
             best = sorted(kept, key=lambda name: kept[name].predicted_kl)[:6]
@@ -455,7 +465,7 @@ class _Search:
         squares = (table.scores.astype(np.float64) ** 2).mean(axis=0)
         if table.diagonal is None and not np.allclose(squares, table.kl, rtol=1e-3):
             return f"prices of the metric {table.provenance['metric']!r} are no mean of squares."
-        if problem.constraints or self.goal.kv is not None:
+        if problem.constraints or self.goal.kv is not None or self.search.fastest:
             return "only plans under a single budget of bytes are resampled."
         return ""
 

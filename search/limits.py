@@ -11,11 +11,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.latency import Device
 from ..quantizers.format import Format
 from ..sensitivity.fusion import fuse
 from ..sensitivity.table import SensitivityTable, UnitInfo
-from .costs import LatencyTable, bit_operations, latency, read_latency
+from .costs import (
+    LatencyTable,
+    bit_operations,
+    measured_milliseconds,
+    predicted_milliseconds,
+    read_latency,
+)
 from .matching import format_index, nearest, unit_names
+from .plan import Latency
 from .problem import Constraint, Problem
 from .rules import Rules
 
@@ -36,8 +44,10 @@ class Limits:
         at_least: Glob -> the least bits per code, as a format: ``int6`` allows int6, int8, bf16.
         at_most: Glob -> the most bits per code.
         max_bops: Most bit operations per token; see :func:`costs.bit_operations`.
-        latency: Measured milliseconds, or the JSON file that holds them; needs ``max_ms``.
-        max_ms: Most milliseconds of all units together; needs ``latency``.
+        latency: Measured milliseconds, or the JSON file that holds them.
+        device: The device whose latency model gives milliseconds instead.
+        tokens: Vectors that a product on the device takes at a time: the batch.
+        max_ms: Most milliseconds of all units together; needs ``latency`` or ``device``.
         rules: What the runtime the plan is for can run: ``Rules.load("vllm")``.
     """
 
@@ -48,6 +58,8 @@ class Limits:
     at_most: Mapping[str, str] = field(default_factory=dict)
     max_bops: float | None = None
     latency: Path | LatencyTable | None = None
+    device: Device | None = None
+    tokens: int = 1
     max_ms: float | None = None
     rules: Rules | None = None
 
@@ -55,12 +67,55 @@ class Limits:
         """Check what needs no table.
 
         Raises:
-            ValueError: If only one of ``latency`` and ``max_ms`` is given.
+            ValueError: If there is a limit on time but nothing that says how long anything takes,
+                or more than one thing that does.
         """
-        if (self.latency is None) != (self.max_ms is None):
-            both = "--max-ms", "--latency"
-            given, missing = both if self.latency is None else reversed(both)
-            raise ValueError(f"{given} needs {missing}: a table of times and the most they may be.")
+        if self.latency is not None and self.device is not None:
+            raise ValueError(
+                "--latency holds measured times and --latency-device predicts them: give one."
+            )
+        if self.max_ms is not None and not self.timed:
+            raise ValueError(
+                "--max-ms needs times: --latency-device such as h100, or a --latency table."
+            )
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is known how long anything takes."""
+        return self.latency is not None or self.device is not None
+
+    def milliseconds(
+        self, table: SensitivityTable, allowed: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
+        """Time of every option that is allowed: float64 [U, F].
+
+        Raises:
+            ValueError: If one has no time.
+        """
+        if self.device is not None:
+            fused = self.rules is not None
+            return predicted_milliseconds(table, allowed, self.device, self.tokens, fused)
+        assert self.latency is not None
+        times = self.latency
+        if isinstance(times, Path):
+            times = read_latency(times)
+        return measured_milliseconds(table, allowed, times)
+
+    def latency_of(self, table: SensitivityTable, choice: NDArray[np.intp]) -> Latency | None:
+        """What a choice [U] takes; None if nothing says how long anything takes."""
+        if not self.timed:
+            return None
+        rows = np.arange(len(choice))
+        chosen = np.zeros(table.kl.shape, dtype=bool)
+        chosen[rows, choice] = True
+        measured = str(self.latency) if isinstance(self.latency, Path) else "a table"
+        return Latency(
+            ms=round(float(self.milliseconds(table, chosen)[rows, choice].sum()), 6),
+            tokens=self.tokens,
+            device=self.device.title if self.device else measured,
+            sureness=self.device.sureness if self.device else "measured",
+            max_ms=self.max_ms,
+        )
 
     def fused(self, table: SensitivityTable) -> SensitivityTable:
         """The table with the units fused that the runtime runs as one matrix."""
@@ -227,11 +282,10 @@ def _constraints(
 ) -> Iterator[Constraint]:
     if limits.max_bops is not None:
         yield bit_operations(table, limits.max_bops)
-    if limits.latency is not None and limits.max_ms is not None:
-        times = limits.latency
-        yield latency(
-            table, allowed, read_latency(times) if isinstance(times, Path) else times, limits.max_ms
-        )
+    if limits.timed:
+        cost = limits.milliseconds(table, allowed)  # without a limit too: what lacks a time is told
+        if limits.max_ms is not None:
+            yield Constraint("latency", cost, float(limits.max_ms), "ms")
 
 
 def parse_assignments(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,18 @@ class HeldOut:
             write_json(self._cache, self._known)
         return {name: _measurement(self._known["plans"][key]) for name, key in keys.items()}
 
-    def best(self, plans: Mapping[str, Plan], smallest_within: float | None = None) -> Plan:
+    def best(
+        self,
+        plans: Mapping[str, Plan],
+        smallest_within: float | None = None,
+        size: Callable[[Plan], float] = lambda plan: plan.total_bytes,
+    ) -> Plan:
         """Measure all plans on the same tokens and take the best of those that fit.
 
         Args:
             plans: The plans by name.
             smallest_within: Take the smallest plan with at most this KL, nats per token.
+            size: What the smallest plan has the least of.
 
         Returns:
             The plan with the least measured KL among those within their budget, with ``measured``
@@ -94,7 +100,7 @@ class HeldOut:
         best = min(fitting, key=kl.__getitem__)
         if smallest_within is not None:
             reaching = [name for name in fitting if kl[name] <= smallest_within]
-            best = min(reaching, key=lambda name: plans[name].total_bytes, default=best)
+            best = min(reaching, key=lambda name: size(plans[name]), default=best)
         result = measured[best]
         return plans[best].model_copy(
             update={
@@ -200,6 +206,7 @@ def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement
         kl=measured.mean_kl,
         kl_stderr=measured.kl_stderr,
         ppl=measured.perplexity,
+        ms=plan.latency.ms if plan.latency else None,
         difference=difference,
         difference_stderr=stderr,
     )

@@ -48,7 +48,8 @@ class Measured(_Strict):
 class Baseline(_Strict):
     """A plan measured on the same tokens, for comparison.
 
-    ``difference`` is its KL minus the shipped plan's, paired over sequences.
+    ``difference`` is its KL minus the shipped plan's, paired over sequences; ``ms`` its predicted
+    time where that was asked for.
     """
 
     name: str
@@ -59,6 +60,26 @@ class Baseline(_Strict):
     ppl: float | None = None
     difference: float
     difference_stderr: float
+    ms: float | None = None
+
+
+class Latency(_Strict):
+    """Time of the planned matrices, one product after the other.
+
+    Attributes:
+        ms: Milliseconds of one step, which gives ``tokens`` tokens.
+        tokens: Vectors at a time: the batch.
+        device: ``h100:planepack``, or the table of measured times.
+        sureness: Which numbers of the device were fitted, and which assumed.
+        max_ms: The most milliseconds that were asked for, or those of the fastest plan if that
+            was asked for; None if time was no matter.
+    """
+
+    ms: float
+    tokens: int
+    device: str
+    sureness: str
+    max_ms: float | None = None
 
 
 class KVCache(_Strict):
@@ -96,6 +117,9 @@ class Plan(_Strict):
         predicted_kl: Predicted KL increase, nats per token.
         lower_bound_kl: No plan within the budget can be predicted below this (nats per token).
         gap: ``(predicted_kl - lower_bound_kl) / predicted_kl``.
+        resident_bytes: Bytes of the assigned weights as a device holds them, padding included; set
+            when a memory was the budget.
+        latency: Time of the plan; None if no device or table of times was given.
         runtime: The runtime whose rules the plan keeps; None for none.
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
@@ -121,6 +145,8 @@ class Plan(_Strict):
     rounding: str
     calibration: dict[str, Any]
     versions: dict[str, str]
+    resident_bytes: int | None = None
+    latency: Latency | None = None
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
@@ -132,8 +158,12 @@ class Plan(_Strict):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that the budget limits: of the weights and, if planned, of the KV cache."""
-        return self.bytes + (self.kv_cache.bytes if self.kv_cache else 0)
+        """Bytes that the budget limits: of the weights and, if planned, of the KV cache.
+
+        Weights count as they are held where a memory is the budget, else as they are stored.
+        """
+        weights = self.bytes if self.resident_bytes is None else self.resident_bytes
+        return weights + (self.kv_cache.bytes if self.kv_cache else 0)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically, keys in declaration order."""

@@ -35,6 +35,7 @@ def smallest_within(
     solver: str = "certified",
     seed: int = 0,
     report: Callable[[Tried], None] = lambda _: None,
+    amount: Callable[[int], str] = lambda size: f"{size:,} B",
 ) -> Solution:
     """Bracket the smallest plan whose measured loss is at most ``target``.
 
@@ -50,6 +51,7 @@ def smallest_within(
         solver: Name of the solver.
         seed: Its seed.
         report: Called with every measured plan.
+        amount: A number of bytes in words, for a problem where something else stands for them.
 
     Returns:
         The smallest plan found to reach the target; ``lower_bound`` is on its predicted loss at
@@ -90,8 +92,8 @@ def smallest_within(
         if tried[-1].measured > target:
             raise ValueError(
                 f"No plan reaches a measured {what} of {target:g} nats per token: the best one, of "
-                f"{most.bytes:,} B, has {tried[-1].measured:.4g}. Raise the target, or add formats "
-                "with more bits."
+                f"{amount(most.bytes)}, has {tried[-1].measured:.4g}. Raise the target, or add "
+                "formats with more bits."
             )
     return replace(best, note=f"{len(tried)} plans measured to reach {what} {target:g}.")
 

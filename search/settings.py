@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ..kernels.latency import Device
 from ..sensitivity.calibration import BUILTIN
 from ..sensitivity.profile import DEFAULT_FORMATS
+from .fastest import NEEDS_OF_FASTEST
 from .limits import Limits
 from .rules import Rules
 
@@ -51,8 +53,9 @@ class SearchSettings:
         vram: Bytes of weights and KV cache together, with ``context`` tokens x ``batch``.
         max_kl: The smallest plan whose measured KL is at most this, nats per token.
         max_ppl: The smallest plan whose measured perplexity is at most this.
+        fastest: The fastest instead of the smallest plan that reaches ``max_kl`` or ``max_ppl``.
         context: Tokens per sequence that the KV cache must hold.
-        batch: Sequences it must hold.
+        batch: Sequences it must hold, and tokens per step that ``latency_device`` predicts.
         solver: Name of the solver.
         refine: Re-linearization steps; None for REFINE_STEPS above REFINE_ABOVE, else none.
         guard: Calibration sequences kept apart to measure candidates on.
@@ -67,6 +70,7 @@ class SearchSettings:
         runtime: Runtime whose rules restrict the candidates.
         max_bops: Most bit operations per token.
         latency: JSON file of milliseconds per unit and format.
+        latency_device: Device whose latency model gives milliseconds: a name or a TOML file.
         max_ms: Most milliseconds.
         evaluation: Held-out text.
         eval_tokens: Held-out tokens to measure on.
@@ -79,6 +83,7 @@ class SearchSettings:
     vram: str | None = None
     max_kl: float | None = None
     max_ppl: float | None = None
+    fastest: bool = False
     context: int = 4096
     batch: int = 1
     solver: str = "certified"
@@ -95,6 +100,7 @@ class SearchSettings:
     runtime: str | None = None
     max_bops: float | None = None
     latency: str | None = None
+    latency_device: str | None = None
     max_ms: float | None = None
     evaluation: str = BUILTIN
     eval_tokens: int = 16384
@@ -120,8 +126,16 @@ class SearchSettings:
             )
         if self.bootstrap == 1:
             raise ValueError("One resample says nothing: --bootstrap 0 for none, or 200.")
-        if self.vram is None and (self.context, self.batch) != (4096, 1):
-            raise ValueError("--context and --batch size a KV cache: they need --vram.")
+        if self.vram is None and self.context != 4096:
+            raise ValueError("--context sizes a KV cache: it needs --vram.")
+        if self.vram is None and self.latency_device is None and self.batch != 1:
+            raise ValueError(
+                "--batch sizes a KV cache and sets how many tokens a device computes at a time: it "
+                "needs --vram or --latency-device."
+            )
+        timed = self.latency is not None or self.latency_device is not None
+        if self.fastest and not (timed and {"--max-kl", "--max-ppl"} & set(given)):
+            raise ValueError(NEEDS_OF_FASTEST.format("--max-kl or --max-ppl"))
         if self.refine and self.budget is None:
             raise ValueError(f"--refine works with --budget only, not with {given[0]}.")
 
@@ -130,13 +144,13 @@ class SearchSettings:
         """The goal as part of a folder's name."""
         given = {"": self.budget, "vram": self.vram, "kl": self.max_kl, "ppl": self.max_ppl}
         text = next(f"{name}{value}" for name, value in given.items() if value is not None)
-        return text.replace(":", "-")
+        return text.replace(":", "-") + ("-fastest" if self.fastest else "")
 
     def limits(self) -> Limits:
         """The limits besides bytes.
 
         Raises:
-            ValueError: If the runtime is unknown, or a limit is incomplete.
+            ValueError: If the runtime or device is unknown, or a limit is incomplete.
         """
         return Limits(
             pins=self.pins,
@@ -145,6 +159,8 @@ class SearchSettings:
             at_most=self.at_most,
             max_bops=self.max_bops,
             latency=None if self.latency is None else Path(self.latency),
+            device=None if self.latency_device is None else Device.load(self.latency_device),
+            tokens=self.batch,
             max_ms=self.max_ms,
             rules=None if self.runtime is None else Rules.load(self.runtime),
         )

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from ..sensitivity.table import SensitivityTable
 from .budget import Budget
+from .fastest import NEEDS_OF_FASTEST
+from .fastest import fastest as fastest_plan
 from .hull import lower_hull
 from .limits import Limits, build_problem
-from .plan import BudgetRef, KVCache, ModelRef, Plan
+from .plan import BudgetRef, KVCache, Latency, ModelRef, Plan
 from .problem import Problem, Solution
 from .solvers import SOLVERS
 from .solvers.ilp import write_ilp
@@ -34,13 +36,14 @@ SEARCH_PACKAGES = (
 
 def solve(
     table: SensitivityTable | Path | str,
-    budget: Budget | str | int,
+    budget: Budget | str | int | None,
     *,
     solver: str = "certified",
     pins: Mapping[str, str] | None = None,
     formats: Sequence[str] | None = None,
     limits: Limits | None = None,
     max_kl: float | None = None,
+    fastest: bool = False,
     seed: int = 0,
     command: str | None = None,
 ) -> Plan:
@@ -48,13 +51,16 @@ def solve(
 
     Args:
         table: A sensitivity table, or the path of a saved profile.
-        budget: Such as ``"4.3bpw"``, ``"750MB"``, a Budget, or a number of bytes.
+        budget: Such as ``"4.3bpw"``, ``"750MB"``, a Budget, or a number of bytes; None for the
+            fastest plan of any size.
         solver: Name of the solver; ``bitplan solvers`` lists them.
         pins: Glob on unit or module names -> the only format they may take; ``keep`` means the
             checkpoint's own dtype, here and in ``formats``.
         formats: The formats that units without a pin may take; all of the table by default.
         limits: Further limits, instead of ``pins`` and ``formats``.
         max_kl: Predicted KL that the ``bisection`` solver aims for, nats per token.
+        fastest: Find the fastest plan with at most ``max_kl`` instead; needs ``limits`` with a
+            device or a table of times.
         seed: For solvers that draw random numbers.
         command: The command line to record in the plan.
 
@@ -62,27 +68,42 @@ def solve(
         The plan.  When the budget exceeds the largest useful plan, that one, with a UserWarning.
 
     Raises:
-        ValueError: If the budget cannot be read or is below the smallest plan, or a solver, pin
-            or format is unknown.
+        ValueError: If the budget cannot be read or is below the smallest plan, a solver, pin or
+            format is unknown, or the fastest plan was asked for without target or times.
     """
     if not isinstance(table, SensitivityTable):
         table = SensitivityTable.load(Path(table))
-    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
-    max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
+    if budget is None and not fastest:
+        raise ValueError("A budget is missing, such as '4.3bpw'.")
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(str(budget or "1000bpw"))
+    max_bytes = parsed.resolve(table.weights, outside_bytes(table, parsed))
     if limits is None:
         limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})
     table = limits.fused(table)
     problem = build_problem(table, limits)
-    if max_kl is not None:
-        problem = replace(problem, max_loss=max_kl)
-    solution = SOLVERS.get(solver)(problem, max_bytes, seed=seed)
-    warn_of_spare_bytes(problem, max_bytes)
+    if fastest:
+        if max_kl is None or not limits.timed:
+            raise ValueError(NEEDS_OF_FASTEST.format("--max-kl"))
+        solver = "fastest"
+        time = limits.milliseconds(table, problem.allowed)
+        solution = fastest_plan(problem, max_bytes, time, max_kl, seed=seed)
+    else:
+        problem = replace(problem, max_loss=math.inf if max_kl is None else max_kl)
+        solution = SOLVERS.get(solver)(problem, max_bytes, seed=seed)
+        warn_of_spare_bytes(problem, max_bytes)
+    asked = BudgetRef(text=parsed.text, bytes=max_bytes)
+    if budget is None:
+        asked = BudgetRef(text=f"KL <= {max_kl:g}, fastest", bytes=solution.bytes)
+    latency = limits.latency_of(table, solution.choice)
+    if fastest and latency is not None:
+        latency = latency.model_copy(update={"max_ms": latency.ms})
     return plan_from_choice(
         table,
         solution.choice,
         solver,
         lower_bound=solution.lower_bound,
-        budget=BudgetRef(text=budget.text, bytes=max_bytes),
+        budget=asked,
+        latency=latency,
         runtime=limits.rules.name if limits.rules else None,
         note=solution.note or None,
         command=command,
@@ -120,6 +141,8 @@ def plan_from_choice(
     lower_bound: float | None = None,
     budget: BudgetRef | None = None,
     kv_cache: KVCache | None = None,
+    resident_bytes: int | None = None,
+    latency: Latency | None = None,
     runtime: str | None = None,
     note: str | None = None,
     command: str | None = None,
@@ -134,6 +157,8 @@ def plan_from_choice(
             default the LP bound over all formats of the table.
         budget: The budget as text and bytes; by default the plan's own bytes.
         kv_cache: The KV cache that shares the budget; its KL is added.
+        resident_bytes: Bytes of the weights as a device holds them, if those are limited.
+        latency: Time of the plan, if known.
         runtime: The runtime whose rules the plan keeps.
         note: What the solver had to say.
         command: The command line to record.
@@ -176,6 +201,8 @@ def plan_from_choice(
         solver=solver,
         rounding=provenance["rounding"],
         calibration=provenance["calibration"],
+        resident_bytes=resident_bytes,
+        latency=latency,
         runtime=runtime,
         kv_cache=kv_cache,
         note=note,

@@ -126,7 +126,11 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in provenance.items():
         inner = value if isinstance(value, Mapping) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    return {k: v for k, v in flat.items() if not k.startswith("versions") and k != "model.id"}
+    return {
+        k: v
+        for k, v in flat.items()
+        if not k.startswith(("versions", "layer_types")) and k != "model.id"
+    }
 
 
 def _short(value: Any) -> str:

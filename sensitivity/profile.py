@@ -161,8 +161,23 @@ def provenance(
         "calibration": samples.describe(),
         "seed": seed,
         "outside_bytes": _outside_bytes(model, units),
+        "layer_types": _layer_types(model.module, units),
         "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     }
+
+
+def _layer_types(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, str]:
+    """What units are that are more, or less, than a product of a matrix with every input vector."""
+    found = {}
+    for unit in units:
+        names = (*unit.modules, *unit.aliases)
+        modules = [model.get_submodule(name) for name in names]
+        lookups = [isinstance(module, nn.Embedding) for module in modules]
+        if any(lookups):
+            found[unit.name] = "embedding" if all(lookups) else "tied embedding"
+        elif any(isinstance(module, nn.Conv2d) for module in modules):
+            found[unit.name] = "convolution"
+    return found
 
 
 def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitplan.kernels.packing import Block, PlanePack, resident_bytes
+from bitplan.kernels.blocks import Block
+from bitplan.kernels.packing import PlanePack, resident_bytes
 from bitplan.kernels.planes import CELLS, ORDERS, Cell, Order, fields, pack_cells, unpack_cells
 from bitplan.tests.packs import random_packed
 

@@ -13,7 +13,7 @@ from bitplan.kernels.planes import Cell
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
 # The most instructions per weight, of all or of vector ones on AMD.
-MOST = {
+MOST: dict[tuple[str, tuple[int, ...]], float] = {
     ("sm_80", (2,)): 1.7,
     ("sm_90", (3,)): 2.2,
     ("sm_100", (4,)): 1.8,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitplan.kernels.latency import Device
 from bitplan.search.costs import parse_count, read_latency
 from bitplan.search.limits import Limits, build_problem, parse_assignments, parse_bans
 from bitplan.search.problem import Problem
@@ -283,13 +284,11 @@ def test_latency_files(tmp_path: Path) -> None:
     assert (problem.constraints[0].cost == 2.0).all()
 
 
-@pytest.mark.parametrize(
-    ("limits", "says"),
-    [({"max_ms": 3.0}, "--max-ms needs --latency"), ({"latency": {}}, "--latency needs --max-ms")],
-)
-def test_latency_and_its_limit_belong_together(limits: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Limits(**limits)
+def test_a_limit_on_time_needs_times_and_only_one_kind() -> None:
+    with pytest.raises(ValueError, match="--max-ms needs times: --latency-device"):
+        Limits(max_ms=3.0)
+    with pytest.raises(ValueError, match="--latency holds measured times and --latency-device"):
+        Limits(latency={"*": {"*": 1.0}}, device=Device.load("h100"), max_ms=3.0)
 
 
 def test_texts_of_the_command_line() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bitplan.kernels import gemm
+from bitplan.kernels.blocks import Block
 from bitplan.kernels.gemm import meta_of, pack_of, plane_linear, plane_linear_op
-from bitplan.kernels.packing import Block, PlanePack
+from bitplan.kernels.packing import PlanePack
 from bitplan.tests.packs import random_packed, relative_error
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitplan.kernels.packing import Block, PlaneClass, PlanePack, choose_cell, resident_bytes
+from bitplan.kernels.blocks import Block, PlaneClass
+from bitplan.kernels.packing import PlanePack, choose_cell, resident_bytes
 from bitplan.kernels.planes import CELLS, Cell, digits
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor

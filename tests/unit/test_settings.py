@@ -77,6 +77,7 @@ def test_only_a_budget_can_be_refined(goal: dict[str, Any]) -> None:
         ({"vram": "8GiB"}, "vram8GiB"),
         ({"max_kl": 0.05}, "kl0.05"),
         ({"max_ppl": 20.0}, "ppl20.0"),
+        ({"max_kl": 0.05, "fastest": True, "latency_device": "h100"}, "kl0.05-fastest"),
     ],
 )
 def test_the_goal_names_the_run_folder(goal: dict[str, Any], name: str) -> None:
@@ -94,8 +95,28 @@ def test_limits_hold_every_restriction(tmp_path: Path) -> None:
     assert SearchSettings(budget="4bpw").limits().rules is None
 
 
+def test_a_device_computes_a_batch(tmp_path: Path) -> None:
+    limits = SearchSettings(budget="4bpw", latency_device="h100", batch=8, max_ms=2.0).limits()
+    assert limits.device is not None and limits.device.name == "h100"
+    assert (limits.tokens, limits.max_ms) == (8, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"budget": "4bpw", "batch": 8}, "needs --vram or --latency-device"),
+        ({"budget": "4bpw", "context": 8}, "--context sizes a KV cache"),
+        ({"max_kl": 0.1, "fastest": True}, "--fastest needs --max-kl or --max-ppl and times"),
+        ({"budget": "4bpw", "fastest": True, "latency_device": "h100"}, "--fastest needs"),
+    ],
+)
+def test_options_that_need_others(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SearchSettings(**settings)
+
+
 def test_limits_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="--max-ms needs --latency"):
+    with pytest.raises(ValueError, match="--max-ms needs times"):
         replace(SEARCH, max_ms=3.0).limits()
     with pytest.raises(ValueError, match="vlm"):
         replace(SEARCH, runtime="vlm").limits()

@@ -11,10 +11,13 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 CASES = Path(__file__).parents[1] / "interpreted" / "plane_kernels.py"
 
 
-def test_kernels_agree_with_torch() -> None:
+@pytest.mark.parametrize(
+    "interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)], ids=["interpreted", "on a GPU"]
+)
+def test_kernels_agree_with_torch(interpret: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": interpret},
         cwd=CASES.parents[2],
         capture_output=True,
         text=True,

@@ -1,0 +1,227 @@
+"""Commands on the speed of kernels: measure it, and list the devices whose speed is known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .. import _options as options
+from .console import hint, out
+
+if TYPE_CHECKING:
+    from ..kernels.bench import Row
+    from ..kernels.latency import Device
+
+app = typer.Typer()
+
+_FOR_REFIT = ((2048, 2048), (1024, 1024), (4096, 2048))  # outputs and inputs
+
+
+@app.command()
+def bench(
+    device: options.DeviceOption = "auto",
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Widths, comma-separated; 16 is bf16. Default 1 to 8; all with --refit."),
+    ] = None,
+    m: Annotated[str, typer.Option("--m", help="Vectors at a time, comma-separated.")] = "1,8,64",
+    n: Annotated[
+        str | None, typer.Option("--n", help="Output features, comma-separated. Default 2048.")
+    ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option("--k", help="Input features, as many as --n. Default as --n."),
+    ] = None,
+    group: Annotated[
+        int, typer.Option(help="Weights per scale and zero point: 32, 64, 128 or 256.")
+    ] = 128,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time to spend on each width of each shape.")
+    ] = 0.5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the timings here as well.")
+    ] = None,
+    refit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="Fit the latency model to the timings and write it here, for --latency-device.",
+        ),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="On a GPU: first choose how to launch by measurement; kept for later runs.",
+        ),
+    ] = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Time packed products of every width on this machine, next to the float32 product.
+
+    The products take turns, each with several copies of its weights, and the fastest call of each
+    counts, so other load hardly matters. --m 1 is decoding one sequence.
+    """
+    import torch
+
+    from ..kernels import bench as measuring
+    from ..quantizers.files import write_json
+    from ..sensitivity.models import find_device
+    from ..sensitivity.progress import Reporter
+
+    where = find_device(device)
+    if refit is not None and refit.suffix != ".toml":
+        raise ValueError(f"--refit {refit} would not be a .toml file. Give a name such as my.toml.")
+    shapes = measuring.grid(_whole("--m", m), _matrices(n, k, _FOR_REFIT if refit else None))
+    default = "1,2,3,4,5,6,7,8" + (",16" if refit else "")
+    widths = _whole("--bits", bits or default)
+    measuring.check(shapes, widths)
+    reporter = Reporter(quiet)
+    if tune:
+        with reporter.bar("Tuning", len(shapes)) as advance:
+            measuring.tune(shapes, widths, where, _base(where), group, advance)
+    with reporter.bar("Timing", len(shapes)) as advance:
+        rows = measuring.bench(
+            shapes, widths, where, group_size=group, seconds=seconds, advance=advance
+        )
+    about = _about(where)
+    out.print(_table(rows, about))
+    if json_file is not None:
+        kept = [{key: asdict(row)[key] for key in _KEYS} for row in rows if row.bits != _FP32]
+        write_json(
+            json_file,
+            {"rows": kept, "device": about, "group": group, "torch": torch.__version__},
+        )
+        out.print(f"Timings: {json_file}", markup=False)
+    if refit is not None:
+        base = _base(where)
+        source = f"bitplan kernels bench on {about}, groups of {group}"
+        fitted = measuring.refit(base, rows, refit.stem, source)
+        fitted = fitted.model_copy(update={"description": about})
+        fitted.save(refit)
+        out.print(_fit_table(fitted, [row for row in rows if row.bits != _FP32]))
+        hint("Use it:", "solve", "PROFILE", "--latency-device", refit, "--max-ms", "…")
+
+
+_KEYS = ("bits", "m", "n", "k", "seconds", "speedup_vs_fp32")
+_FP32 = 32
+
+
+@app.command()
+def devices() -> None:
+    """List the devices whose speed can be predicted, with their kernels and how sure that is."""
+    from ..kernels.latency import DENSE, Device, names
+
+    table = Table("--latency-device", "kernel", "memory", "16-bit peak", "its efficiency there")
+    table.box = box.SIMPLE_HEAD
+    for name in names():
+        device = Device.load(name)
+        kernels = [device.default, *sorted(set(device.kernels) - {device.default, DENSE})]
+        for kernel in kernels:
+            numbers = device.kernels[kernel]
+            reached = numbers.eta_bandwidth
+            why = f": {reached.source}" if reached.basis == "assumed" else " to published timings"
+            table.add_row(
+                name if kernel == device.default else f"{name}:{kernel}",
+                escape(numbers.description),
+                f"{device.bandwidth.value / 1e12:.3g} TB/s",
+                f"{device.peak.value / 1e12:,.4g} T",
+                escape(reached.basis + why),
+            )
+    out.print(table)
+    out.print(
+        "What the maker publishes is exact; what a launch takes in a running model is assumed "
+        "everywhere. Matrices that are not quantized run on torch's own kernel. A file that "
+        "`bitplan kernels bench --refit` wrote works like a name.",
+        markup=False,
+    )
+
+
+def _whole(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in options.split(text)]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be whole numbers such as 1,8,64.") from error
+
+
+def _matrices(
+    n: str | None, k: str | None, default: tuple[tuple[int, int], ...] | None
+) -> list[tuple[int, int]]:
+    if n is None and k is None:
+        return list(default or ((2048, 2048),))
+    outputs = _whole("--n", n or k or "")
+    inputs = _whole("--k", k or n or "")
+    if len(outputs) != len(inputs):
+        raise ValueError(
+            f"--n gives {len(outputs)} matrices and --k {len(inputs)}. Give as many of each."
+        )
+    return list(zip(outputs, inputs, strict=True))
+
+
+def _about(device: Any) -> str:
+    """The machine in words."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {level}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _base(device: Any) -> Device:
+    """The device to refit.
+
+    Raises:
+        ValueError: If nothing is known of this GPU.
+    """
+    import torch
+
+    from ..kernels.latency import FOLDER, Device, names
+
+    if device.type == "cpu":
+        cores = torch.get_num_threads()
+        return Device.load("cpu").model_copy(update={"processors": cores})
+    name = torch.cuda.get_device_name(device)
+    found = Device.of(name)
+    if found is None:
+        raise ValueError(
+            f"Nothing is known of {name!r}; there are {', '.join(names())}. Copy the file of the "
+            f"one most like it in {FOLDER}, put in what its maker publishes and a glob on this "
+            "name as 'matches'."
+        )
+    return found
+
+
+def _table(rows: list[Row], about: str) -> Table:
+    table = Table("matrix", "m", "bits", "µs", "× fp32", title=escape(about))
+    for row in rows:
+        table.add_row(
+            f"{row.n} x {row.k}",
+            str(row.m),
+            "fp32" if row.bits == _FP32 else str(row.bits),
+            f"{1e6 * row.seconds:,.1f}",
+            f"{row.speedup_vs_fp32:.2f}",
+            end_section=row.bits == _FP32,
+        )
+    return table
+
+
+def _fit_table(device: Device, rows: list[Row]) -> Table:
+    """How far the fitted model is from the timings it was fitted to."""
+    from ..kernels.bench import errors_of
+
+    table = Table("m", "median error", "largest", title=f"Latency model {device.name}")
+    errors = dict(enumerate(map(abs, errors_of(device, rows))))
+    for m in sorted({row.m for row in rows}):
+        found = sorted(errors[i] for i, row in enumerate(rows) if row.m == m)
+        table.add_row(str(m), f"{found[len(found) // 2]:.1%}", f"{found[-1]:.1%}")
+    return table

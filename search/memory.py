@@ -1,0 +1,48 @@
+"""What weights take in the memory of a device, which is not what they take in a file."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantizers.format import Format
+from ..sensitivity.table import SensitivityTable
+
+Family = Literal["nvidia", "amd", "cpu"]
+
+
+def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]:
+    """Bytes of every unit in every format, ready to compute with: int64 [U, F].
+
+    The kernels of a CPU read what is stored.  On a GPU matrices that are multiplied by are laid out
+    in cells, with padding; embeddings that are only looked up and convolutions stay as they are
+    stored.  A tied embedding is held twice: its rows are looked up in the stored form.
+
+    Args:
+        table: The sensitivity table.
+        family: The family of the device.
+    """
+    formats = [Format.parse(name) for name in table.formats]
+    types = table.provenance.get("layer_types", {})
+    size = table.bytes.copy()
+    if family == "cpu":
+        return size
+    for u, unit in enumerate(table.units):
+        kind = types.get(unit.name, "linear")
+        if kind in ("embedding", "convolution"):
+            continue
+        for f, fmt in enumerate(formats):
+            held = sum(_laid_out(fmt, shape) for shape in unit.shapes)
+            both = kind == "tied embedding" and fmt.kind == "int"
+            size[u, f] = held + (table.bytes[u, f] if both else 0)
+    return size
+
+
+@cache
+def _laid_out(fmt: Format, shape: tuple[int, int]) -> int:
+    from ..kernels import packing  # which loads torch
+
+    return packing.resident_bytes(fmt, shape)
