@@ -22,7 +22,7 @@ class TimedStreamer(TextStreamer):
     def put(self, value: Any) -> None:
         """Called by ``generate`` with the prompt, then with every token."""
         self.times.append(time.perf_counter())
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def summary(self) -> str:
         """Tokens and tokens per second; the first token also waits for the prompt to be read."""

@@ -30,12 +30,12 @@ TOKENS = 48
 PROMPT = "The capital of France is"
 SEARCH = ("--budget", "4.3bpw", "--sequences", "16", "--eval-tokens", "2048", "--refine", "0")
 _IMPORTS = (
-    "import resource, torch, accelerate, safetensors, bitplan;"
+    "import torch, accelerate, safetensors, bitplan;"
     "from transformers import AutoModelForCausalLM;"
     "from transformers.models.llama import modeling_llama;"
     "from bitplan.search import materialize;"
 )
-_PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+_PEAK = "print(*[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])"
 
 Call = Callable[[], Any]
 
@@ -118,17 +118,8 @@ def _products(shape: tuple[int, int]) -> list[dict[str, Any]]:
     for spec in SPECS:
         packed = _pack(torch.randn(shape), spec)
         weights = [CpuWeight(_clone(packed)) for _ in plain]
-        fused, dense = _least([lambda: weights[0].linear(x, None), lambda: linear(x, plain[0])], 60)
-
-        def all_fused() -> None:
-            for weight in weights:  # noqa: B023
-                weight.linear(x, None)
-
-        def all_dense() -> None:
-            for weight in plain:
-                linear(x, weight)
-
-        fused_all, dense_all = (t / len(plain) for t in _least([all_fused, all_dense], 5))
+        fused, dense = _least(_in_turn(weights[:1], plain[:1], x), 60)
+        fused_all, dense_all = _least(_in_turn(weights, plain, x), 5)
         found.append(
             {
                 "shape": f"{rows} x {cols}",
@@ -136,12 +127,26 @@ def _products(shape: tuple[int, int]) -> list[dict[str, Any]]:
                 "in cache: µs": 1e6 * fused,
                 "fp32 µs": 1e6 * dense,
                 "in cache: × fp32": dense / fused,
-                "from memory: µs": 1e6 * fused_all,
-                "fp32 from memory µs": 1e6 * dense_all,
+                "from memory: µs": 1e6 * fused_all / len(plain),
+                "fp32 from memory µs": 1e6 * dense_all / len(plain),
                 "from memory: × fp32": dense_all / fused_all,
             }
         )
     return found
+
+
+def _in_turn(weights: Sequence[CpuWeight], plain: Sequence[Tensor], x: Tensor) -> list[Call]:
+    """The products with all packed weights, and with all float32 ones."""
+
+    def fused() -> None:
+        for weight in weights:
+            weight.linear(x, None)
+
+    def dense() -> None:
+        for weight in plain:
+            linear(x, weight)
+
+    return [fused, dense]
 
 
 def _rivals() -> list[dict[str, Any]]:
@@ -245,14 +250,15 @@ def _memory(folder: Path) -> list[dict[str, Any]]:
     load = f"m = bitplan.load({str(folder)!r});"
     first = "torch.set_grad_enabled(False); m(torch.arange(4)[None]);"
     nothing = _peak("")
+    peaks = {"loading": _peak(load), "loading and first tokens": _peak(load + first)}
     return [
         {
             "what": what,
-            "peak MB": (_peak(code) - nothing) / 1e6,
+            "peak MB": (peak - nothing) / 1e6,
             "file MB": file / 1e6,
-            "× file": (_peak(code) - nothing) / file,
+            "× file": (peak - nothing) / file,
         }
-        for what, code in (("loading", load), ("loading and first tokens", load + first))
+        for what, peak in peaks.items()
     ]
 
 

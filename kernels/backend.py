@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from . import native
 
 Kernel = Literal["reference", "triton", "cpu"]
 VARIABLE = "BITPLAN_KERNEL"
+_NAMES: dict[str, Kernel] = {"reference": "reference", "triton": "triton", "cpu": "cpu"}
 
 
 def kernel_for(device: torch.device) -> Kernel:
@@ -29,11 +30,11 @@ def kernel_for(device: torch.device) -> Kernel:
         if device.type == "cuda":  # ROCm calls itself cuda, too
             return "triton" if find_spec("triton") else "reference"
         return "cpu" if device.type == "cpu" else "reference"
-    kernel = next((name for name in get_args(Kernel) if name == wanted), None)
+    kernel = _NAMES.get(wanted)
     if kernel is None:
         raise ValueError(
             f"{VARIABLE} is {wanted!r}, but the kernels are called "
-            f"{', '.join(get_args(Kernel))}. Set one of these, or nothing to have the best one."
+            f"{', '.join(_NAMES)}. Set one of these, or nothing to have the best one."
         )
     if obstacle := _obstacle(kernel, device):
         raise ValueError(

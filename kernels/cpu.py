@@ -10,6 +10,7 @@ import ctypes
 import math
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -128,8 +129,8 @@ def _checked(indices: Tensor, rows: int) -> Tensor:
     indices = indices.to(torch.int64).contiguous()
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
         raise IndexError(
-            f"Rows {int(indices.min())} to {int(indices.max())} were looked up in a weight that has "
-            f"rows 0 to {rows - 1}."
+            f"Rows {int(indices.min())} to {int(indices.max())} were looked up in a weight that "
+            f"has rows 0 to {rows - 1}."
         )
     return indices
 
@@ -144,9 +145,9 @@ def faster(fmt: Format) -> bool:
     fused, plain = _times(fmt)
     if fused > plain:
         warnings.warn(
-            f"The kernel for {fmt} weights is slower than plain float32 on this CPU ({1e6 * fused:.0f} "
-            f"and {1e6 * plain:.0f} us for {_TRIAL[0]} x {_TRIAL[1]}), so such layers are kept "
-            "dequantized in memory.",
+            f"The kernel for {fmt} weights is slower than plain float32 on this CPU "
+            f"({1e6 * fused:.0f} and {1e6 * plain:.0f} us for {_TRIAL[0]} x {_TRIAL[1]}), so such "
+            "layers are kept dequantized in memory.",
             stacklevel=3,
         )
     return fused <= plain
@@ -160,9 +161,10 @@ def _times(fmt: Format) -> tuple[float, float]:
     }
     weight = CpuWeight(PackedTensor(fmt, _TRIAL, parts))
     dense, x = weight.unpack(), torch.ones(1, _TRIAL[1])
+    calls: list[Callable[[], Tensor]] = [lambda: weight.linear(x, None), lambda: linear(x, dense)]
     best = [math.inf, math.inf]
     for _ in range(_ROUNDS):  # in turns, and the least of each: other programs disturb both
-        for i, call in enumerate((lambda: weight.linear(x, None), lambda: linear(x, dense))):
+        for i, call in enumerate(calls):
             started = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - started)

@@ -97,7 +97,7 @@ def read_checkpoint(
         module: _take(path, tensors, module, spec, shape)
         for module, (spec, shape) in modules.items()
     }
-    for name, checksum in checksums.items():
+    for name in checksums:
         if name not in found:
             raise ValueError(f"{path} lacks the tensor {name!r}. Write or copy it again.")
     for name, checksum in _file_checksums(path).items():

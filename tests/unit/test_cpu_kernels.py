@@ -111,7 +111,7 @@ def test_inputs_of_any_layout() -> None:
     assert torch.equal(weight.linear(x, None), weight.linear(x.contiguous(), None))
     assert weight.linear(torch.empty(0, 96), None).shape == (0, 8)
     assert weight.linear(torch.randn(2, 3, 96).double(), None).dtype == torch.float64
-    with pytest.raises(IndexError, match="Rows 0 to 8 .* has rows 0 to 7"):
+    with pytest.raises(IndexError, match=r"Rows 0 to 8 .* has rows 0 to 7"):
         weight.unpack(torch.tensor([0, 8]))
 
 

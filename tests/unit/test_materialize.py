@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitplan
+from bitplan.kernels import native
+from bitplan.quantizers.checkpoint import read_checkpoint, write_checkpoint
+from bitplan.quantizers.format import Format
+from bitplan.quantizers.packed import PackedTensor
 from bitplan.search.materialize import load_packed, planned_units
 from bitplan.search.plan import Plan
 from bitplan.sensitivity.calibration import calibration_samples
@@ -93,3 +101,100 @@ def test_a_packed_folder_with_the_plan_of_another(plan: Plan, tmp_path: Path) ->
     )
     with pytest.raises(ValueError, match="is not the plan"):
         bitplan.load(folder)
+
+
+def test_loading_keeps_what_is_stored_in_16_bits(plan: Plan, tmp_path: Path) -> None:
+    folder = bitplan.quantize(plan, tmp_path / "packed")
+    model = bitplan.load(folder)
+    state = model.state_dict()
+    embedding = state["model.embed_tokens.weight"]
+    assert embedding.dtype == torch.bfloat16
+    assert state["lm_head.weight"].data_ptr() == embedding.data_ptr()  # tied
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in stored.items():
+        assert torch.equal(state[name].to(tensor.dtype), tensor), name
+    with torch.no_grad():
+        assert model(torch.arange(6)[None]).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.norm.weight", torch.ones(3), r"model.safetensors does not fit.*model.norm.weight"),
+        ("model.layers.0.mlp.up_proj.scale", None, r"damaged: '\S+up_proj.scale' has values"),
+    ],
+)
+def test_damage_is_named(
+    name: str, value: torch.Tensor | None, message: str, plan: Plan, tmp_path: Path
+) -> None:
+    folder = bitplan.quantize(plan, tmp_path / "packed")
+    packed, others, header = read_checkpoint(folder)
+    if value is None:
+        module, part = name.rsplit(".", 1)
+        packed[module].tensors[part][0, 0] = torch.inf
+    else:
+        others[name] = value
+    shutil.rmtree(folder)
+    folder = bitplan.quantize(plan, tmp_path / "packed")
+    write_checkpoint(folder, packed, others, header)
+    with pytest.raises(ValueError, match=message):
+        bitplan.load(folder)
+
+
+MEMORY = """
+import sys
+import accelerate, bitplan, transformers
+from transformers.models.llama import modeling_llama
+from bitplan.search import materialize
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+before = peak()
+model = bitplan.load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="needs the compiled CPU kernels")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peaks from /proc")
+def test_loading_takes_little_more_memory_than_the_file(plan: Plan, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    fmt = Format.parse("int8-g64")
+    packed, others = {}, {}
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() == 2:
+            shape = (tensor.shape[0], tensor.shape[1])
+            parts = {
+                part: torch.ones(size, dtype=getattr(torch, dtype))
+                for part, (size, dtype) in fmt.tensors(shape).items()
+            }
+            packed[name.removesuffix(".weight")] = PackedTensor(fmt, shape, parts)
+        else:
+            others[name] = torch.ones(tensor.shape)
+    write_checkpoint(tmp_path, packed, others, {"aliases": {}, "tied": {}})
+    config.save_pretrained(tmp_path)
+    plan.model_copy(update={"assignments": dict.fromkeys(packed, fmt.name)}).save(
+        tmp_path / "plan.json"
+    )
+    file = (tmp_path / "model.safetensors").stat().st_size
+
+    def times_the_file(**environment: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(tmp_path)],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        return int(done.stdout) / file
+
+    assert times_the_file() < 1.3
+    assert times_the_file(CXX="no-such-compiler") > 3  # dequantized copies would be seen
