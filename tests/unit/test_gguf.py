@@ -111,7 +111,7 @@ def test_another_models_file_is_refused(
 ) -> None:
     other = load_model(str(wide_gguf.parent), "cpu")
     with torch.no_grad():
-        weight = other.module.get_submodule(QUERY).weight
+        weight = dict(other.module.named_parameters())[f"{QUERY}.weight"]
         weight.copy_(weight.flip(0))
     swapped = hand_made(other, plan.assignments)
     with pytest.raises(ValueError, match=r"attn_q.weight of .* is not .*q_proj.* they differ by"):
