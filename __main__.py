@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import _options as options
-from ._commands import listing, packed, reporting
+from ._commands import exporting, listing, packed, reporting
 from ._commands.console import hint, out
 
 # Threads that wait by spinning make torch many times slower when other programs use the cores.
@@ -321,7 +321,7 @@ def frontier(
         out.print(f"Frontier: {frontier_file}", markup=False)
 
 
-for commands in (packed, reporting, listing):
+for commands in (packed, exporting, reporting, listing):
     app.add_typer(commands.app)
 
 

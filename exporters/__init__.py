@@ -1,1 +1,1 @@
-"""Writers of the formats other runtimes read; ``rules/`` says what each of them can run."""
+"""Plans in the languages and files of other tools; what each can run is data in ``rules/``."""

@@ -95,7 +95,7 @@ def quantize(
         header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header)
         plan.save(folder / PLAN_FILE)
-        _save_hugging_face_files(model, folder)
+        save_hugging_face_files(model, folder)
     return out
 
 
@@ -203,7 +203,7 @@ def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
     return {alias: unit.name for unit in units for alias in unit.aliases}
 
 
-def _save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
+def save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
     """Configuration and tokenizer, if transformers can rebuild the architecture from them."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

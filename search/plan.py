@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from math import isnan, nan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
 from ..quantizers.files import read_json_text, write_json
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"  # its name in a run folder
+
+
+# NaN where nothing predicted a plan (one read from another tool's file); null in the file.
+Predicted = Annotated[
+    float,
+    BeforeValidator(lambda value: nan if value is None else value),
+    PlainSerializer(lambda value: None if isnan(value) else value, return_type=float | None),
+]
 
 
 class _Strict(BaseModel):
@@ -93,7 +109,8 @@ class Plan(_Strict):
         assignments: Canonical module name -> format name; fused modules appear one by one.
         bytes: Exact serialized bytes of the assigned weights.
         weights: Number of weights assigned; ``bpw = 8 * bytes / weights``.
-        predicted_kl: Predicted KL increase, nats per token.
+        predicted_kl: Predicted KL increase, nats per token; NaN if nothing predicted it, as for a
+            plan read from another tool's file, and so for the next three.
         lower_bound_kl: No plan within the budget can be predicted below this (nats per token).
         gap: ``(predicted_kl - lower_bound_kl) / predicted_kl``.
         runtime: The runtime whose rules the plan keeps; None for none.
@@ -110,10 +127,10 @@ class Plan(_Strict):
     bytes: int
     weights: int
     bpw: float
-    predicted_kl: float
-    predicted_kl_stderr: float
-    lower_bound_kl: float
-    gap: float
+    predicted_kl: Predicted
+    predicted_kl_stderr: Predicted
+    lower_bound_kl: Predicted
+    gap: Predicted
     measured: Measured | None = None
     baselines: list[Baseline] = []
     metric: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Literal, Self
 
@@ -110,6 +111,15 @@ class Rules(_Strict):
     def fusion_groups(self) -> tuple[str, ...]:
         """The fused modules as ``--group`` writes them: ``q_proj,k_proj,v_proj``."""
         return tuple(",".join(names) for names in self.fused)
+
+    def all_formats(self) -> tuple[Format, ...]:
+        """Every format it takes for some matrix."""
+        integers = (
+            f"int{bits}-{group}{'' if zero_point == 'symmetric' else '-asym'}"
+            for s in self.integers
+            for bits, group, zero_point in product(s.bits, s.groups, s.zero_points)
+        )
+        return tuple(map(Format.parse, dict.fromkeys((*integers, *self.floats))))
 
     def must_stay_float(self, name: str) -> bool:
         """Whether a module of this name cannot be quantized."""

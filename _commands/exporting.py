@@ -1,0 +1,161 @@
+"""Commands for other tools: export a plan, import theirs, list the targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .. import _options as options
+from .console import hint, out
+
+if TYPE_CHECKING:
+    from ..exporters.verify import Comparison
+
+app = typer.Typer()
+
+_TARGET = typer.Option("--to", help="Target; see `bitplan exporters`. A runtime's name works too.")
+
+
+@app.command()
+def export(
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN|RUN|FOLDER", help="A plan.json, a run or a packed folder."),
+    ],
+    target: Annotated[str, _TARGET],
+    path: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")],
+    plan_only: Annotated[
+        bool, typer.Option(help="Write the tool's own configuration, and no weights.")
+    ] = False,
+    snap: Annotated[
+        bool,
+        typer.Option(help="Round formats that the target lacks up to the next that it has."),
+    ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--for", help="Runtime to check for, of those that read these files."),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A GGUF file of the same model, for the metadata a folder lacks."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--verify", help="Load the result with the foreign tool and compare logits."),
+    ] = False,
+    text: options.TextOption = "builtin",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to compare on.")] = 512,
+    python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter of another environment that has the foreign tool."),
+    ] = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Write a plan's weights, or the plan itself, in the form of another tool.
+
+    The plan is checked first: a unit that the target cannot run is named, with the rule and what to
+    do, and nothing is written. The codes and scales are those the plan was priced with; the tool
+    never quantizes again.
+    """
+    from ..exporters.export import export as write
+    from ..exporters.verify import verify
+    from ..search.budget import format_bytes
+    from ..sensitivity.progress import Reporter
+
+    done = write(
+        plan,
+        target,
+        path,
+        plan_only=plan_only,
+        round_up=snap,
+        runtime=runtime,
+        like=like,
+        reporter=Reporter(quiet),
+    )
+    for name, fmt in list(done.changed.items())[:10]:
+        out.print(f"Rounded up: {name} to {fmt}", markup=False)
+    if len(done.changed) > 10:
+        out.print(f"Rounded up: {len(done.changed) - 10:,} more")
+    whole = format_bytes(done.size)
+    if done.stored is None:
+        out.print(f"{done.path}: {whole}", markup=False)
+    else:
+        out.print(
+            f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights (the "
+            f"plan says {format_bytes(done.source.plan.bytes)}). Read back: every matrix has the "
+            "plan's format.",
+            markup=False,
+        )
+    if check:
+        comparison = verify(done, text, tokens, python)
+        out.print(_comparison_table(done.target, comparison))
+        if not comparison.agrees:
+            raise ValueError(
+                f"{done.path} does not compute what the plan does: KL {comparison.kl:.2g} is above "
+                f"{comparison.max_kl:.2g}, the most that the arithmetic of {done.target} explains."
+            )
+
+
+@app.command(name="import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE|FOLDER", help="A GGUF file, or a quantized folder.")
+    ],
+    plan_file: Annotated[Path, typer.Option("--out", "-o", help="Where to write the plan.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The original model: needed to measure the plan, and to name modules."),
+    ] = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Read another tool's choice of bits per layer as a plan, to measure and compare it."""
+    from ..exporters.importing import import_plan
+    from ..sensitivity.progress import Reporter
+
+    options.check_json(plan_file)
+    plan = import_plan(path, model, Reporter(quiet))
+    plan.save(plan_file)
+    out.print(f"{plan_file}: {len(plan.assignments):,} matrices, {plan.bpw:.3f} bpw", markup=False)
+    if plan.note:
+        out.print(f"Note: {plan.note}", markup=False)
+    if model is not None:
+        hint("Next:", "eval", plan_file)
+
+
+@app.command()
+def exporters() -> None:
+    """List the targets: what they write, what reads it, and what to install to run it."""
+    from ..exporters.targets import EXPORTERS, is_installed, shown_name
+
+    shown = Table("name", "what", "writes", "checked for", "to run it")
+    for name in EXPORTERS.names():
+        exporter = EXPORTERS.get(name)()
+        writes = [
+            exporter.form or "",
+            exporter.config_suffix and f"plan ({exporter.config_suffix})",
+        ]
+        tool = "" if exporter.module is None else f"bitplan[{exporter.extra}]"
+        if tool and is_installed(exporter):
+            tool += " (installed)"
+        shown.add_row(
+            shown_name(name),
+            (exporter.__doc__ or "").split("\n")[0],
+            ", ".join(filter(None, writes)),
+            ", ".join(exporter.runtimes),
+            escape(tool),
+        )
+    out.print(shown)
+
+
+def _comparison_table(target: str, comparison: Comparison) -> Table:
+    shown = Table("", "value", title=f"{target} against our dequantized model")
+    shown.add_row("KL", f"{comparison.kl:.3g} nats/token (at most {comparison.max_kl:.1g})")
+    shown.add_row("largest |Δ log p|, p > 1e-4", f"{comparison.max_error:.3g}")
+    shown.add_row("relative error of logits", f"{comparison.relative:.3g}")
+    shown.add_row("same likeliest token", f"{comparison.top1:.2%}")
+    shown.add_row("tokens", f"{comparison.tokens:,}")
+    return shown

@@ -1,0 +1,52 @@
+"""The model card of an exported folder: README.md as the Hub expects it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..search.rules import Rules
+from .source import Source
+
+
+def write_card(source: Source, target: str, rules: Rules | None, folder: Path) -> Path:
+    """Write README.md: what the model is, how its bits are spread, how it was made.
+
+    Args:
+        source: Plan and weights.
+        target: The target's name.
+        rules: What the plan was checked against.
+        folder: Where to write.
+
+    Returns:
+        The file.
+    """
+    plan, shapes = source.plan, source.shapes
+    counts = Counter(plan.assignments.values())
+    weights = Counter[str]()
+    stored = Counter[str]()
+    for name, fmt in source.formats.items():
+        weights[fmt.name] += math.prod(shapes[name])
+        stored[fmt.name] += fmt.stored_bytes(shapes[name])
+    rows = [
+        (name, counts[name], weights[name] / plan.weights, 8 * stored[name] / weights[name])
+        for name in sorted(counts, key=lambda name: stored[name] / weights[name])
+    ]
+    environment = Environment(
+        loader=PackageLoader("bitplan.exporters", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    base = plan.model.id if plan.model.id.count("/") == 1 else None
+    text = environment.get_template("card.md").render(
+        plan=plan, target=target, rules=rules, rows=rows, base=base, name=Path(plan.model.id).name
+    )
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,193 @@
+"""Export a plan: check it, write it, read it back, and only then give the result its name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..quantizers.files import atomic_path
+from ..quantizers.format import Format
+from ..search.plan import PLAN_FILE, Plan
+from ..search.rules import Rules
+from ..sensitivity.models import LoadedModel
+from ..sensitivity.progress import Reporter
+from ..sensitivity.units import find_units
+from .card import write_card
+from .checks import check, snap
+from .source import Source, open_source
+from .targets import Exporter, find
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file or folder.
+        target: The target's name.
+        source: Plan and weights it was made of.
+        rules: The rules the plan was checked against; None for plain data.
+        stored: Bytes of the planned matrices as the target stores them; None for a configuration.
+        size: Bytes of the file, or of all files of the folder.
+        changed: What ``snap`` rounded: module -> new format.
+    """
+
+    path: Path
+    target: str
+    source: Source
+    rules: Rules | None
+    stored: int | None
+    size: int
+    changed: Mapping[str, str] = field(default_factory=dict)
+
+
+def export(
+    target: Path | Plan,
+    to: str,
+    out: Path,
+    *,
+    plan_only: bool = False,
+    round_up: bool = False,
+    runtime: str | None = None,
+    like: Path | None = None,
+    model: LoadedModel | None = None,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Write a plan, or the weights it describes, for another tool.
+
+    Args:
+        target: A plan, its file, a run folder or a packed folder.
+        to: The target, or a runtime one is for.
+        out: File or folder to write; it appears whole or not at all.
+        plan_only: Write the tool's configuration instead of a checkpoint.
+        round_up: Round formats that the runtime lacks to the next it has, instead of refusing.
+        runtime: The runtime to check for; by default the plan's own, or the target's first.
+        like: A file of the same model that lends what the source lacks (GGUF metadata).
+        model: The original model, when it is loaded already.
+        reporter: Where progress is shown.
+
+    Raises:
+        ValueError: If the runtime cannot run the plan, the target cannot express it, or what was
+            written does not read back as the plan.
+    """
+    name, exporter, asked = find(to)
+    _check_form(name, exporter, out, plan_only)
+    plan_runtime = _plan_of(target).runtime
+    rules = _rules(name, exporter, runtime or asked, plan_runtime)
+    changed: dict[str, str] = {}
+
+    def change(plan: Plan, model: LoadedModel) -> Plan:
+        if rules is None or not round_up:
+            return plan
+        formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
+        rounded, differences = snap(find_units(model.module), plan, formats, rules)
+        changed.update(differences)
+        return rounded
+
+    source = open_source(target, model=model, change=change, like=like, reporter=reporter)
+    if rules is not None:
+        check(source.everything, source.formats, rules, source.plan.model.id)
+    if plan_only or exporter.form is None:
+        text = exporter.config(source)
+        with atomic_path(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return Exported(out, name, source, rules, None, out.stat().st_size, changed)
+    _check_free(out, exporter)
+    with atomic_path(out) as temporary:
+        if exporter.form == "folder":
+            temporary.mkdir()
+        exporter.write(source, temporary)
+        stored = check_written(exporter, source, temporary)
+        if exporter.form == "folder":
+            source.plan.save(temporary / PLAN_FILE)
+            write_card(source, name, rules, temporary)
+    return Exported(out, name, source, rules, stored, size_of(out), changed)
+
+
+def check_written(exporter: Exporter, source: Source, path: Path) -> int:
+    """Compare what a written checkpoint holds with the plan.
+
+    Returns:
+        Bytes of the planned matrices in it.
+
+    Raises:
+        ValueError: If a matrix is missing, there is one too many, or one has another format or
+            size than the plan says.
+    """
+    wanted, shapes, total = source.formats, source.shapes, 0
+    integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
+    for stored in exporter.read(path, source.model):
+        fmt = wanted.get(stored.name)
+        if fmt is None or stored.name not in integers:
+            if stored.fmt.kind == "float":
+                total += stored.nbytes if fmt else 0
+                continue
+            raise ValueError(f"{path} quantizes {stored.name!r}, which the plan does not.")
+        integers.discard(stored.name)
+        size = exporter.stored_bytes(fmt, shapes[stored.name])
+        if stored.fmt != fmt or stored.nbytes != size:
+            raise ValueError(
+                f"{path} holds {stored.name!r} as {stored.fmt} in {stored.nbytes:,} B, but the "
+                f"plan says {fmt} in {size:,} B. Nothing was kept; please report this."
+            )
+        total += stored.nbytes
+    if integers:
+        raise ValueError(f"{path} does not hold {min(integers)!r} as the plan says.")
+    return total
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _rules(name: str, exporter: Exporter, asked: str | None, planned: str | None) -> Rules | None:
+    if asked is not None and asked not in exporter.runtimes:
+        Rules.load(asked)  # raises if there is no such runtime at all
+        raise ValueError(
+            f"{name} files are not for {asked}. They can be checked for "
+            f"{', '.join(exporter.runtimes) or 'no runtime'}."
+        )
+    if not exporter.runtimes:
+        return None
+    fitting = planned if planned in exporter.runtimes else exporter.runtimes[0]
+    return Rules.load(asked or fitting or exporter.runtimes[0])
+
+
+def _plan_of(target: Path | Plan) -> Plan:
+    if isinstance(target, Plan):
+        return target
+    return Plan.load(target / PLAN_FILE if target.is_dir() else target)
+
+
+def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> None:
+    config = plan_only or exporter.form is None
+    if config and exporter.config_suffix is None:
+        raise ValueError(f"{name} has no configuration of its own: leave out --plan-only.")
+    suffix = exporter.config_suffix if config else exporter.suffix
+    if suffix and out.suffix != suffix:
+        raise ValueError(f"--out {out} would not be a {suffix} file, which {name} needs.")
+    if not config and exporter.form == "folder" and out.is_file():
+        raise ValueError(f"--out {out} is a file, but {name} is a folder. Choose another --out.")
+
+
+def _check_free(out: Path, exporter: Exporter) -> None:
+    """Refuse to replace a folder that is not an export."""
+    if exporter.form == "folder" and out.is_dir() and any(out.iterdir()):
+        from ..search.materialize import is_packed
+
+        if is_packed(out) or not (out / PLAN_FILE).is_file() or (out / "job.json").is_file():
+            raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
+
+
+def require(module: str, extra: str, why: str) -> None:
+    """Raise if a package that a target needs is not installed.
+
+    Raises:
+        ValueError: With what to install.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{why} needs {module}: pip install 'bitplan[{extra}]'.")

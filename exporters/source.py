@@ -1,0 +1,166 @@
+"""What an exporter writes: a plan with the packed weights it was priced with, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quantizers.checkpoint import read_checkpoint
+from ..quantizers.format import Format
+from ..quantizers.packed import PackedTensor
+from ..search.materialize import assignment_formats, is_packed, load_packed, planned_units
+from ..search.plan import PLAN_FILE, Plan
+from ..sensitivity.evaluate import Run, plan_runner
+from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.progress import Reporter
+from ..sensitivity.rendering import Renderer
+from ..sensitivity.table import UnitInfo
+from ..sensitivity.units import as_stored, find_units, unplanned_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A plan and its weights.
+
+    Attributes:
+        plan: The plan.
+        model: The original model, or the packed one of a folder: config, tokenizer, structure.
+        units: The planned matrices, one unit each, with the aliases that share their weights.
+        everything: Those and the matrices that the plan leaves as they are.
+        others: Makes pairs of name and tensor of everything the plan leaves as it was, in the
+            checkpoint's own dtype; shared tensors once.
+        tied: Other names of those tensors -> the name in ``others``.
+        packed: Makes the packed weight of a matrix: the codes and scales the plan was priced with.
+            Made anew at every call, so a caller that lets go of each holds one at a time.
+        logits: Runs the dequantized model on a batch: the reference of every comparison.
+        like: A file of the same model in the target's own form that lends what the source lacks.
+        reporter: Where progress is shown.
+    """
+
+    plan: Plan
+    model: LoadedModel
+    units: tuple[UnitInfo, ...]
+    everything: tuple[UnitInfo, ...]
+    others: Callable[[], Iterator[tuple[str, Tensor]]]
+    tied: Mapping[str, str]
+    packed: Callable[[str], PackedTensor]
+    logits: Run
+    like: Path | None = None
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Canonical module name -> format."""
+        return assignment_formats(self.plan)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Canonical module name -> (rows, cols), rows = output features."""
+        return {unit.name: unit.shapes[0] for unit in self.units}
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Alias -> canonical module name."""
+        return {alias: unit.name for unit in self.units for alias in unit.aliases}
+
+    def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
+        """Name and packed weight of every matrix in turn, with a progress bar."""
+        with self.reporter.bar(what, len(self.units)) as advance:
+            for unit in self.units:
+                yield unit.name, self.packed(unit.name)
+                advance(1)
+
+
+def open_source(
+    target: Path | Plan,
+    *,
+    model: LoadedModel | None = None,
+    change: Callable[[Plan, LoadedModel], Plan] | None = None,
+    like: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Source:
+    """Open a plan, a run or a packed folder.
+
+    Args:
+        target: A plan, its file, a run folder, or a folder that ``bitplan quantize`` wrote.
+        model: The original model, when it is loaded already.
+        change: What to do to the plan first; not possible with a packed folder.
+        like: See :class:`Source`.
+        reporter: Where progress is shown.
+
+    Raises:
+        ValueError: If there is no plan, or plan and model do not match.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    if isinstance(target, Path) and is_packed(target):
+        source = _from_folder(target, like, reporter)
+        if change and change(source.plan, source.model) != source.plan:
+            raise ValueError(
+                f"{target} is packed, so its formats cannot be changed. Give its plan "
+                f"({target / PLAN_FILE}) instead."
+            )
+        return source
+    if isinstance(target, Path):
+        target = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+    if model is None:
+        reporter.say(f"Loading {target.model.id}")
+        model = load_model(target.model.id, "cpu")
+    plan = change(target, model) if change else target
+    return _from_plan(plan, model, like, reporter)
+
+
+def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Reporter) -> Source:
+    units = planned_units(model.module, plan)
+    formats = assignment_formats(plan)
+    unplanned, tied = unplanned_tensors(model.module, units)
+    dtype = getattr(torch, model.source_dtype)
+
+    def others() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in unplanned.items():
+            yield name, as_stored(tensor, dtype).contiguous()
+
+    def packed(name: str) -> PackedTensor:
+        fitted = Renderer(model.module, units, plan.rounding)  # new: it keeps the grids it fits
+        fmt = formats[name]
+        return PackedTensor.pack(fitted.weight(name), fmt, fitted.grid(name, fmt))
+
+    run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
+    everything = find_units(model.module)
+    return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
+
+
+def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
+    plan = Plan.load(folder / PLAN_FILE)
+    reporter.say(f"Loading {folder}")
+    model = load_packed(folder)
+    packed, others, header = read_checkpoint(folder)
+    names: dict[str, list[str]] = {name: [] for name in packed}
+    for alias, owner in header["aliases"].items():
+        names[owner].append(alias)
+    units = tuple(
+        UnitInfo(name, (name,), (packed[name].shape,), name, None, tuple(aliases))
+        for name, aliases in names.items()
+    )
+    return Source(
+        plan,
+        model,
+        units,
+        (*units, *_unpacked(model)),
+        lambda: iter(others.items()),
+        header["tied"],
+        packed.__getitem__,
+        model.logits,
+        like,
+        reporter,
+    )
+
+
+def _unpacked(model: LoadedModel) -> tuple[UnitInfo, ...]:
+    try:
+        return find_units(model.module)
+    except ValueError:  # every matrix is packed
+        return ()

@@ -1,0 +1,33 @@
+"""A table for spreadsheets and scripts."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from ..source import Source
+from . import EXPORTERS, Exporter
+
+
+@EXPORTERS.register("csv")
+class Csv(Exporter):
+    """A table: module, format, bits, weights per scale, zero point, rows, columns, bytes."""
+
+    config_suffix = ".csv"
+
+    def config(self, source: Source) -> str:
+        """One line per matrix, in the order of the model."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(
+            ["module", "format", "bits", "group_size", "symmetric", "rows", "cols", "bytes"]
+        )
+        formats, shapes = source.formats, source.shapes
+        for unit in source.units:
+            fmt, (rows, cols) = formats[unit.name], shapes[unit.name]
+            group = "" if fmt.kind == "float" else cols if fmt.group_size == 0 else fmt.group_size
+            size = fmt.stored_bytes((rows, cols))
+            table.writerow(
+                [unit.name, fmt.name, fmt.bits, group, int(fmt.symmetric), rows, cols, size]
+            )
+        return text.getvalue()

@@ -1,0 +1,135 @@
+"""Compare an exported model in the foreign tool with ours: KL divergence and logits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sensitivity.calibration import Samples, evaluation_samples
+from ..sensitivity.evaluate import Run
+from ..sensitivity.models import Batch
+from .export import Exported
+from .targets import EXPORTERS, find, is_installed
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far the foreign tool's logits are from ours.
+
+    Attributes:
+        kl: KL(ours || theirs), mean nats per token.
+        max_error: Largest absolute difference of a log-probability that both think likelier than
+            1e-4.
+        relative: ||theirs - ours|| / ||ours|| of the logits, each centred per token.
+        top1: Share of tokens with the same likeliest outcome.
+        tokens: Tokens compared.
+        max_kl: Most KL that the tool's own arithmetic explains.
+    """
+
+    kl: float
+    max_error: float
+    relative: float
+    top1: float
+    tokens: int
+    max_kl: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is no more than the tool's own arithmetic."""
+        return self.kl <= self.max_kl
+
+
+def verify(
+    exported: Exported, text: str = "builtin", tokens: int = 512, python: str | None = None
+) -> Comparison:
+    """Run the exported checkpoint in the foreign tool and our dequantized model on the same text.
+
+    Args:
+        exported: What was written.
+        text: ``builtin`` or a text file.
+        tokens: Tokens to compare on.
+        python: The interpreter of another environment that has the tool and bitplan; None for
+            this one.
+
+    Raises:
+        ValueError: If the tool is not installed, or there is nothing to load.
+    """
+    _, exporter, _ = find(exported.target)
+    if exporter.form is None or exported.stored is None:
+        raise ValueError(f"{exported.path} holds a plan and no weights: there is nothing to run.")
+    if python is None and not is_installed(exporter):
+        raise ValueError(
+            f"{exported.path} was written and matches the plan, but was not run: {exporter.module} "
+            f"is not installed here. Install it (pip install 'bitplan[{exporter.extra}]') or give "
+            "the --python of an environment that has it."
+        )
+    source = exported.source
+    samples = evaluation_samples(source.model, text, tokens, min(128, tokens))
+    if python is None:
+        run = exporter.logits(exported.path)
+    else:
+        run = _elsewhere(exported, python, samples)
+    return compare(source.logits, run, samples.batches, exporter.max_kl)
+
+
+def compare(ours: Run, theirs: Run, batches: Sequence[Batch], max_kl: float) -> Comparison:
+    """Compare two models' logits on the same batches."""
+    kl = error = norm = distance = 0.0
+    same = tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            a, b = ours(batch).float(), theirs(batch).float()
+            p, q = a.log_softmax(-1), b.log_softmax(-1)
+            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            likely = (p > np.log(1e-4)) & (q > np.log(1e-4))
+            error = max(error, float((p - q)[likely].abs().max()) if likely.any() else 0.0)
+            centred = a - a.mean(-1, keepdim=True)
+            distance += float((b - b.mean(-1, keepdim=True) - centred).double().square().sum())
+            norm += float(centred.double().square().sum())
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            tokens += a.shape[0] * a.shape[1]
+    relative = (distance / norm) ** 0.5 if norm else 0.0
+    return Comparison(kl / tokens, error, relative, same / tokens, tokens, max_kl)
+
+
+def _elsewhere(exported: Exported, python: str, samples: Samples) -> Run:
+    """Run all batches in another interpreter; the answers in order."""
+    if not all(isinstance(batch, Tensor) for batch in samples.batches):
+        raise ValueError("--python works with models that take one tensor.")
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
+        arrays = [batch.numpy() for batch in samples.batches if isinstance(batch, Tensor)]
+        np.savez(inputs, *arrays)
+        words = [python, "-m", __name__, exported.target, exported.path, inputs, outputs]
+        done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise ValueError(
+                f"{python} could not run {exported.path}: {last}. It needs bitplan and the extra "
+                f"of {exported.target}."
+            )
+        with np.load(outputs) as file:
+            answers = iter([torch.from_numpy(file[name]) for name in file.files])
+    return lambda _batch: next(answers)
+
+
+def main(target: str, path: str, inputs: str, outputs: str) -> None:
+    """The other interpreter's part: load a checkpoint, run all batches, save the logits."""
+    run = EXPORTERS.get(target.replace("-", "_"))().logits(Path(path))
+    with np.load(inputs) as file, torch.no_grad():
+        answers = [run(torch.from_numpy(file[name])).float().numpy() for name in file.files]
+    np.savez(outputs, *answers)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    main(*sys.argv[1:])
