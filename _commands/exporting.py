@@ -62,7 +62,8 @@ def export(
     never quantizes again.
     """
     from ..exporters.export import export as write
-    from ..exporters.verify import verify
+    from ..exporters.targets import find
+    from ..exporters.verify import verify, weight_error
     from ..search.budget import format_bytes
     from ..sensitivity.progress import Reporter
 
@@ -90,7 +91,13 @@ def export(
             "plan's format.",
             markup=False,
         )
+    if usage := done.usage:
+        out.print(f"Use it: {usage}", markup=False, soft_wrap=True)
     if check:
+        if done.stored is not None:
+            error = weight_error(find(done.target)[1], done.source, done.path)
+            same = "are ours, bit for bit" if error == 0 else f"differ from ours by {error:.1g}"
+            out.print(f"Weights read back {same}.")
         comparison = verify(done, text, tokens, python)
         out.print(_comparison_table(done.target, comparison))
         if not comparison.agrees:
@@ -129,7 +136,7 @@ def import_(
 @app.command()
 def exporters() -> None:
     """List the targets: what they write, what reads it, and what to install to run it."""
-    from ..exporters.targets import EXPORTERS, is_installed, shown_name
+    from ..exporters.targets import EXPORTERS, shown_name
 
     shown = Table("name", "what", "writes", "checked for", "to run it")
     for name in EXPORTERS.names():
@@ -139,7 +146,7 @@ def exporters() -> None:
             exporter.config_suffix and f"plan ({exporter.config_suffix})",
         ]
         tool = "" if exporter.module is None else f"bitplan[{exporter.extra}]"
-        if tool and is_installed(exporter):
+        if tool and exporter.installed():
             tool += " (installed)"
         shown.add_row(
             shown_name(name),

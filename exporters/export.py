@@ -32,6 +32,7 @@ class Exported:
         stored: Bytes of the planned matrices as the target stores them; None for a configuration.
         size: Bytes of the file, or of all files of the folder.
         changed: What ``snap`` rounded: module -> new format.
+        usage: How the tool reads it.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Exported:
     stored: int | None
     size: int
     changed: Mapping[str, str] = field(default_factory=dict)
+    usage: str = ""
 
 
 def export(
@@ -74,6 +76,7 @@ def export(
     """
     name, exporter, asked = find(to)
     _check_form(name, exporter, out, plan_only)
+    _check_needs(name, exporter)
     plan_runtime = _plan_of(target).runtime
     rules = _rules(name, exporter, runtime or asked, plan_runtime)
     changed: dict[str, str] = {}
@@ -89,11 +92,12 @@ def export(
     source = open_source(target, model=model, change=change, like=like, reporter=reporter)
     if rules is not None:
         check(source.everything, source.formats, rules, source.plan.model.id)
+    usage = exporter.usage(out, source)
     if plan_only or exporter.form is None:
         text = exporter.config(source)
         with atomic_path(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return Exported(out, name, source, rules, None, out.stat().st_size, changed)
+        return Exported(out, name, source, rules, None, out.stat().st_size, changed, usage)
     _check_free(out, exporter)
     with atomic_path(out) as temporary:
         if exporter.form == "folder":
@@ -103,7 +107,7 @@ def export(
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
             write_card(source, name, rules, temporary)
-    return Exported(out, name, source, rules, stored, size_of(out), changed)
+    return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 
 def check_written(exporter: Exporter, source: Source, path: Path) -> int:
@@ -183,11 +187,7 @@ def _check_free(out: Path, exporter: Exporter) -> None:
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
 
 
-def require(module: str, extra: str, why: str) -> None:
-    """Raise if a package that a target needs is not installed.
-
-    Raises:
-        ValueError: With what to install.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{why} needs {module}: pip install 'bitplan[{extra}]'.")
+def _check_needs(name: str, exporter: Exporter) -> None:
+    for module in exporter.needs:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{name} needs {module}: pip install 'bitplan[{exporter.extra}]'.")

@@ -47,6 +47,8 @@ def import_plan(
     note = f"read from {path.name} ({name})"
     if theirs != size:
         note += f", where it takes {theirs:,} B ({8 * theirs / weights:.3f} bpw)"
+    if inexact := sum(not stored.exact for stored in found):
+        note += f"; {inexact} matrices have no exact format here and stand in the nearest one"
     return Plan(
         model=_reference(path, model),
         assignments={stored.name: stored.fmt.name for stored in found},

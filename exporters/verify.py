@@ -18,7 +18,8 @@ from ..sensitivity.calibration import Samples, evaluation_samples
 from ..sensitivity.evaluate import Run
 from ..sensitivity.models import Batch
 from .export import Exported
-from .targets import EXPORTERS, find, is_installed
+from .source import Source
+from .targets import EXPORTERS, Exporter, find
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def verify(
     _, exporter, _ = find(exported.target)
     if exporter.form is None or exported.stored is None:
         raise ValueError(f"{exported.path} holds a plan and no weights: there is nothing to run.")
-    if python is None and not is_installed(exporter):
+    if python is None and not exporter.installed():
         raise ValueError(
             f"{exported.path} was written and matches the plan, but was not run: {exporter.module} "
             f"is not installed here. Install it (pip install 'bitplan[{exporter.extra}]') or give "
@@ -79,6 +80,33 @@ def verify(
     else:
         run = _elsewhere(exported, python, samples)
     return compare(source.logits, run, samples.batches, exporter.max_kl)
+
+
+def weight_error(exporter: Exporter, source: Source, path: Path) -> float:
+    """How far the weights that a written checkpoint means are from ours, without the foreign tool.
+
+    Returns:
+        The largest |theirs - ours| relative to the largest weight of its matrix.
+
+    Raises:
+        ValueError: If that is more than the target's layout explains; the matrix is named.
+    """
+    worst = 0.0
+    wanted = source.formats
+    with source.reporter.bar("Comparing weights", len(wanted)) as advance:
+        for stored in exporter.read(path, source.model):
+            if stored.name not in wanted:
+                continue
+            ours = source.packed(stored.name).dequantize()
+            difference = (stored.weight() - ours).abs().max() / ours.abs().max().clamp_min(1e-30)
+            if not difference <= exporter.max_weight_error:
+                raise ValueError(
+                    f"{path} holds other weights of {stored.name!r} than the plan means: they "
+                    f"differ by up to {float(difference):.2g} of the largest. Export it again."
+                )
+            worst = max(worst, float(difference))
+            advance(1)
+    return worst
 
 
 def compare(ours: Run, theirs: Run, batches: Sequence[Batch], max_kl: float) -> Comparison:

@@ -30,7 +30,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.fmt = packed.fmt
         self.shape = packed.shape
-        self.meta = None if self.fmt.kind == "float" else PackedMeta.of(self.fmt, self.shape)
+        self.meta = PackedMeta.of(self.fmt, self.shape) if self.fmt.kind == "int" else None
         for name, part in packed.tensors.items():
             self.register_buffer(name, part)
         self.bias = bias
@@ -44,8 +44,8 @@ class PackedModule(nn.Module):
 
     def rows(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, or its rows with the given indices [n], as [n, cols]."""
-        if self.meta is None:
-            return (self.weight if indices is None else self.weight[indices]).to(dtype)
+        if self.meta is None:  # floats, and blocks, which are unpacked whole
+            return self.packed().dequantize(indices, dtype)
         zero = self._buffers.get("zero")
         rows: Tensor = dequantize(self.codes, self.scale, zero, indices, *self.meta)
         return rows.to(dtype)
@@ -80,7 +80,7 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., cols] to outputs [..., rows], in the dtype of ``x``."""
         if self.meta is None:
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+            return nn.functional.linear(x, self.rows(None, x.dtype), self.bias)
         zero = self._buffers.get("zero")
         outputs: Tensor = packed_linear(x, self.codes, self.scale, zero, self.bias, *self.meta)
         return outputs

@@ -16,8 +16,45 @@ _GROUPS = {"32": 32, "64": 64, "128": 128, "256": 256, "c": PER_CHANNEL, "t": PE
 _FLOATS = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2), "fp32": ("float32", 4)}
 _FLOAT_OF_DTYPE = {dtype: name for name, (dtype, _) in _FLOATS.items()}
 _INTEGER = re.compile(r"int([1-8])-g(32|64|128|256|c|t)(-asym)?")
-_PLANNED = re.compile(r"nf4-.*|fp[468]-.*|mxfp[468]|nvfp4|cb\d+-.*|.*\+(sp|lr)[\d.]+")
+_PLANNED = re.compile(r"nf4-.*|fp[468]-.*|mxfp[68]|nvfp4|cb\d+-.*|.*\+(sp|lr)[\d.]+")
 _ITEM_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block format of llama.cpp: a fixed number of weights of a row in a fixed number of bytes.
+
+    Attributes:
+        bits: Bits per code.
+        block_size: Weights per block; a row ends with a whole block.
+        nbytes: Bytes per block: codes and all scales.
+        group_size: Weights that share a scale within a block.
+        symmetric: Whether groups have no minimum of their own.
+    """
+
+    bits: int
+    block_size: int
+    nbytes: int
+    group_size: int
+    symmetric: bool
+
+
+BLOCKS = {
+    "q4_0": Block(4, 32, 18, 32, True),  # this one, q5_0 and q8_0 are called int4-g32, ... here
+    "q5_0": Block(5, 32, 22, 32, True),
+    "q8_0": Block(8, 32, 34, 32, True),
+    "q4_1": Block(4, 32, 20, 32, False),
+    "q5_1": Block(5, 32, 24, 32, False),
+    "iq4_nl": Block(4, 32, 18, 32, True),
+    "mxfp4": Block(4, 32, 17, 32, True),
+    "q2_k": Block(2, 256, 84, 16, False),
+    "q3_k": Block(3, 256, 110, 16, True),
+    "q4_k": Block(4, 256, 144, 32, False),
+    "q5_k": Block(5, 256, 176, 32, False),
+    "q6_k": Block(6, 256, 210, 16, True),
+    "iq4_xs": Block(4, 256, 136, 32, True),
+}
+INTEGER_BLOCKS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +67,8 @@ class Format:
 
     Attributes:
         name: The canonical spec, such as ``int4-g64-asym`` or ``bf16``.
-        kind: ``int`` for codes with scales, ``float`` for plain weights.
+        kind: ``int`` for codes with scales, ``float`` for plain weights, ``block`` for the
+            blocks of llama.cpp, whose codes and scales are interleaved.
         bits: Bits per code, without scales and zero points.
         group_size: Weights per scale; ``PER_CHANNEL`` or ``PER_TENSOR`` for one per row or one
             for all.  Meaningless for ``float``.
@@ -38,14 +76,14 @@ class Format:
     """
 
     name: str
-    kind: Literal["int", "float"]
+    kind: Literal["int", "float", "block"]
     bits: int
     group_size: int
     symmetric: bool
 
     @staticmethod
     def parse(spec: str) -> Format:
-        """Read ``int{1..8}-g{32|64|128|256|c|t}[-asym]``, ``bf16``, ``fp16`` or ``fp32``.
+        """Read ``int{1..8}-g{32|64|128|256|c|t}[-asym]``, ``bf16``, ``q4_k``, ``iq4_nl``, ...
 
         Raises:
             ValueError: If ``spec`` is not such a name; the nearest ones are given.
@@ -55,6 +93,10 @@ class Format:
             return Format(spec, "int", int(bits), _GROUPS[group], asymmetric is None)
         if spec in _FLOATS:
             return Format(spec, "float", 8 * _FLOATS[spec][1], PER_CHANNEL, True)
+        if spec in INTEGER_BLOCKS:
+            return Format.parse(INTEGER_BLOCKS[spec])
+        if block := BLOCKS.get(spec):
+            return Format(spec, "block", block.bits, block.group_size, block.symmetric)
         if _PLANNED.fullmatch(spec):
             raise ValueError(
                 f"Format {spec!r} is not available in this version of bitplan. "
@@ -64,7 +106,8 @@ class Format:
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
             f"Unknown format {spec!r}.{hint} "
-            "The grammar is int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32."
+            "The grammar is int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32, and for "
+            f"llama.cpp {', '.join(BLOCKS)}."
         )
 
     @staticmethod
@@ -85,17 +128,28 @@ class Format:
         """
         return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
 
+    @property
+    def block_size(self) -> int:
+        """Weights that rows are stored in multiples of; 1 unless this is a block format."""
+        return BLOCKS[self.name].block_size if self.kind == "block" else 1
+
     def groups(self, cols: int) -> int:
         """Scales per row of a matrix with ``cols`` columns; the last group may be short."""
+        if self.kind == "block":
+            return math.ceil(cols / self.block_size) * (self.block_size // self.group_size)
         return math.ceil(cols / self.group_size) if self.group_size > 0 else 1
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype name of every tensor that stores a [rows, cols] weight.
 
         ``codes`` are packed LSB-first, each row starting at a byte; ``zero`` is one LSB-first
-        stream of b-bit zero points in the order of the scales.
+        stream of b-bit zero points in the order of the scales.  ``blocks`` are what llama.cpp
+        stores; the last block of a row may be padded.
         """
         rows, cols = shape
+        if self.kind == "block":
+            row = math.ceil(cols / self.block_size) * BLOCKS[self.name].nbytes
+            return {"blocks": ((rows, row), "uint8")}
         if self.kind == "float":
             return {"weight": ((rows, cols), _FLOATS[self.name][0])}
         scales = (1, 1) if self.group_size == PER_TENSOR else (rows, self.groups(cols))
@@ -136,4 +190,4 @@ def resolve_formats(specs: Sequence[str], source: str) -> tuple[Format, ...]:
 
 def _all_names() -> list[str]:
     integers = [f"int{b}-g{g}{z}" for b in range(1, 9) for g in _GROUPS for z in ("", "-asym")]
-    return [*integers, *_FLOATS, "keep"]
+    return [*integers, *_FLOATS, *BLOCKS, "keep"]

@@ -8,6 +8,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .blocks import layouts
 from .format import Format
 
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -17,13 +18,22 @@ CHUNK = 1 << 20  # weights handled at a time, so that temporaries stay in the ca
 class Grid(NamedTuple):
     """The representable values s * (c - z), c = 0 ... 2^b - 1, of every group of a weight.
 
+    A block format has two scales, of the block and of a group in it; ``blocks.Layout`` says what
+    they amount to.
+
     Attributes:
-        scale: The scales s [rows, groups], or [1, 1] for a per-tensor format; float16.
-        zero: The zero points z, shaped like ``scale``, uint8; None for a symmetric format.
+        scale: The scales s [rows, groups], or [1, 1] for a per-tensor format; float16.  Of a block
+            format, those of the blocks [rows, blocks], or their exponents, uint8.
+        zero: The zero points z, shaped like ``scale``, uint8; None for a symmetric format.  Of a
+            block format, minimums or the scale of minimums [rows, blocks], float16.
+        scales: Of a block format, scales of the groups [rows, groups], uint8, as stored.
+        mins: Likewise the minimums of the groups.
     """
 
     scale: Tensor
     zero: Tensor | None
+    scales: Tensor | None = None
+    mins: Tensor | None = None
 
 
 @overload
@@ -34,7 +44,8 @@ def grid_rows(grid: Grid | None, rows: slice | Tensor) -> Grid | None:
     """The grid of some rows of a weight; a per-tensor grid is the same for all rows."""
     if grid is None or grid.scale.shape[0] == 1:
         return grid
-    return Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
+    rest = (None if part is None else part[rows] for part in grid[1:])
+    return Grid(grid.scale[rows], *rest)
 
 
 def render(weight: Tensor, fmt: Format, grid: Grid | None, out: Tensor | None = None) -> Tensor:
@@ -105,22 +116,83 @@ def group_blocks(matrix: Tensor, fmt: Format) -> Iterator[tuple[Tensor, slice]]:
 
 def _round_to_codes(weight: Tensor, fmt: Format, grid: Grid, out: Tensor) -> None:
     """Write the codes of ``weight`` to ``out``, both [rows, cols], as float32."""
-    scale = grid.scale.float()
-    inverse = torch.where(scale == 0, 0, 1 / scale)
+    line = line_of(fmt, grid)
+    inverse = torch.where(line.scale == 0, 0, 1 / line.scale)
     for (block, groups), (codes, _) in zip(
         group_blocks(weight.detach(), fmt), group_blocks(out, fmt), strict=True
     ):
-        torch.mul(block, inverse[:, groups, None], out=codes)
-        codes.add_(_zero(fmt, grid, groups)).round_().clamp_(0, 2**fmt.bits - 1)
+        if line.offset is None:
+            torch.mul(block, inverse[:, groups, None], out=codes)
+        else:
+            torch.sub(block, line.offset[:, groups, None], out=codes)
+            codes.mul_(inverse[:, groups, None])
+        if line.levels is None:
+            codes.add_(_zero(line, groups)).round_().clamp_(0, 2**fmt.bits - 1)
+        else:
+            codes.copy_(nearest_level(codes, line.levels))
 
 
 def _dequantize(codes: Tensor, fmt: Format, grid: Grid) -> None:
-    """Turn float32 codes [rows, cols] into s * (c - z) in place; exact, as s is a float16."""
+    """Turn float32 codes [rows, cols] into weights in place.
+
+    Exact but for the addition of a minimum: codes, scales and their products have few bits.
+    """
+    line = line_of(fmt, grid)
     for block, groups in group_blocks(codes, fmt):
-        block.sub_(_zero(fmt, grid, groups)).mul_(grid.scale[:, groups, None].float())
+        if line.levels is None:
+            block.sub_(_zero(line, groups)).mul_(line.scale[:, groups, None])
+        else:
+            block.copy_(line.levels[block.long()]).mul_(line.scale[:, groups, None])
+        if line.offset is not None:
+            block.add_(line.offset[:, groups, None])
 
 
-def _zero(fmt: Format, grid: Grid, groups: slice) -> Tensor:
-    if grid.zero is None:
-        return torch.tensor(fmt.zero_point)
-    return grid.zero[:, groups, None].float()
+class Line(NamedTuple):
+    """How codes of a group become weights: scale * (c - zero) + offset.
+
+    Attributes:
+        scale: float32 [rows, groups], or [1, 1].
+        zero: Zero points, shaped like ``scale``, or one for all (a scalar).
+        offset: float32 [rows, groups]; None for 0.
+        levels: What stands for a code instead of c - zero, float32 [2^b]; None for c - zero.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    offset: Tensor | None = None
+    levels: Tensor | None = None
+
+
+def line_of(fmt: Format, grid: Grid) -> Line:
+    """The line of every group that a grid of a format means."""
+    if fmt.kind != "block":
+        zero = torch.tensor(fmt.zero_point) if grid.zero is None else grid.zero.float()
+        return Line(grid.scale.float(), zero)
+    layout = layouts()[fmt.name]
+    scale = exponent(grid.scale) if grid.scale.dtype == torch.uint8 else grid.scale.float()
+    offset = None if grid.zero is None else grid.zero.float()
+    per_block = fmt.block_size // fmt.group_size
+    if grid.scales is not None:
+        scale = scale.repeat_interleave(per_block, 1) * (grid.scales.float() - layout.bias)
+    if grid.mins is not None and offset is not None:
+        offset = -(offset.repeat_interleave(per_block, 1) * grid.mins.float())
+    levels = None
+    if layout.levels is not None:
+        levels = torch.tensor(layout.levels, dtype=torch.float32, device=scale.device)
+    return Line(scale, torch.tensor(float(layout.zero)), offset, levels)
+
+
+def exponent(stored: Tensor) -> Tensor:
+    """Powers of two, float32, for the E8M0 exponents of levels in halves: 2^(e - 128)."""
+    return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 128)
+
+
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """Codes, float32, of the levels nearest to ``values``."""
+    ordered, order = levels.sort(stable=True)
+    between = (ordered[1:] + ordered[:-1]) / 2
+    return order[torch.bucketize(values, between)].float()
+
+
+def _zero(line: Line, groups: slice) -> Tensor:
+    return line.zero[:, groups, None] if line.zero.dim() else line.zero

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .blocks import pack_blocks, unpack_blocks
 from .format import Format
 from .grid import FLOAT_DTYPES, Grid, decode, encode, grid_rows, row_chunks
 
@@ -56,6 +57,11 @@ class PackedTensor:
         if grid is None:
             parts = {"weight": weight.detach().to(FLOAT_DTYPES[fmt.name]).contiguous()}
             return PackedTensor(fmt, (rows, cols), parts)
+        if fmt.kind == "block":
+            blocks = torch.cat(
+                [_pack_blocks(weight, fmt, grid, r) for r in row_chunks(weight.shape)]
+            )
+            return PackedTensor(fmt, (rows, cols), {"blocks": blocks})
         chunks = (
             pack_bits(encode(weight[some], fmt, grid_rows(grid, some)), fmt.bits)
             for some in row_chunks(weight.shape)
@@ -74,22 +80,36 @@ class PackedTensor:
         """The scales and zero points; None for a float format."""
         if self.fmt.kind == "float":
             return None
+        if self.fmt.kind == "block":
+            return Grid(*unpack_blocks(self.fmt.name, self.tensors["blocks"])[1:])
         scale = self.tensors["scale"]
         if self.fmt.symmetric:
             return Grid(scale, None)
         zero = unpack_bits(self.tensors["zero"].view(1, -1), self.fmt.bits, scale.numel())
         return Grid(scale, zero.view(scale.shape))
 
-    def dequantize(self, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(
+        self, rows: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The weight [rows, cols], or some of its rows, as a plain tensor of ``dtype``."""
         some = slice(None) if rows is None else rows
         if self.fmt.kind == "float":
             return self.tensors["weight"][some].to(dtype)
+        if self.fmt.kind == "block":
+            codes, d, *rest = unpack_blocks(self.fmt.name, self.tensors["blocks"][some])
+            return decode(codes[:, : self.shape[1]], self.fmt, Grid(d, *rest)).to(dtype)
         grid = self.grid()
         assert grid is not None
         part = self.tensors["codes"][some]
         codes = unpack_bits(part, self.fmt.bits, self.shape[1])
         return decode(codes, self.fmt, grid_rows(grid, some)).to(dtype)
+
+
+def _pack_blocks(weight: Tensor, fmt: Format, grid: Grid, rows: slice) -> Tensor:
+    part = grid_rows(grid, rows)
+    codes = encode(weight[rows], fmt, part)
+    padded = pad(codes, (0, -codes.shape[1] % fmt.block_size))
+    return pack_blocks(fmt.name, padded, *part)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -44,6 +44,7 @@ class Rules(_Strict):
         description: What the runtime is and which files it reads.
         source: Versions and pages the rules come from.
         integers: The integer formats it runs; one set that holds a format is enough.
+        blocks: The block formats of llama.cpp it runs; each needs rows of whole blocks.
         floats: The formats it takes for matrices that are not quantized.
         columns_multiple_of: Divides the input features of every quantized matrix.
         rows_multiple_of: Divides its output features.
@@ -57,7 +58,8 @@ class Rules(_Strict):
     name: str
     description: str
     source: str
-    integers: tuple[Integers, ...]
+    integers: tuple[Integers, ...] = ()
+    blocks: tuple[str, ...] = ()
     floats: tuple[Literal["bf16", "fp16", "fp32"], ...]
     columns_multiple_of: PositiveInt = 1
     rows_multiple_of: PositiveInt = 1
@@ -119,7 +121,7 @@ class Rules(_Strict):
             for s in self.integers
             for bits, group, zero_point in product(s.bits, s.groups, s.zero_points)
         )
-        return tuple(map(Format.parse, dict.fromkeys((*integers, *self.floats))))
+        return tuple(map(Format.parse, dict.fromkeys((*integers, *self.blocks, *self.floats))))
 
     def must_stay_float(self, name: str) -> bool:
         """Whether a module of this name cannot be quantized."""
@@ -146,6 +148,7 @@ class Rules(_Strict):
             ("columns_multiple_of", cols, "input", self.columns_multiple_of),
             ("rows_multiple_of", rows, "output", self.rows_multiple_of),
             ("whole_groups", cols, "input", group),
+            ("blocks", cols, "input", fmt.block_size),
         ):
             if size % divisor:
                 return f"{rule}: {size} {side} features are no multiple of {divisor}"
@@ -155,6 +158,9 @@ class Rules(_Strict):
         if fmt.kind == "float":
             taken = ", ".join(self.floats) or "no float format"
             return None if fmt.name in self.floats else f"floats: it takes {taken}, not {fmt.name}"
+        if fmt.kind == "block":
+            taken = ", ".join(self.blocks) or "no blocks of llama.cpp"
+            return None if fmt.name in self.blocks else f"blocks: it takes {taken}, not {fmt.name}"
         sets = [s for s in self.integers if fmt.bits in s.bits]
         if not sets:
             taken = ", ".join(

@@ -193,7 +193,7 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     if function is not None:
         loaded = _from_python(*function)
     elif name == DEFAULT_MODEL:
-        loaded = _from_gguf(name, _smollm2_path())
+        loaded = _from_gguf(name, smollm2_path())
     elif name.endswith(".gguf"):
         loaded = _from_gguf(str(Path(name).resolve()), Path(name))
     else:
@@ -226,7 +226,12 @@ def _check_finite(module: nn.Module) -> None:
             )
 
 
-def _smollm2_path() -> Path:
+def smollm2_path() -> Path:
+    """The file of the embedded default model.
+
+    Raises:
+        ValueError: If its package is not installed.
+    """
     # find_spec of a top-level name locates the package without importing it: its own imports
     # (llama-cpp-python) are not needed to read the file it carries.
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)

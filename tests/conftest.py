@@ -82,3 +82,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_folder: Path) -> LoadedModel:
     return load_model(str(tiny_folder), "cpu")
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Llama whose rows hold whole blocks of 256, as a Hub folder."""
+    from bitplan.tests.gguf_toys import wide_llama
+
+    return wide_llama(tiny_folder, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="session")
+def wide(wide_folder: Path) -> LoadedModel:
+    return load_model(str(wide_folder), "cpu")
+
+
+@pytest.fixture(scope="session")
+def wide_gguf(wide_folder: Path, wide: LoadedModel) -> Path:
+    """The same model as a float32 GGUF file."""
+    from bitplan.tests.gguf_toys import write_llama_gguf
+
+    return write_llama_gguf(wide, wide_folder, wide_folder / "wide.gguf")

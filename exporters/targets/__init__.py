@@ -28,6 +28,7 @@ class Stored:
         nbytes: Bytes of everything stored for it: codes, scales, zero points and what else the
             layout needs.
         weight: Dequantizes it: float32 [rows, cols] in the model's own order of rows.
+        exact: Whether ``fmt`` says it all; False if it is the nearest format to something else.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stored:
     fmt: Format
     nbytes: int
     weight: Callable[[], Tensor]
+    exact: bool = True
 
 
 class Exporter:
@@ -53,8 +55,11 @@ class Exporter:
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
         suffix: What the checkpoint's file name ends with.
         config_suffix: What the configuration's file name ends with; None if there is none.
+        needs: Packages that writing takes, besides those of bitplan itself.
         noise: What the tool's own arithmetic adds, measured; printed beside a comparison.
         max_kl: Most KL divergence (nats per token) from our model that is that noise.
+        max_weight_error: Most that a weight read back may differ from ours, relative to the largest
+            of its matrix.
     """
 
     runtimes: ClassVar[tuple[str, ...]] = ()
@@ -63,8 +68,10 @@ class Exporter:
     form: ClassVar[Literal["folder", "file"] | None] = None
     suffix: ClassVar[str] = ""
     config_suffix: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
     noise: ClassVar[str] = ""
     max_kl: ClassVar[float] = 1e-4
+    max_weight_error: ClassVar[float] = 0.0
 
     def config(self, source: Source) -> str:
         """The plan in the tool's own configuration language.
@@ -73,6 +80,10 @@ class Exporter:
             ValueError: If the tool cannot express it.
         """
         raise NotImplementedError
+
+    def usage(self, path: Path, source: Source) -> str:
+        """A line that says how the tool reads what was written; empty if that is plain."""
+        return ""
 
     def write(self, source: Source, out: Path) -> None:
         """Write the checkpoint: our codes and scales, a matrix at a time.
@@ -105,6 +116,10 @@ class Exporter:
             ValueError: If it is damaged, or has no format of ours.
         """
         raise NotImplementedError
+
+    def installed(self) -> bool:
+        """Whether the foreign tool that ``logits`` needs can be imported."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
 
     def logits(self, path: Path) -> Run:
         """Load a checkpoint with the foreign tool.
@@ -147,8 +162,3 @@ def find(name: str) -> tuple[str, Exporter, str | None]:
             return shown_name(candidate), exporter(), name
     EXPORTERS.get(key)  # raises, with the nearest name
     raise AssertionError
-
-
-def is_installed(exporter: Exporter) -> bool:
-    """Whether the foreign tool that reads the target's files can be imported."""
-    return exporter.module is None or importlib.util.find_spec(exporter.module) is not None

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..block_fit import fit_blocks
 from ..format import PER_TENSOR, Format
 from ..grid import Grid, group_blocks, row_chunks
 from . import METHODS
@@ -46,6 +47,8 @@ def rtn(weight: Tensor, fmt: Format) -> Grid | None:
     _check_range(weight, fmt)
     if fmt.kind == "float":
         return None
+    if fmt.kind == "block":
+        return fit_blocks(weight, fmt, RATIOS[fmt.bits])
     if fmt.group_size == PER_TENSOR:
         weight = weight.reshape(1, -1)
     shape = (weight.shape[0], fmt.groups(weight.shape[1]))
@@ -141,6 +144,8 @@ def _check_range(weight: Tensor, fmt: Format) -> None:
         raise ValueError(f"The weight contains {largest} and cannot be quantized.")
     if fmt.kind == "float":
         needed = largest if fmt.name == "fp16" else 0.0
+    elif fmt.kind == "block":
+        needed = largest / 8
     elif fmt.symmetric:
         needed = largest / fmt.zero_point
     else:

@@ -32,7 +32,7 @@ def test_unknown_names_get_near_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["nf4-g64", "mxfp4", "nvfp4", "cb3-gc", "int4-g64+sp0.5", "bf16+lr16"]
+    "spec", ["nf4-g64", "mxfp6", "nvfp4", "cb3-gc", "int4-g64+sp0.5", "bf16+lr16"]
 )
 def test_formats_of_later_versions_say_so(spec: str) -> None:
     with pytest.raises(ValueError, match="not available in this version"):

@@ -61,8 +61,8 @@ def test_the_runtimes_of_the_command_line_exist() -> None:
         ("vllm", ["int4-g32", "int4-g128-asym", "int8-gc", "bf16"], ["int3-g32", "int4-g256"]),
         ("vllm-cpu", ["int4-g32", "int4-g128"], ["int8-g32", "int8-gc"]),
         ("transformers", ["int2-g32", "int8-g64"], ["int4-g32-asym", "int3-g32"]),
-        ("llama.cpp", ["int4-g32-asym", "int5-g32", "fp32"], ["int4-g64", "int8-g32-asym"]),
-        ("mlx", ["int5-g128-asym", "int3-g32"], ["int7-g32", "int4-gc"]),
+        ("llama.cpp", ["q4_1", "q4_k", "int5-g32", "fp32"], ["int4-g64", "int4-g32-asym"]),
+        ("mlx", ["int5-g128-asym", "int3-g32"], ["int7-g32", "int4-gc", "q4_k"]),
         ("onnx", ["int2-g256-asym", "int4-gc"], ["int3-g32", "int2-gc", "int8-gc-asym"]),
         ("autoround", ["int7-g64", "int2-g32-asym"], ["int1-g32"]),
         ("gptq", ["int3-g64-asym", "int8-g32"], ["int5-g32"]),
@@ -80,7 +80,7 @@ def test_facts_of_the_runtimes(name: str, takes: list[str], refuses: list[str]) 
 def test_only_runtimes_that_quantize_embeddings_take_one(name: str) -> None:
     found = Rules.load(name)
     fmt = Format.parse(found.candidates[0])
-    refused = found.refusal(fmt, (49152, 576), "model.embed_tokens") is not None
+    refused = found.refusal(fmt, (49152, 768), "model.embed_tokens") is not None
     assert refused == (name not in ("llama.cpp", "mlx"))
     assert found.refusal(Format.parse("bf16"), (49152, 576), "model.embed_tokens") is None
 
