@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..quantizers.format import PER_TENSOR, Format
-from ..quantizers.grid import Grid
 from ..quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
 Tensors = dict[str, Tensor]
 
 
-def grid_of(packed: PackedTensor) -> Grid:
+def grid_of(packed: PackedTensor) -> tuple[Tensor, Tensor]:
     """Scales and zero points [rows, groups] of an integer weight; one of a tensor for each row.
 
     A symmetric format's zero point is written out.
@@ -28,14 +27,14 @@ def grid_of(packed: PackedTensor) -> Grid:
         ValueError: If the format is no integer one, or has no integer zero point (one bit).
     """
     fmt, grid = packed.fmt, packed.grid()
-    if grid is None or (fmt.symmetric and fmt.bits == 1):
+    if grid is None or fmt.kind != "int" or (fmt.symmetric and fmt.bits == 1):
         raise ValueError(f"A weight in {fmt} has no integer zero point. Use another format.")
-    scale, zero = grid
+    scale, zero = grid.scale, grid.zero
     if zero is None:
         zero = torch.full_like(scale, fmt.zero_point, dtype=torch.uint8)
     if fmt.group_size == PER_TENSOR:
         scale, zero = (part.expand(packed.shape[0], 1) for part in (scale, zero))
-    return Grid(scale, zero)
+    return scale, zero
 
 
 def to_words(stream: Tensor) -> Tensor:
@@ -61,8 +60,7 @@ def packed_from(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) 
         if zero is not None and not (zero == fmt.zero_point).all():
             raise ValueError(f"The zero points are not the {fmt.zero_point:g} that {fmt} implies.")
     else:
-        assert zero is not None
-        parts["zero"] = pack_bits(zero.reshape(1, -1), fmt.bits)[0]
+            parts["zero"] = pack_bits(zero.reshape(1, -1), fmt.bits)[0]
     return PackedTensor(fmt, (codes.shape[0], codes.shape[1]), parts)
 
 
@@ -77,7 +75,6 @@ def to_compressed_tensors(packed: PackedTensor) -> Tensors:
         [ceil(rows * b / 32), groups].
     """
     scale, zero = grid_of(packed)
-    assert zero is not None
     tensors = {
         "weight_packed": to_words(packed.tensors["codes"]),
         "weight_scale": scale.contiguous(),
@@ -99,7 +96,7 @@ def from_compressed_tensors(tensors: Tensors, fmt: Format) -> PackedTensor:
 
 
 def to_gptq(packed: PackedTensor, offset_zeros: bool) -> Tensors:
-    """The tensors of GPTQ checkpoints, which AutoRound writes too.
+    """The tensors of GPTQ checkpoints.
 
     Args:
         packed: A weight whose rows and columns are multiples of 32.
@@ -116,7 +113,6 @@ def to_gptq(packed: PackedTensor, offset_zeros: bool) -> Tensors:
     if rows % 32 or cols % 32:
         raise ValueError(f"GPTQ packs 32 rows and columns together, not {rows} x {cols}.")
     scale, zero = grid_of(packed)
-    assert zero is not None
     if offset_zeros:
         if not zero.all():
             raise ValueError(
@@ -135,7 +131,8 @@ def to_gptq(packed: PackedTensor, offset_zeros: bool) -> Tensors:
 
 def from_gptq(tensors: Tensors, fmt: Format, offset_zeros: bool) -> PackedTensor:
     """Invert :func:`to_gptq`."""
-    rows, cols = tensors["qweight"].shape[1], len(tensors["g_idx"])
+    words, rows = tensors["qweight"].shape
+    cols = words * 32 // fmt.bits
     codes = from_words(tensors["qweight"].T, cols, fmt.bits)
     zero = from_words(tensors["qzeros"], rows, fmt.bits).T + int(offset_zeros)
     return packed_from(codes, tensors["scales"].T, zero, fmt)
@@ -144,16 +141,23 @@ def from_gptq(tensors: Tensors, fmt: Format, offset_zeros: bool) -> PackedTensor
 def to_mlx(packed: PackedTensor) -> Tensors:
     """The tensors of MLX's affine mode: a weight is q * scale + bias, with bias = -z * scale.
 
-    Scales and biases have one dtype: float16 if every bias is exact in it, which holds for
-    symmetric formats, else float32.
+    Scales and biases have one dtype, as MLX needs. In a symmetric format z is a power of two, and
+    float16 holds every bias exactly; in an asymmetric one it does not, and both are float32.
 
     Returns:
         ``weight`` uint32 [rows, cols * b / 32], ``scales`` and ``biases`` [rows, groups].
+
+    Raises:
+        ValueError: If a symmetric bias is beyond float16.
     """
     scale, zero = grid_of(packed)
-    assert zero is not None
+    dtype = torch.float16 if packed.fmt.symmetric else torch.float32
     biases = -zero.float() * scale.float()
-    dtype = torch.float16 if torch.equal(biases.half().float(), biases) else torch.float32
+    if not torch.equal(biases.to(dtype).float(), biases):
+        raise ValueError(
+            f"A scale of {float(scale.abs().max()):g} in {packed.fmt} gives a bias that float16 "
+            "does not hold. Use an asymmetric format."
+        )
     return {
         "weight": to_words(packed.tensors["codes"]).view(torch.uint32),
         "scales": scale.to(dtype).contiguous(),
@@ -175,24 +179,19 @@ def from_mlx(tensors: Tensors, fmt: Format) -> PackedTensor:
 def to_matmul_nbits(packed: PackedTensor) -> Tensors:
     """The initializers of ONNX Runtime's ``MatMulNBits``.
 
-    Args:
-        packed: A weight with whole groups.
+    A short last group is filled up with codes that nothing is multiplied with. A whole row as one
+    group is laid out the same way, though the operator would not take it.
 
     Returns:
-        ``B`` uint8 [rows, groups, group_size * b / 8], ``scales`` fp16 [rows, groups] and, if
-        asymmetric, ``zero_points`` uint8 [rows, ceil(groups * b / 8)].
-
-    Raises:
-        ValueError: If the last group of a row is short.
+        ``B`` uint8 [rows, groups, ceil(group_size * b / 8)], ``scales`` fp16 [rows, groups] and,
+        if asymmetric, ``zero_points`` uint8 [rows, ceil(groups * b / 8)].
     """
     (rows, cols), fmt = packed.shape, packed.fmt
     scale, zero = grid_of(packed)
-    groups = scale.shape[1]
-    assert zero is not None
-    if fmt.group_size <= 0 or cols % fmt.group_size:
-        raise ValueError(f"MatMulNBits takes whole groups only, not {cols} columns in {fmt}.")
+    groups, codes = scale.shape[1], packed.tensors["codes"]
+    block = -(-(fmt.group_size if fmt.group_size > 0 else cols) * fmt.bits // 8)
     tensors = {
-        "B": packed.tensors["codes"].view(rows, groups, -1),
+        "B": pad(codes, (0, groups * block - codes.shape[1])).view(rows, groups, block),
         "scales": scale.contiguous(),
     }
     if not fmt.symmetric:
@@ -200,11 +199,12 @@ def to_matmul_nbits(packed: PackedTensor) -> Tensors:
     return tensors
 
 
-def from_matmul_nbits(tensors: Tensors, fmt: Format) -> PackedTensor:
-    """Invert :func:`to_matmul_nbits`."""
+def from_matmul_nbits(tensors: Tensors, fmt: Format, cols: int) -> PackedTensor:
+    """Invert :func:`to_matmul_nbits` for a weight [rows, cols]."""
     scale = tensors["scales"]
     rows, groups = scale.shape
-    codes = unpack_bits(tensors["B"].reshape(rows, -1), fmt.bits, groups * fmt.group_size)
+    stream = tensors["B"].reshape(rows, -1)[:, : -(-cols * fmt.bits // 8)]
+    codes = unpack_bits(stream, fmt.bits, cols)
     zero = None
     if not fmt.symmetric:
         zero = unpack_bits(tensors["zero_points"], fmt.bits, groups)
