@@ -60,7 +60,8 @@ def packed_from(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) 
         if zero is not None and not (zero == fmt.zero_point).all():
             raise ValueError(f"The zero points are not the {fmt.zero_point:g} that {fmt} implies.")
     else:
-            parts["zero"] = pack_bits(zero.reshape(1, -1), fmt.bits)[0]
+        assert zero is not None
+        parts["zero"] = pack_bits(zero.reshape(1, -1), fmt.bits)[0]
     return PackedTensor(fmt, (codes.shape[0], codes.shape[1]), parts)
 
 

@@ -16,7 +16,7 @@ from ..quantizers.packed import PackedTensor, unpack_bits
 from ._packing import grid_of, to_matmul_nbits
 from .source import Source
 
-MODULE, SHAPE = "bitplan.module", "bitplan.shape"  # properties of a node
+MODULE, SHAPE, FORMAT = "bitplan.module", "bitplan.shape", "bitplan.format"  # of a node
 NBITS = "com.microsoft::MatMulNBits"
 INT_TYPES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 
@@ -40,7 +40,7 @@ class MatMulNBits(nn.Module):
     def __init__(self, name: str, packed: PackedTensor) -> None:
         super().__init__()
         self.fmt, self.shape = packed.fmt, packed.shape
-        self.properties = _properties(name, packed.shape)
+        self.properties = _properties(name, packed)
         for part, tensor in to_matmul_nbits(packed).items():
             self.register_buffer(part, tensor.float() if part == "scales" else tensor)
 
@@ -79,7 +79,7 @@ class Dequantized(nn.Module):
         # OpenVINO takes no short last group: it is filled up, and cut off again.
         codes = F.pad(codes, (0, fmt.groups(cols) * size - cols))
         self.attributes = {"axis": 0} if self.per_row else {"axis": 1, "block_size": size}
-        self.properties = _properties(name, packed.shape) | {
+        self.properties = _properties(name, packed) | {
             "bitplan.type": INT_TYPES[fmt.bits, fmt.symmetric]
         }
         self.register_buffer("codes", codes)
@@ -111,7 +111,7 @@ class Unpacked(nn.Module):
     def __init__(self, name: str, packed: PackedTensor) -> None:
         super().__init__()
         self.fmt, self.shape = packed.fmt, packed.shape
-        self.properties = _properties(name, packed.shape)
+        self.properties = _properties(name, packed)
         for part, tensor in to_matmul_nbits(packed).items():
             self.register_buffer(part, tensor.float() if part == "scales" else tensor)
         count = 8 // self.fmt.bits
@@ -125,8 +125,8 @@ class Unpacked(nn.Module):
         if not self.fmt.symmetric:
             groups = self.fmt.groups(cols)
             zero = self._codes(self.get_buffer("zero_points"))[:, :groups, None]
-        packed, scales = self.get_buffer("B"), self.get_buffer("scales")
-        weight = (self._codes(packed, self.properties) - zero) * scales.unsqueeze(-1)
+        codes = self._codes(self.get_buffer("B"), self.properties)
+        weight = (codes - zero) * self.get_buffer("scales").unsqueeze(-1)
         return weight.reshape(rows, -1)[:, :cols]
 
     def _codes(self, packed: Tensor, properties: dict[str, str] | None = None) -> Tensor:
@@ -197,7 +197,12 @@ class QuantizedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [batch, in, height, width] to [batch, out, height, width]."""
-        return F.conv2d(x, self.weight().reshape(self.kernel), self.bias, *self.options)
+        weight = self.weight().reshape(self.kernel)
+        if isinstance(self.weight, Unpacked) and self.options[-1] > 1:
+            # OpenVINO multiplies what normalizes the outputs of a grouped convolution into the
+            # weights before this reshape, where they have another rank. A bound is in its way.
+            weight = weight.clamp(min=-torch.finfo(torch.float32).max)
+        return F.conv2d(x, weight, self.bias, *self.options)
 
 
 def dense_weight(name: str, packed: PackedTensor) -> nn.Module:
@@ -243,5 +248,6 @@ def _replacement(name: str, packed: PackedTensor, module: nn.Module) -> nn.Modul
     return QuantizedLinear(name, [packed], bias)
 
 
-def _properties(name: str, shape: tuple[int, int]) -> dict[str, str]:
-    return {MODULE: name, SHAPE: f"{shape[0]},{shape[1]}"}
+def _properties(name: str, packed: PackedTensor) -> dict[str, str]:
+    rows, cols = packed.shape
+    return {MODULE: name, SHAPE: f"{rows},{cols}", FORMAT: packed.fmt.name}
