@@ -69,7 +69,7 @@ class Dequantized(nn.Module):
 
     def __init__(self, name: str, packed: PackedTensor) -> None:
         super().__init__()
-        fmt, (rows, cols) = packed.fmt, packed.shape
+        fmt, cols = packed.fmt, packed.shape[1]
         self.shape, self.per_row = packed.shape, fmt.group_size <= 0
         size = cols if self.per_row else fmt.group_size
         scale, zero = grid_of(packed)
@@ -78,7 +78,9 @@ class Dequantized(nn.Module):
             codes = (codes.to(torch.int16) - int(fmt.zero_point)).to(torch.int8)
         # OpenVINO takes no short last group: it is filled up, and cut off again.
         codes = F.pad(codes, (0, fmt.groups(cols) * size - cols))
-        self.attributes = {"axis": 0} if self.per_row else {"axis": 1, "block_size": size}
+        self.attributes: dict[str, Any] = (
+            {"axis": 0} if self.per_row else {"axis": 1, "block_size": size}
+        )
         self.properties = _properties(name, packed) | {
             "bitplan.type": INT_TYPES[fmt.bits, fmt.symmetric]
         }
@@ -126,7 +128,7 @@ class Unpacked(nn.Module):
             groups = self.fmt.groups(cols)
             zero = self._codes(self.get_buffer("zero_points"))[:, :groups, None]
         codes = self._codes(self.get_buffer("B"), self.properties)
-        weight = (codes - zero) * self.get_buffer("scales").unsqueeze(-1)
+        weight: Tensor = (codes - zero) * self.get_buffer("scales").unsqueeze(-1)
         return weight.reshape(rows, -1)[:, :cols]
 
     def _codes(self, packed: Tensor, properties: dict[str, str] | None = None) -> Tensor:
@@ -241,7 +243,8 @@ def _replacement(name: str, packed: PackedTensor, module: nn.Module) -> nn.Modul
                 f"{name} is an embedding, which is looked up and not multiplied, so it cannot be "
                 f"{packed.fmt}. Leave it out of the plan (--exclude '{name}')."
             )
-        return nn.Embedding.from_pretrained(packed.dequantize())
+        embedding: nn.Module = nn.Embedding.from_pretrained(packed.dequantize())
+        return embedding
     if isinstance(module, nn.Conv2d | PackedConv2d):
         return QuantizedConv2d(name, packed, module)
     bias: Any = getattr(module, "bias", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -140,5 +140,6 @@ def _config(source: Source, packing: str) -> dict[str, Any]:
 
 def _common_parent(names: list[str]) -> str:
     """The module that all of these are in: ``model.layers``."""
-    shared = commonprefix([name.split(".") for name in names])
-    return ".".join(shared if len(names) > 1 else shared[:-1])
+    parents = [name.split(".")[:-1] for name in names]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
+    return ".".join(level[0] for level in levels)

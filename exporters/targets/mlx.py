@@ -100,7 +100,7 @@ class Mlx(Exporter):
             yield Stored(module, shape, fmt, sum(part.nbytes for part in parts.values()), weight)
 
     def logits(self, path: Path) -> Run:
-        """Load it with mlx-lm, and compute in float32: by itself it takes the dtype of the scales."""
+        """Load it with mlx-lm, computing in float32; by itself it takes the dtype of the scales."""
         import mlx.core as mx
         import numpy as np
         from mlx_lm.utils import load_model

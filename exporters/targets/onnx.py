@@ -81,7 +81,7 @@ class Onnx(Exporter):
                 f"Reading {path} takes the extra: pip install 'bitplan[onnx]'."
             ) from error
 
-        from ..onnx_graph import quantized_nodes, read_node
+        from ..onnx_reader import quantized_nodes, read_node
 
         file = path if path.is_file() else path / FILE
         try:

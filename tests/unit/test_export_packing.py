@@ -30,7 +30,7 @@ def assert_same(left: PackedTensor, right: PackedTensor) -> None:
 
 def bits_of(words: list[int], start: int, count: int) -> int:
     """The number that ``count`` bits from ``start`` on spell in a stream of 32-bit words."""
-    stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+    stream: int = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
     return (stream >> start) & (2**count - 1)
 
 
