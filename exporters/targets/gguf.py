@@ -155,6 +155,10 @@ class Gguf(Exporter):
         """Whether llama-cpp-python or xllamacpp is there."""
         return any(importlib.util.find_spec(name) for name in ("llama_cpp", "xllamacpp"))
 
+    def most_tokens(self) -> int | None:
+        """xllamacpp answers with one distribution per request."""
+        return None if importlib.util.find_spec("llama_cpp") else 48
+
     def logits(self, path: Path) -> Run:
         """With llama-cpp-python if it is installed, else with xllamacpp; a float32 KV cache."""
         if importlib.util.find_spec("llama_cpp"):

@@ -1,0 +1,197 @@
+"""Exported SmolLM2 in the foreign tools: logits against ours, sizes against the plan's.
+
+Plans come from one profile of the linear layers, solved for every runtime. A target whose tool is
+not installed here runs in the environment that ``--python TARGET=INTERPRETER`` names, or is written
+and read back only. With ``--llama-bin``, a folder of llama.cpp's programs, it also compares the
+perplexity of our files with that of llama.cpp's own quantizations of the same size.
+Writes ``results/exports.{json,md}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitplan.benchmarks.common import write_results
+from bitplan.exporters import gguf_file
+from bitplan.exporters.export import Exported, export
+from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
+from bitplan.exporters.verify import verify, weight_error
+from bitplan.search.job import run_profile
+from bitplan.search.limits import Limits
+from bitplan.search.plan import Plan
+from bitplan.search.rules import Rules
+from bitplan.search.settings import ProfileSettings
+from bitplan.search.solve import solve
+from bitplan.sensitivity.models import LoadedModel, load_model, smollm2_path
+from bitplan.sensitivity.progress import Reporter
+from bitplan.sensitivity.table import PROFILE_FILE
+
+RUNTIMES = ("llama.cpp", "transformers", "vllm-cpu", "mlx", "onnx", "autoround", "gptq")
+BUDGETS = ("4.3bpw", "3.3bpw")
+OWN = ("Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")  # llama.cpp's, to compare with at equal size
+TOKENS = 512
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for profile and exports")
+    parser.add_argument("--python", action="append", default=[], metavar="TARGET=INTERPRETER")
+    parser.add_argument("--llama-bin", type=Path, help="folder with llama-quantize, -perplexity")
+    parser.add_argument("--chunks", type=int, default=24, help="of 512 tokens, for perplexity")
+    options = parser.parse_args()
+    text = options.data / "wikitext-2" / "test.txt"
+    pythons = dict(word.split("=", 1) for word in options.python)
+    model = load_model("smollm2", "cpu")
+    profile = profiled(options.work / "exports")
+    rows = []
+    for budget in BUDGETS:
+        for name in EXPORTERS.names():
+            exporter = EXPORTERS.get(name)()
+            for runtime in exporter.runtimes if exporter.form else ():
+                if runtime in RUNTIMES:
+                    python = pythons.get(runtime) or pythons.get(shown_name(name))
+                    where = options.work / "exported"
+                    rows.append(row(name, runtime, budget, profile, model, where, text, python))
+                    print(rows[-1], flush=True)
+    tables = {}
+    if options.llama_bin:
+        pairs = list(
+            perplexities(options.llama_bin, options.work, profile, model, text, options.chunks)
+        )
+        tables["Perplexity in llama.cpp at equal size"] = pairs
+    noisy = [name for name in EXPORTERS.names() if EXPORTERS.get(name).noise]
+    write_results(
+        "exports",
+        "Exports: SmolLM2-135M in the foreign tools",
+        rows=rows,
+        tables=tables,
+        notes=[
+            f"KL is that of the tool's logits from our dequantized model's, on {TOKENS} tokens of "
+            "WikiText-2; weight_error compares the weights the file means with ours, largest "
+            "difference over largest weight. stored_over_plan is the size of the planned matrices "
+            "in the file over the plan's bytes; rest_mb is all else in it: embedding, norms, "
+            "tokenizer. An empty kl means that the tool was not there.",
+            *(f"{shown_name(name)}: {EXPORTERS.get(name).noise}." for name in noisy),
+        ],
+    )
+
+
+def profiled(run: Path) -> Path:
+    """One profile of the linear layers in every format that a runtime here has a use for."""
+    names = [c for r in RUNTIMES for c in Rules.load(r).candidates if c != "keep"]
+    settings = ProfileSettings(
+        "smollm2",
+        formats=(*dict.fromkeys(names), "bf16"),
+        sequences=32,
+        exclude=("*embed*",),
+    )
+    run_profile(settings, run, Reporter())
+    return run / PROFILE_FILE
+
+
+def row(
+    name: str,
+    runtime: str,
+    budget: str,
+    profile: Path,
+    model: LoadedModel,
+    folder: Path,
+    text: Path,
+    python: str | None,
+) -> dict[str, Any]:
+    """Solve, export, read back, run."""
+    result: dict[str, Any] = {"target": shown_name(name), "runtime": runtime, "budget": budget}
+    keys = ("bpw", "plan_mb", "stored_over_plan", "rest_mb", "weight_error")
+    result |= dict.fromkeys((*keys, "kl", "logit_error", "same_top1", "note"))
+    exporter = EXPORTERS.get(name)()
+    try:
+        plan = solve(profile, budget, limits=Limits(rules=Rules.load(runtime)))
+    except ValueError as error:
+        return result | {"note": str(error).split(". ")[0]}
+    out = folder / f"{name}-{runtime}-{budget}{exporter.suffix}"
+    done = export(plan, shown_name(name), out, runtime=runtime, model=model)
+    assert done.stored is not None
+    result |= {
+        "bpw": plan.bpw,
+        "plan_mb": plan.bytes / 1e6,
+        "stored_over_plan": done.stored / plan.bytes,
+        "rest_mb": (done.size - done.stored) / 1e6,
+        "weight_error": weight_error(exporter, done.source, out),
+    }
+    if python is None and not exporter.installed():
+        return result | {"note": f"{exporter.module} not installed"}
+    return result | compared(done, exporter, text, python)
+
+
+def compared(done: Exported, exporter: Exporter, text: Path, python: str | None) -> dict[str, Any]:
+    """The tool's logits against ours."""
+    try:
+        found = verify(done, str(text), TOKENS, python)
+    except (ValueError, ImportError, RuntimeError) as error:
+        return {"note": f"{type(error).__name__}: {str(error)[:200]}"}
+    return {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
+
+
+def perplexities(
+    programs: Path, work: Path, profile: Path, model: LoadedModel, text: Path, chunks: int
+) -> Iterator[dict[str, Any]]:
+    """llama.cpp's own quantizations, and plans of ours of the same size."""
+    plain = work / "smollm2-F32.gguf"
+    if not plain.is_file():
+        as_floats(smollm2_path(), plain)
+    yield measured(programs, plain, text, chunks) | {"file": "original, dequantized"}
+    for kind in OWN:
+        theirs = work / f"smollm2-{kind}.gguf"
+        words = [programs / "llama-quantize", "--token-embedding-type", "q8_0", plain, theirs, kind]
+        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        size = sum(
+            int(tensor.n_bytes)
+            for tensor in gguf_file.open_reader(theirs).tensors
+            if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+        )
+        yield measured(programs, theirs, text, chunks) | {"file": f"llama.cpp {kind}"}
+        plan: Plan = solve(profile, f"{size}B", limits=Limits(rules=Rules.load("llama.cpp")))
+        ours = work / f"bitplan-{kind}.gguf"
+        export(plan, find("gguf")[0], ours, model=model)
+        yield measured(programs, ours, text, chunks) | {"file": "bitplan, same size"}
+
+
+def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, Any]:
+    """Size and perplexity of a GGUF file."""
+    words = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512, "--chunks", chunks]
+    done = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True)
+    found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
+    assert found, done.stderr[-500:]
+    figures = {
+        "file": "",
+        "mb": file.stat().st_size / 1e6,
+        "perplexity": float(found[1]),
+        "stderr": float(found[2]),
+    }
+    print(file.name, figures, flush=True)
+    return figures
+
+
+def as_floats(base: Path, out: Path) -> None:
+    """Every matrix of a GGUF file as float32."""
+    reader = gguf_file.open_reader(base)
+    tensors = {t.name: t for t in reader.tensors if t.tensor_type.name != "F32"}
+    shapes = {name: gguf_file.matrix_shape(t) or (0, 0) for name, t in tensors.items()}
+    kinds = {name: ("F32", s, 4 * s[0] * s[1]) for name, s in shapes.items()}
+
+    def block(name: str, _reader: object) -> gguf_file.Block:
+        weight = gguf_file.weight_of(tensors[name], None)
+        return gguf_file.Block("F32", shapes[name], weight.numpy())
+
+    gguf_file.copy_with(base, out, kinds, block, {})
+
+
+if __name__ == "__main__":
+    main()
