@@ -86,9 +86,7 @@ class LoadedModel:
         Raises:
             ValueError: If the output is not a logits tensor, or not finite (names the module).
         """
-        output = self._run(batch)
-        rule = self.workload.logits or _default_logits
-        logits = rule(output)
+        logits = self.unchecked_logits(batch)
         if not isinstance(logits, Tensor) or logits.dim() < 2:
             raise ValueError(
                 f"The output rule of {self.id!r} gave {type(logits).__name__}, expected logits of "
@@ -100,6 +98,11 @@ class LoadedModel:
                 f"{self._first_bad_module(batch)!r}. Check that part of the model or its input."
             )
         return logits.reshape(logits.shape[0], -1, logits.shape[-1]).float()
+
+    def unchecked_logits(self, batch: Batch) -> Any:
+        """What the output rule gives for one batch, whatever it is: a function to be traced."""
+        rule = self.workload.logits or _default_logits
+        return rule(self._run(batch))
 
     def _run(self, batch: Batch) -> Any:
         if self.is_language_model:

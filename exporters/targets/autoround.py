@@ -1,0 +1,145 @@
+"""Checkpoints of AutoRound, which transformers loads with the auto-round package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ...quantizers.format import Format
+from ...quantizers.packed import PackedTensor
+from ...sensitivity.evaluate import Run
+from ...sensitivity.models import LoadedModel
+from .. import gptq
+from .._packing import to_gptq
+from ..folder import (
+    TensorFiles,
+    linear_names,
+    method_of,
+    read_config,
+    transformers_logits,
+    write_folder,
+)
+from ..source import Source
+from . import EXPORTERS, Exporter, Stored
+
+V1, V2 = "auto_round:auto_gptq", "auto_round"  # zero points as z - 1, and as z
+
+
+@EXPORTERS.register("autoround")
+class AutoRound(Exporter):
+    """A folder that transformers loads with auto-round, any width from 2 to 8 per matrix.
+
+    Without an asymmetric format it has the widely read ``auto_round:auto_gptq`` packing; that
+    one stores z - 1, so plans with an asymmetric format get the packing ``auto_round``.
+    """
+
+    runtimes = ("autoround",)
+    extra = "autoround"
+    module = "auto_round"
+    form: ClassVar[Literal["folder", "file"] | None] = "folder"
+    config_suffix = ".json"
+    noise = "the runtime computes in float16"
+    max_kl = 1e-4
+
+    def config(self, source: Source) -> str:
+        """The ``layer_config`` that AutoRound itself takes."""
+        import json
+
+        linear_names(source)
+        layers = {name: _entry(fmt) for name, fmt in source.formats.items()}
+        return json.dumps(layers, indent=1) + "\n"
+
+    def write(self, source: Source, out: Path) -> None:
+        """Write the layout of GPTQ with an entry in ``extra_config`` for every linear layer."""
+        packing = _packing_format(source)
+
+        def pack(packed: PackedTensor) -> dict[str, Tensor]:
+            tensors = to_gptq(packed, offset_zeros=packing == V1)
+            del tensors["g_idx"]  # only GPTQ's own readers want the group of every column
+            return tensors
+
+        write_folder(source, out, pack, {"quantization_config": _config(source, packing)})
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
+        """Zero points are always stored."""
+        return gptq.stored_bytes(fmt, shape)
+
+    def recognizes(self, path: Path) -> bool:
+        """A folder whose quantization_config says so."""
+        return method_of(path) in {"auto-round", "intel/auto-round"}
+
+    def read(self, path: Path, model: LoadedModel | None = None) -> Iterator[Stored]:
+        """The packed matrices of a folder.
+
+        Raises:
+            ValueError: If the packing is another one, or a matrix has no format of ours.
+        """
+        config = read_config(path)["quantization_config"]
+        packing = config.get("packing_format", V1)
+        if packing not in {V1, V2}:
+            raise ValueError(f"{path} has the packing {packing!r}; bitplan reads {V1} and {V2}.")
+        layers, extra = TensorFiles(path).modules_with("qweight"), config.get("extra_config", {})
+        formats = []
+        for name in layers:
+            entry = {key: config[key] for key in ("bits", "group_size", "sym")}
+            entry |= extra.get(name, {})
+            formats.append(
+                (
+                    name,
+                    gptq.parse_format(
+                        path, name, *(entry[k] for k in ("bits", "group_size", "sym"))
+                    ),
+                )
+            )
+        yield from gptq.read_layers(path, formats, offset_zeros=packing == V1)
+
+    def logits(self, path: Path) -> Run:
+        """Load it with transformers, in float16: the kernels of auto-round know no other."""
+        import auto_round  # noqa: F401  # a clear error where it is missing
+        import torch
+
+        return transformers_logits(path, torch.float16)
+
+
+def _packing_format(source: Source) -> str:
+    return V1 if all(fmt.symmetric for fmt in source.formats.values()) else V2
+
+
+def _entry(fmt: Format) -> dict[str, Any]:
+    if fmt.kind == "float":
+        return {"bits": 32 if fmt.name == "fp32" else 16, "data_type": "float"}
+    return {
+        "bits": fmt.bits,
+        "group_size": gptq.group_size(fmt),
+        "sym": fmt.symmetric,
+        "data_type": "int",
+    }
+
+
+def _config(source: Source, packing: str) -> dict[str, Any]:
+    usual, formats = gptq.most_used(source), source.formats
+    left = {"bits": 16, "data_type": "float"}
+    extra = {}
+    for name in linear_names(source):
+        fmt = formats.get(name)
+        if fmt != usual:
+            extra[name] = left if fmt is None or fmt.kind == "float" else _entry(fmt)
+    quantized = [name for name, fmt in formats.items() if fmt.kind == "int"]
+    return {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        **_entry(usual),
+        "block_name_to_quantize": _common_parent(quantized),
+        "extra_config": extra,
+    }
+
+
+def _common_parent(names: list[str]) -> str:
+    """The module that all of these are in: ``model.layers``."""
+    parents = [name.split(".")[:-1] for name in names]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
+    return ".".join(level[0] for level in levels)

