@@ -103,11 +103,13 @@ def _serve(folder: Path, port: int, browser: bool) -> None:
 
 def _study(run: Path, port: int) -> None:
     from ..reports.study import dashboard_command, is_installed
+    from ..search.storage import shown
 
     command = dashboard_command(run, port or PORT)
     if not is_installed():
         out.print("The trials of this search can be seen in optuna-dashboard:")
-        out.print(f"pip install optuna-dashboard && {shlex.join(command)}", markup=False, soft_wrap=True)
+        line = shlex.join([command[0], shown(command[1]), *command[2:]])
+        out.print(f"pip install optuna-dashboard && {line}", markup=False, soft_wrap=True)
         return
     out.print(f"Trials: http://127.0.0.1:{port or PORT}/ (Ctrl-C ends it)", markup=False)
     code = subprocess.run(command, check=False).returncode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import mimetypes
+import os
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,7 +73,7 @@ def make_server(folder: Path, port: int = PORT) -> ThreadingHTTPServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # an open page does not keep the program from ending
-    allow_reuse_address = True  # a port just left by an earlier server is free
+    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
 
 
 class Runs:
