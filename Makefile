@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0+cpu")
 DEMO := runs/demo
 
-.PHONY: demo test install lint type unit bench bench-search build clean
+.PHONY: demo test install lint type unit bench bench-search screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -48,6 +48,10 @@ bench: $(VENV)/installed-dev
 # Hours on two cores; killed at any point, the same command goes on.
 bench-search: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_search.py --data $(DATA)
+
+# Of the documentation, from the run that `make demo` makes; needs Debian's chromium-driver.
+screenshots: $(VENV)/installed-dev
+	$(BIN)/python docs/screenshots.py $(DEMO)
 
 build: clean $(VENV)/installed-dev
 	$(BIN)/python -m build

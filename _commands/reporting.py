@@ -114,4 +114,11 @@ def _study(run: Path, port: int) -> None:
     out.print(f"Trials: http://127.0.0.1:{port or PORT}/ (Ctrl-C ends it)", markup=False)
     code = subprocess.run(command, check=False).returncode
     if code:
-        hint(f"{command[0]} ended with {code}. Is the port taken? Try", "report", run, "--study", "--port", port + 1)
+        hint(
+            f"{command[0]} ended with {code}. Is the port taken? Try",
+            "report",
+            run,
+            "--study",
+            "--port",
+            port + 1,
+        )

@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..quantizers.files import atomic_path
 from .binding import economy, limit_rows
 from .data import (
-    RunData,
     allocation_data,
     format_shares,
     frontier_data,
@@ -36,6 +35,7 @@ from .prose import (
     unit_cells,
     verdict,
 )
+from .run import RunData
 from .summary import comparison
 
 ASSETS = Path(__file__).parent / "assets"

@@ -96,7 +96,9 @@ class Browser:
 
     def pdf(self, path: Path) -> None:
         """Print the page to a PDF."""
-        printed = self.command("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69)
+        printed = self.command(
+            "Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69
+        )
         path.write_bytes(base64.b64decode(printed["data"]))
 
 

@@ -27,7 +27,7 @@ from bitplan.sensitivity.table import SensitivityTable
 from bitplan.tests.fakes import fake_run, flat_units
 
 
-def write_measurements(folder: Path, kl: np.ndarray, text: str = "ab") -> None:  # type: ignore[type-arg]
+def write_measurements(folder: Path, kl: np.ndarray, text: str = "ab") -> None:
     key = plan_key(Plan.load(folder / "plan.json"))
     entry = {"kl": kl.tolist(), "nll": None, "tokens": 2048}
     data = {"text_sha256": text, "ppl_original": None, "plans": {key: entry}}

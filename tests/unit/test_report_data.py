@@ -9,7 +9,6 @@ import pytest
 from bitplan.quantizers.format import Format
 from bitplan.reports.data import (
     MIXED,
-    RunData,
     allocation_data,
     format_shares,
     frontier_data,
@@ -17,6 +16,7 @@ from bitplan.reports.data import (
     sensitivity_data,
     unit_rows,
 )
+from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
