@@ -21,7 +21,7 @@ def report(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN|FOLDER]",
+            metavar="RUN|FOLDER",
             help="A run folder; with --serve the folder that holds the runs, by default runs.",
         ),
     ] = None,
@@ -41,8 +41,9 @@ def report(
 ) -> None:
     """Draw a run's figures and report.html again, or show all runs in a browser.
 
-    report.html needs no network and no server: open it from disk, mail it, print it. The pages of
-    --serve can be reached from this machine only.
+    report.html needs no network and no server: open it from disk, mail it, print it.
+
+    The pages of --serve can be reached from this machine only.
     """
     if serve and study:
         raise ValueError("--serve and --study are two different pages: give one of them.")

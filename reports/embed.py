@@ -82,7 +82,6 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
         "confidence": _confidence(run.confidence, formats),
         "chart": _chart(run, frontier),
         "refined": run.plan.refinement is not None,
-        "solver": run.plan.solver,
         "ramps": {"bits": _ramp("viridis"), "kl": _ramp("magma_r")},
     }
 

@@ -29,6 +29,7 @@ from .prose import (
     frontier_alt,
     headline,
     prediction_alt,
+    price_note,
     provenance,
     sensitivity_alt,
     tiles,
@@ -119,6 +120,7 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
         ],
         units=[unit_cells(row) for row in units],
         unit_count=len(run.table.units),
+        price_note=price_note(plan),
         resampled=run.confidence,
         provenance=provenance(plan),
     )

@@ -160,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "bitplan"
     sys_version = ""
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds until a connection that asks nothing is closed
 
     def do_GET(self) -> None:
         """Answer with a page, a file or JSON."""

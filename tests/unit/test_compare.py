@@ -81,6 +81,16 @@ def test_plans_without_a_common_module_are_refused(pair: tuple[Path, Path]) -> N
         compare(*pair)
 
 
+def test_plans_of_different_parts_say_so(pair: tuple[Path, Path]) -> None:
+    plan = Plan.load(pair[1] / "plan.json")
+    plan.assignments.pop("model.layers.0.mlp.up_proj")
+    plan.save(pair[1] / "plan.json")
+    found = compare(*pair)
+    (row,) = (row for row in rows(found) if row.name == "modules")
+    assert row[1:] == ("20 and 1 only here", "20 and 0 only here", "sizes are of different parts")
+    assert "model.layers.0.mlp.up_proj" not in {change.module for change in found.changes}
+
+
 def test_a_folder_without_a_plan_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no plan\.json"):
         compare(tmp_path, tmp_path)
