@@ -48,8 +48,8 @@ def rows(found: PlanDifference) -> Iterator[Row]:
         yield Row("KV cache", _cache(a), _cache(b))
     if a.assignments.keys() != b.assignments.keys():
         only = [len(x.assignments.keys() - y.assignments.keys()) for x, y in ((a, b), (b, a))]
-        modules = (f"{found.modules:,} and {count:,} only here" for count in only)
-        yield Row("modules", *modules, "sizes are of different parts")
+        first, second = (f"{found.modules:,} and {count:,} only here" for count in only)
+        yield Row("modules", first, second, "sizes are of different parts")
     yield Row("budget", a.budget.text, b.budget.text)
     yield Row(
         "KL predicted",
