@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-kernels bench-exports build clean
+.PHONY: demo test install lint type unit bench bench-search bench-kernels bench-exports screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -60,6 +60,10 @@ bench-kernels: $(VENV)/installed-dev
 EXPORT_OPTIONS ?=
 bench-exports: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_exports.py --data $(DATA) --work runs $(EXPORT_OPTIONS)
+
+# Of the documentation, from the run that `make demo` makes; needs Debian's chromium-driver.
+screenshots: $(VENV)/installed-dev
+	$(BIN)/python docs/screenshots.py $(DEMO)
 
 build: clean $(VENV)/installed-dev
 	$(BIN)/python -m build

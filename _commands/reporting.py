@@ -21,7 +21,7 @@ def report(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN|FOLDER]",
+            metavar="RUN|FOLDER",
             help="A run folder; with --serve the folder that holds the runs, by default runs.",
         ),
     ] = None,
@@ -41,8 +41,9 @@ def report(
 ) -> None:
     """Draw a run's figures and report.html again, or show all runs in a browser.
 
-    report.html needs no network and no server: open it from disk, mail it, print it. The pages of
-    --serve can be reached from this machine only.
+    report.html needs no network and no server: open it from disk, mail it, print it.
+
+    The pages of --serve can be reached from this machine only.
     """
     if serve and study:
         raise ValueError("--serve and --study are two different pages: give one of them.")
@@ -103,13 +104,22 @@ def _serve(folder: Path, port: int, browser: bool) -> None:
 
 def _study(run: Path, port: int) -> None:
     from ..reports.study import dashboard_command, is_installed
+    from ..search.storage import shown
 
     command = dashboard_command(run, port or PORT)
     if not is_installed():
         out.print("The trials of this search can be seen in optuna-dashboard:")
-        out.print(f"pip install optuna-dashboard && {shlex.join(command)}", markup=False, soft_wrap=True)
+        line = shlex.join([command[0], shown(command[1]), *command[2:]])
+        out.print(f"pip install optuna-dashboard && {line}", markup=False, soft_wrap=True)
         return
     out.print(f"Trials: http://127.0.0.1:{port or PORT}/ (Ctrl-C ends it)", markup=False)
     code = subprocess.run(command, check=False).returncode
     if code:
-        hint(f"{command[0]} ended with {code}. Is the port taken? Try", "report", run, "--study", "--port", port + 1)
+        hint(
+            f"{command[0]} ended with {code}. Is the port taken? Try",
+            "report",
+            run,
+            "--study",
+            "--port",
+            port + 1,
+        )

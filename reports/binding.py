@@ -33,7 +33,7 @@ class Economy(NamedTuple):
 
     def charges(self) -> NDArray[np.float64]:
         """float64 [U, F], what an option pays for the limits it uses up, nats per token."""
-        total = self.prices.per_byte * self.problem.bytes
+        total = self.prices.per_byte * self.problem.bytes.astype(np.float64)
         for constraint, price in zip(self.problem.constraints, self.prices.per_limit, strict=True):
             total = total + price * np.where(np.isfinite(constraint.cost), constraint.cost, 0.0)
         return total
@@ -124,14 +124,14 @@ def _amounts(run: RunData, found: Economy, size: tuple[str, float]) -> Iterator[
         found.problem.constraints, found.prices.per_limit, strict=True
     ):
         total, symbol = used(constraint, run.choice), f" {constraint.symbol}".rstrip()
-        text = [f"{_count(value)}{symbol}" for value in (total, constraint.limit)]
         effect = "does not bind: another limit is reached first"
         if worth_one > 0:
             gain = number(worth_one * constraint.limit / 100)
             effect = f"1 % more would lower the predicted KL by about {gain}"
         yield LimitRow(
             constraint.name,
-            *text,
+            f"{_count(total)}{symbol}",
+            f"{_count(constraint.limit)}{symbol}",
             total / constraint.limit if constraint.limit else 1.0,
             worth_one > 0,
             effect,

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..quantizers.format import Format
@@ -39,7 +40,7 @@ class Side:
     plan: Plan
     shapes: Shapes
     table: SensitivityTable | None
-    kl: np.ndarray[Any, np.dtype[np.float64]] | None
+    kl: NDArray[np.float64] | None
     text: str | None
 
     @classmethod
@@ -216,9 +217,7 @@ def _packed_shapes(path: Path) -> Shapes:
     return {}
 
 
-def _measurements(
-    path: Path, plan: Plan
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]] | None, str | None]:
+def _measurements(path: Path, plan: Plan) -> tuple[NDArray[np.float64] | None, str | None]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(path.read_text(encoding="utf-8"))
         kl = np.array(known["plans"][plan_key(plan)]["kl"], dtype=np.float64)

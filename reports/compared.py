@@ -46,6 +46,10 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     yield Row("bits per weight", f"{a.bpw:.3f}", f"{b.bpw:.3f}", f"{b.bpw - a.bpw:+.3f}")
     if a.kv_cache or b.kv_cache:
         yield Row("KV cache", _cache(a), _cache(b))
+    if a.assignments.keys() != b.assignments.keys():
+        only = [len(x.assignments.keys() - y.assignments.keys()) for x, y in ((a, b), (b, a))]
+        first, second = (f"{found.modules:,} and {count:,} only here" for count in only)
+        yield Row("modules", first, second, "sizes are of different parts")
     yield Row("budget", a.budget.text, b.budget.text)
     yield Row(
         "KL predicted",

@@ -8,7 +8,6 @@ share their beginnings, and the frontier keeps MOST_STOPS of its plans.
 from __future__ import annotations
 
 import base64
-import os.path
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,8 +69,9 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
             "names": _front_coded([unit.name for unit in table.units]),
             "shape": _packed(shapes, np.uint16),
             "kind": _packed([_place(u.kind, u.layer, kinds) for u in table.units], np.int16),
-            "layer": _packed([-1 if u.layer is None else layers.index(u.layer) for u in table.units],
-                             np.int16),  # fmt: skip
+            "layer": _packed(
+                [-1 if u.layer is None else layers.index(u.layer) for u in table.units], np.int16
+            ),
         },
         "prices": _prices(kl, stderr),
         "allowed": _bits(found.problem.allowed, extra),
@@ -82,7 +82,6 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
         "confidence": _confidence(run.confidence, formats),
         "chart": _chart(run, frontier),
         "refined": run.plan.refinement is not None,
-        "solver": run.plan.solver,
         "ramps": {"bits": _ramp("viridis"), "kl": _ramp("magma_r")},
     }
 
@@ -192,7 +191,9 @@ def _front_coded(names: Sequence[str]) -> list[Any]:
     """Names as [shared beginning, rest] with the name before: ``[0, "a.b"], [2, "c"]``."""
     coded, before = [], ""
     for name in names:
-        shared = len(os.path.commonprefix((before, name)))
+        pairs = zip(before, name, strict=False)
+        short = min(len(before), len(name))
+        shared = next((i for i, (old, new) in enumerate(pairs) if old != new), short)
         coded.append([shared, name[shared:]])
         before = name
     return coded

@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..quantizers.files import atomic_path
 from .binding import economy, limit_rows
 from .data import (
-    RunData,
     allocation_data,
     format_shares,
     frontier_data,
@@ -30,12 +29,14 @@ from .prose import (
     frontier_alt,
     headline,
     prediction_alt,
+    price_note,
     provenance,
     sensitivity_alt,
     tiles,
     unit_cells,
     verdict,
 )
+from .run import RunData
 from .summary import comparison
 
 ASSETS = Path(__file__).parent / "assets"
@@ -119,6 +120,7 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
         ],
         units=[unit_cells(row) for row in units],
         unit_count=len(run.table.units),
+        price_note=price_note(plan),
         resampled=run.confidence,
         provenance=provenance(plan),
     )

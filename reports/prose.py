@@ -12,6 +12,7 @@ from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitR
 from .summary import Comparison, best_uniform, describe_rival, facts, only_format
 from .words import UNIFORM, number, with_error
 
+BY_PRICE = ("certified", "dp", "highs", "ilp")  # solvers that find the optimum of the prices
 TOLD = (
     "optimality",
     "refined",
@@ -78,6 +79,19 @@ def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         label = "perplexity" + (f", original {number(original)}" if original is not None else "")
         tiles.append((number(measured.ppl), label))
     return tiles
+
+
+def price_note(plan: Plan) -> str:
+    """Why a plan need not be optimal by one-shot prices; empty if it is."""
+    if plan.refinement is not None:
+        return "Prices here are one-shot; this plan was refined away from them, on measured KL."
+    if plan.solver == "uniform":
+        return "By these prices another plan is better; on held-out text one format everywhere was."
+    if plan.solver not in BY_PRICE:
+        return (
+            f"This plan comes from the {plan.solver!r} solver, which need not find their optimum."
+        )
+    return ""
 
 
 def _unbroken(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import mimetypes
+import os
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,10 +57,10 @@ def make_server(folder: Path, port: int = PORT) -> ThreadingHTTPServer:
     root = folder.resolve()
 
     class Handler(_Handler):
-        runs = Runs(root)
+        runs = Runs(root, str(folder))
 
     try:
-        return _Server((HOST, port), Handler)
+        server = _Server((HOST, port), Handler)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
@@ -68,11 +69,13 @@ def make_server(folder: Path, port: int = PORT) -> ThreadingHTTPServer:
             f"Port {port} of {HOST} {why}. Choose another one, such as --port {port + 1}, or "
             "--port 0 for any that is free."
         ) from error
+    Handler.port = int(server.server_address[1])
+    return server
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # an open page does not keep the program from ending
-    allow_reuse_address = True  # a port just left by an earlier server is free
+    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
 
 
 class Runs:
@@ -80,14 +83,15 @@ class Runs:
 
     Args:
         root: The folder, resolved.
+        name: The folder as it was given.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, name: str) -> None:
+        self.root, self.name = root, name
 
     def overview(self) -> dict[str, Any]:
         """All runs, the latest active first, as JSON values."""
-        return {"folder": str(self.root), "runs": [self._entry(j) for j in list_jobs(self.root)]}
+        return {"folder": self.name, "runs": [self._entry(j) for j in list_jobs(self.root)]}
 
     def details(self, name: str) -> dict[str, Any]:
         """One run with its stages and the end of its log."""
@@ -96,13 +100,14 @@ class Runs:
         if entry is None:
             raise NotThere(name)
         record = JobRecord.load(folder)
-        return entry | {
+        more: dict[str, Any] = {
             "command": record.command.text,
             "stages": [stage.model_dump() for stage in record.stages],
             "log": read_log(folder)[-LOG_LINES:],
             "files": [file for file in SHOWN if (folder / file).is_file()],
             "study": (folder / "job.sqlite").is_file(),
         }
+        return {**entry, **more}
 
     def folder(self, name: str) -> Path:
         """The folder of a run; names that lead out of the root, or to no job, are refused.
@@ -151,13 +156,15 @@ class Runs:
 
 class _Handler(BaseHTTPRequestHandler):
     runs: Runs
+    port: int
     server_version = "bitplan"
     sys_version = ""
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds until a connection that asks nothing is closed
 
     def do_GET(self) -> None:
         """Answer with a page, a file or JSON."""
-        port = self.server.server_address[1]
+        port = self.port
         suffix = "" if port == 80 else f":{port}"  # browsers leave out the port of http itself
         if self.headers.get("Host") not in (f"{HOST}{suffix}", f"localhost{suffix}"):
             self._send(HTTPStatus.MISDIRECTED_REQUEST, f"This is {HOST}{suffix}.\n".encode())

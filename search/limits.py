@@ -325,9 +325,7 @@ def parse_bans(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return bans
 
 
-def refused_options(
-    table: SensitivityTable, limits: Limits
-) -> list[tuple[str, NDArray[np.bool_]]]:
+def refused_options(table: SensitivityTable, limits: Limits) -> list[tuple[str, NDArray[np.bool_]]]:
     """Every limit on formats as the user wrote it, and the options it refuses: bool [U, F].
 
     Raises:
@@ -335,8 +333,12 @@ def refused_options(
     """
     found = []
     if limits.formats is not None:
-        outside = ~np.isin(table.formats, [table.formats[format_index(table, n)] for n in limits.formats])
-        found.append((f"--formats {','.join(limits.formats)}", np.tile(outside, (len(table.units), 1))))
+        outside = ~np.isin(
+            table.formats, [table.formats[format_index(table, n)] for n in limits.formats]
+        )
+        found.append(
+            (f"--formats {','.join(limits.formats)}", np.tile(outside, (len(table.units), 1)))
+        )
     names = unit_names(table.units)
     for glob, name in limits.pins.items():
         others = np.arange(len(table.formats)) != format_index(table, name)

@@ -59,7 +59,8 @@ class Browser:
             height: CSS pixels.
             media: Media features, such as ``prefers_color_scheme="dark"``.
         """
-        self.log()
+        self.driver.get("about:blank")
+        self.log()  # what the page before had to say
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.command("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": k.replace("_", "-"), "value": v} for k, v in media.items()]
@@ -80,8 +81,9 @@ class Browser:
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def text(self, selector: str) -> str:
-        """The text of the first element that a CSS selector finds."""
-        return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
+        """The text of the first element that a CSS selector finds; empty if there is none."""
+        found = self.run("return document.querySelector(arguments[0])?.textContent", selector)
+        return str(found or "")
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Write a PNG of the page, or of what the window shows of it."""
@@ -94,7 +96,9 @@ class Browser:
 
     def pdf(self, path: Path) -> None:
         """Print the page to a PDF."""
-        printed = self.command("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69)
+        printed = self.command(
+            "Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69
+        )
         path.write_bytes(base64.b64decode(printed["data"]))
 
 

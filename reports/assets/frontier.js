@@ -240,6 +240,7 @@ function drawPrediction(place, width) {
   checks.push({ kind: "plan measured", name: "this plan", bytes: CHART.plan.bytes, predicted: CHART.plan.kl,
     kl: CHART.measured.kl, stderr: CHART.measured.stderr });
   const shown = checks.filter((c) => c.predicted > 0 && c.kl > 0);
+  if (!shown.length) { place.replaceChildren(html("p", {}, "No plan that was measured has a KL above zero.")); return; }
   const side = Math.min(width, 480), narrow = side < 420;
   const values = shown.flatMap((c) => [c.predicted, c.kl]);
   const low = Math.min(...values) / 1.6, high = Math.max(...values) * 1.6;

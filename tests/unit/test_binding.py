@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bitplan.reports.binding import economy, limit_rows
-from bitplan.reports.data import RunData, size_unit
+from bitplan.reports.data import size_unit
+from bitplan.reports.run import RunData
 from bitplan.search.settings import SearchSettings
 from bitplan.search.solve import solve
 from bitplan.tests.fakes import fake_run, fake_table, transformer_units
@@ -68,9 +69,7 @@ def test_loosening_a_pin_gains_at_most_what_is_said(tmp_path: Path) -> None:
 
 def test_bit_operations_are_counted(tmp_path: Path) -> None:
     run = RunData.load(fake_run(tmp_path / "free"))
-    bops = sum(
-        16 * unit.weights * int(run.format_of(unit)[3]) for unit in run.table.units
-    )
+    bops = sum(16 * unit.weights * int(run.format_of(unit)[3]) for unit in run.table.units)
     loose = rows_of(tmp_path / "loose", max_bops=4.0 * bops)["BOPs"]
     tight = rows_of(tmp_path / "tight", max_bops=0.97 * bops)["BOPs"]
     assert not loose[0]

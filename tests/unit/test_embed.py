@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bitplan.reports.binding import economy
-from bitplan.reports.data import RunData, frontier_data
+from bitplan.reports.data import frontier_data
 from bitplan.reports.embed import MOST_STOPS, page_data
+from bitplan.reports.run import RunData
 from bitplan.search.settings import SearchSettings
 from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, transformer_units
@@ -78,7 +79,8 @@ def test_names_shapes_and_places_survive(run: RunData, data: dict[str, Any]) -> 
 
 def test_the_steps_lead_to_the_plans_of_the_frontier(run: RunData, data: dict[str, Any]) -> None:
     frontier = data["frontier"]
-    unit, fmt = unpack(frontier["unit"], "u4" if frontier["wide"] else "u2"), unpack(frontier["format"], "u1")
+    unit = unpack(frontier["unit"], "u4" if frontier["wide"] else "u2")
+    fmt = unpack(frontier["format"], "u1")
     stops = unpack(frontier["stops"], "u4")
     for i in (0, len(stops) // 3, len(stops) - 1):
         choice = unpack(frontier["start"], "u1").copy()

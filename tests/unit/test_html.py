@@ -66,7 +66,7 @@ def test_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     page.close()
     assert page.open == []
     assert page.fetched == []
-    assert "http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'" in text
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in text
     assert len(page.images) == 4
     assert all(len(image["alt"] or "") > 40 for image in page.images)
     assert len(text) < 3_000_000

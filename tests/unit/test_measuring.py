@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitplan.search.measuring import MEASUREMENTS_FILE, HeldOut, with_cache
-from bitplan.search.plan import BudgetRef, KVCache, ModelRef, Plan
+from bitplan.search.measuring import HeldOut, with_cache
+from bitplan.search.plan import MEASUREMENTS_FILE, BudgetRef, KVCache, ModelRef, Plan
 from bitplan.sensitivity.calibration import Samples, evaluation_samples
 from bitplan.sensitivity.models import LoadedModel
 from bitplan.sensitivity.progress import Reporter

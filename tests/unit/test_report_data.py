@@ -9,14 +9,16 @@ import pytest
 from bitplan.quantizers.format import Format
 from bitplan.reports.data import (
     MIXED,
-    RunData,
     allocation_data,
     format_shares,
     frontier_data,
+    prediction_data,
     reference_format,
     sensitivity_data,
+    size_unit,
     unit_rows,
 )
+from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
@@ -75,6 +77,23 @@ def test_an_unmeasured_plan_has_predictions_only(tmp_path: Path) -> None:
     assert data.plan_measured is None
     assert data.measured == ()
     assert data.uniform
+
+
+def test_checks_pair_predictions_with_measurements(run: RunData, tmp_path: Path) -> None:
+    own, *others = prediction_data(run).checks
+    assert run.plan.measured is not None
+    assert (own.predicted, own.measured) == (run.plan.predicted_kl, run.plan.measured.kl)
+    assert own.predicted_stderr == run.plan.predicted_kl_stderr
+    assert [(c.name, c.predicted, c.measured, c.stderr) for c in others] == [
+        (b.name, b.predicted_kl, b.kl, b.kl_stderr) for b in run.plan.baselines
+    ]
+    assert prediction_data(RunData.load(fake_run(tmp_path, measured=False))).checks == ()
+
+
+def test_sizes_have_the_unit_they_read_well_in() -> None:
+    assert size_unit(72.3) == ("MB", 1.0)
+    assert size_unit(0.0534) == ("kB", 1e-3)
+    assert size_unit(16_100) == ("GB", 1e3)
 
 
 def test_allocation_counts_everything_stored(run: RunData) -> None:
