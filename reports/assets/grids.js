@@ -120,13 +120,13 @@ class Grid {
     for (const cell of this.cells) {
       const value = this.view.value(cell.units);
       const color = Number.isFinite(value) ? this.view.color(value) : null;
-      cell.mark.setAttribute("aria-label", this.view.lines(cell.units, value).join(", "));
-      if (cell.bar) {
+      if (cell.bar) { // its words are its name
         cell.bar.style.background = color ?? "transparent";
         cell.bar.style.width = `${100 * this.view.share(value)}%`;
         cell.value.textContent = this.view.long(cell.units, value);
         continue;
       }
+      cell.mark.setAttribute("aria-label", this.view.lines(cell.units, value).join(", "));
       cell.mark.setAttribute("fill", color ?? "var(--empty)");
       if (cell.text) {
         cell.text.textContent = this.view.text(cell.units, value);
