@@ -44,6 +44,12 @@ def test_small_cells_load_sixteen_bytes_too() -> None:
     assert result.violations == ()
 
 
+def test_narrow_loads_fail_even_where_inputs_fill_the_gap() -> None:
+    """64 lanes share 128 words: 8 bytes each, while 16-byte loads of x amount to 4 bits."""
+    result = check(Case("gfx942", (4,), cell=Cell(64, 64), zero="none"))
+    assert result.violations == ("a lane loads 8 bytes of a 64x64 cell at a time, not 16",)
+
+
 def test_issuing_is_the_limit_of_two_bits_on_the_fastest_memory() -> None:
     result = check(Case("sm_100", (2,), zero="none"))
     assert len(result.violations) == 1 and "issuing, not memory" in result.violations[0]
