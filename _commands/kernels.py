@@ -90,18 +90,18 @@ def _row(result: Any) -> dict[str, Any]:
 
 def _check_table(results: list[Any]) -> Table:
     shown = Table("for", "kernel", title="Main loops; counts are per weight")
-    for column in ("regs", "spills", "shared", "instr", "budget", "bytes", "MMA", "gate"):
+    for column in ("regs", "spills", "instr", "budget", "bytes", "MMA", "gate"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results:
         whole = [result.arch, result.name]
-        use = [str(result.registers), str(result.spills), str(result.shared_bytes)]
+        use = [str(result.registers), str(result.spills)]
         verdict = "pass" if result.passed else "[red]FAIL[/]"
         if len(result.loops) > 1:
             shown.add_row(*whole, *use, "", "", "", "", verdict)
-            whole, use, verdict = ["", ""], [""] * 3, ""
+            whole, use, verdict = ["", ""], ["", ""], ""
         for loop in result.loops:
             if len(result.loops) > 1:
-                whole = ["", f"  its {loop.bits} bit loop" if loop.bits else "  a loop"]
+                whole = ["", f"  {loop.bits} bit" if loop.bits else "  a loop"]
             shown.add_row(
                 *whole,
                 *use,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .blocks import ZERO_KINDS, ZeroKind
@@ -205,12 +205,14 @@ def check(case: Case) -> Check:
     """
     compiled = _compile_case(case)
     cell, arch = case.cell, ARCHS[case.arch]
-    weights = cell.rows * cell.cols
-    tokens = case.tokens or _least_tokens(arch)
+    warps, inputs = _warps(arch, cell), 2 * cell.cols * (case.tokens or _least_tokens(arch))
     name = f"{'+'.join(map(str, case.bits))} bit"
-    return inspect(
-        compiled, name, case.arch, case.bits, weights, _warps(arch, cell), 2 * cell.cols * tokens
-    )
+    result = inspect(compiled, name, case.arch, case.bits, cell.rows * cell.cols, warps, inputs)
+    each = 4 * cell.words // (warps * arch.warp)
+    if each < 16:  # inputs of the same size could hide this from the counters
+        narrow = f"a lane loads {each} bytes of a {cell.rows}x{cell.cols} cell at a time, not 16"
+        result = replace(result, violations=(narrow, *result.violations))
+    return result
 
 
 def controls(arch: str) -> list[Check]:

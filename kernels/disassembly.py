@@ -197,7 +197,7 @@ def _gcn_loop(instructions: Sequence[Instruction]) -> Loop:
             counts["wide"] += size if size == 16 else 0
         elif name.startswith(("ds_write", "ds_store")):
             counts["stores"] += 1
-            width = int(re.findall(r"b(\d+)$", name)[0]) // 8
+            width = int(re.findall(r"_b(\d+)", name)[0]) // 8
             counts["store_bytes"] += width * (2 if "write2" in name or "store_2" in name else 1)
     return Loop(
         len(instructions),

@@ -123,7 +123,7 @@ def multiply(
         out,
         tokens,
         rows,
-        inputs.stride(0),
+        inputs.stride(0) if tokens > 1 else inputs.shape[1],
         tokens,
         groups * tokens,
         launch.splits,
@@ -247,7 +247,7 @@ def _whole_cells(x: Tensor, pack: PlanePack) -> Tensor:
     if missing:
         return pad(x, (0, missing))
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if x.stride(1) == 1 and aligned else x.contiguous()
+    return x if x.stride(1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _kinds(pack: PlanePack) -> dict[str, tuple[int, ...]]:

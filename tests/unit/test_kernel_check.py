@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -43,6 +44,12 @@ def test_small_cells_load_sixteen_bytes_too() -> None:
     assert result.violations == ()
 
 
+def test_narrow_loads_fail_even_where_inputs_fill_the_gap() -> None:
+    """64 lanes share 128 words: 8 bytes each, while 16-byte loads of x amount to 4 bits."""
+    result = check(Case("gfx942", (4,), cell=Cell(64, 64), zero="none"))
+    assert result.violations == ("a lane loads 8 bytes of a 64x64 cell at a time, not 16",)
+
+
 def test_issuing_is_the_limit_of_two_bits_on_the_fastest_memory() -> None:
     result = check(Case("sm_100", (2,), zero="none"))
     assert len(result.violations) == 1 and "issuing, not memory" in result.violations[0]
@@ -64,6 +71,92 @@ def test_spills_fail() -> None:
     case = Case("sm_80", (4,), tokens=64, zero="none")
     result = inspect(static._compile_case(case), "", "sm_80", (4,), 128 * 128, 2, 2 * 128 * 64)
     assert any("registers" in text or "spills" in text for text in result.violations)
+
+
+POINTERS = {
+    "x": "*bf16",
+    "sums": "*fp32",
+    "parts": "*fp32",
+    "out": "*bf16",
+    "bias": "*bf16",
+    "words": "*i32",
+    "scales": "*fp16",
+    "zeros": "*u8",
+    "cells": "*i32",
+    "table": "*i32",
+    "pairs": "*i32",
+    "constants": "*i32",
+    "starts": "*i32",
+    "columns": "*i32",
+    "values": "*fp16",
+    "down": "*bf16",
+    "up": "*bf16",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16}),
+        (
+            "plane_finish",
+            {
+                "BIAS": True,
+                "SPARSE": True,
+                "LOW_RANK": True,
+                "ROWS": 64,
+                "TOKENS": 16,
+                "UPCAST": False,
+            },
+        ),
+        (
+            "plane_dequantize",
+            {
+                "BITS": (3,),
+                "SUBS": (64,),
+                "ZEROS": (1,),
+                "ROWS": 64,
+                "COLS": 64,
+                "AMD": False,
+                "NUMBER": "fp16",
+            },
+        ),
+        (  # as for one token: Triton makes arguments that are 1 constants
+            "plane_gemm",
+            {
+                "BITS": (8,),
+                "SUBS": (64,),
+                "ZEROS": (2,),
+                "ROWS": 64,
+                "COLS": 64,
+                "SUM": 64,
+                "AMD": False,
+                "TOKENS": 8,
+                "STAGES": 1,
+                "BIAS": True,
+                "UPCAST": False,
+                "M": 1,
+                "sums_stride": 1,
+                "splits": 1,
+            },
+        ),
+    ],
+)
+def test_the_compiler_takes_every_kernel(name: str, constants: dict[str, Any]) -> None:
+    """The interpreter accepts more than the compiler does."""
+    import triton.language as tl
+
+    import bitplan.kernels.check as static
+    from bitplan.kernels import triton_kernels
+    from bitplan.kernels.disassembly import read
+
+    kernel = getattr(triton_kernels, name)
+    if "NUMBER" in constants:
+        constants = constants | {"NUMBER": tl.float16}
+    signature = {n: POINTERS.get(n, "i32") for n in kernel.arg_names}
+    warps = 1 if name == "plane_gemm" else 4
+    compiled = static._compile(kernel, signature, constants, "sm_80", warps, 3, ())
+    assert read(compiled).spills == 0
 
 
 def test_budget_is_what_the_processor_issues_while_it_reads() -> None:
