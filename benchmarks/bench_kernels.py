@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bitplan.benchmarks.common import RESULTS, write_results
 from bitplan.benchmarks.kernels_cpu import cpu_kernels
+from bitplan.benchmarks.kernels_gpu import gpu_kernels
 from bitplan.benchmarks.kernels_latency import latency_model
 from bitplan.benchmarks.search_lab import Part
 from bitplan.quantizers.files import write_json
@@ -21,6 +22,7 @@ from bitplan.sensitivity.progress import Reporter
 
 PARTS: dict[str, Callable[[Path, Reporter], Part]] = {
     "cpu": cpu_kernels,
+    "gpu": gpu_kernels,
     "latency": latency_model,
 }
 

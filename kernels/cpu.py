@@ -22,7 +22,7 @@ from ..quantizers.packed import PackedTensor
 from . import native
 from .native import NativeWeight
 
-FEW = 16  # rows of activations up to which the fused kernel beats unpacking a tile for BLAS
+FEW = 32  # rows of activations up to which the fused kernel beats unpacking a tile for BLAS
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOATS = {"bf16": 16, "fp16": 17}  # formats of plain weights, as cpu.cpp numbers them
 _WHOLE_ROW = 62  # log2 of more columns than there are

@@ -24,6 +24,7 @@ import torch
 from ..quantizers.files import atomic_path
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("cpu_decode.h"))
 ABI = 1  # what bitplan_abi() says
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -77,10 +78,11 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
     compiler = _compiler()
     if compiler is None:
+        chosen = os.environ.get("CXX")
+        looked = f"$CXX is {chosen!r}" if chosen else f"looked for {', '.join(_COMPILERS)}"
         return None, (
-            f"No C++ compiler was found (looked for {os.environ.get('CXX') or ''} "
-            f"{', '.join(_COMPILERS)}), so the CPU kernels cannot be built. Install one, for "
-            "example with 'apt install g++'."
+            f"No C++ compiler was found ({looked}), so the CPU kernels cannot be built. Install "
+            "one, for example with 'apt install g++'."
         )
     try:
         path = cache_folder() / f"cpu-{_key(compiler)}.so"
@@ -96,6 +98,11 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
             flush=True,
         )
         return _build(compiler, path), ""
+    except PermissionError as error:
+        return None, (
+            f"The CPU kernels cannot be kept ({error}). Set BITPLAN_CACHE to a folder that can be "
+            "written."
+        )
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         first = next((line for line in detail.splitlines() if "error" in line), detail[:300])
@@ -111,7 +118,7 @@ def cache_folder() -> Path:
 
 
 def _compiler() -> str | None:
-    """``$CXX``, or the first compiler there is; without ``$CXX`` being usable, None."""
+    """``$CXX`` if it is set, else the first compiler there is; None if there is none."""
     if chosen := os.environ.get("CXX"):
         return shutil.which(chosen)
     return next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -119,8 +126,8 @@ def _compiler() -> str | None:
 
 def _key(compiler: str) -> str:
     """Names the library: other source, flags, compiler or processor, other name."""
-    source, version = SOURCE.read_text(encoding="utf-8"), _run([compiler, "--version"])
-    parts = (source, *_FLAGS, version, _processor())
+    sources = [path.read_text(encoding="utf-8") for path in SOURCES]
+    parts = (*sources, *_FLAGS, _run([compiler, "--version"]), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -14,6 +14,7 @@ import torch
 from bitplan.kernels import tune
 from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
 from bitplan.kernels.gemm import plane_linear
+from bitplan.kernels.linear import PackedLinear
 from bitplan.kernels.packing import PlanePack
 from bitplan.kernels.planes import ORDERS, Order
 from bitplan.kernels.triton_launch import (
@@ -189,3 +190,17 @@ def test_tuning_measures_what_a_model_lets_through(
     next(tmp_path.glob("bitplan/launches-*.json")).write_text("{")
     tune._tuned.cache_clear()
     assert tune.choose_launch(x, pack) == by_rule
+
+
+def test_packed_layers_run_on_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITPLAN_KERNEL", "triton")
+    packed, other = (random_packed("int3-g64-asym", (70, 128)) for _ in range(2))
+    layer = PackedLinear(packed, None, torch.empty(0)).half()
+    x = torch.randn(2, 128).half()
+    assert relative_error(layer(x), x.double() @ packed.dequantize().double().T) < 1e-3
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    for name, part in layer.state_dict().items():  # what is saved stays what was stored
+        assert torch.equal(part.cpu(), packed.tensors[name].cpu())
+    layer.load_state_dict(dict(other.tensors))
+    assert relative_error(layer(x), x.double() @ other.dequantize().double().T) < 1e-3
