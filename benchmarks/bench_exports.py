@@ -10,6 +10,7 @@ Writes ``results/exports.{json,md}``.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from bitplan.exporters import gguf_file
 from bitplan.exporters.export import Exported, export
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
 from bitplan.exporters.verify import verify, weight_error
+from bitplan.quantizers.files import write_json
 from bitplan.search.job import run_profile
 from bitplan.search.limits import Limits
 from bitplan.search.plan import Plan
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for profile and exports")
     parser.add_argument("--python", action="append", default=[], metavar="TARGET=INTERPRETER")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-quantize, -perplexity")
-    parser.add_argument("--chunks", type=int, default=24, help="of 512 tokens, for perplexity")
+    parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
@@ -149,8 +151,10 @@ def perplexities(
     yield measured(programs, plain, text, chunks) | {"file": "original, dequantized"}
     for kind in OWN:
         theirs = work / f"smollm2-{kind}.gguf"
-        words = [programs / "llama-quantize", "--token-embedding-type", "q8_0", plain, theirs, kind]
-        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        if not theirs.is_file():
+            same = ["--token-embedding-type", "q8_0"]
+            words = [programs / "llama-quantize", *same, plain, theirs, kind]
+            subprocess.run(list(map(str, words)), check=True, capture_output=True)
         size = sum(
             int(tensor.n_bytes)
             for tensor in gguf_file.open_reader(theirs).tensors
@@ -164,7 +168,11 @@ def perplexities(
 
 
 def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, Any]:
-    """Size and perplexity of a GGUF file."""
+    """Size and perplexity of a GGUF file; kept beside it, so that a killed benchmark goes on."""
+    kept = file.with_suffix(f".{chunks}.json")
+    if kept.is_file() and kept.stat().st_mtime >= file.stat().st_mtime:
+        figures: dict[str, Any] = json.loads(kept.read_text())
+        return figures
     words = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512, "--chunks", chunks]
     done = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True)
     found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
@@ -176,6 +184,7 @@ def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, A
         "stderr": float(found[2]),
     }
     print(file.name, figures, flush=True)
+    write_json(kept, figures)
     return figures
 
 
