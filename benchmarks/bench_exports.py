@@ -21,7 +21,7 @@ from bitplan.benchmarks.common import write_results
 from bitplan.exporters import gguf_file
 from bitplan.exporters.export import Exported, export
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
-from bitplan.exporters.verify import verify, weight_error
+from bitplan.exporters.verify import compare, verify, weight_error
 from bitplan.quantizers.files import write_json
 from bitplan.search.job import run_profile
 from bitplan.search.limits import Limits
@@ -29,6 +29,7 @@ from bitplan.search.plan import Plan
 from bitplan.search.rules import Rules
 from bitplan.search.settings import ProfileSettings
 from bitplan.search.solve import solve
+from bitplan.sensitivity.calibration import evaluation_samples
 from bitplan.sensitivity.models import LoadedModel, load_model, smollm2_path
 from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import PROFILE_FILE
@@ -62,6 +63,7 @@ def main() -> None:
                     where = options.work / "exported"
                     rows.append(row(name, runtime, budget, profile, model, where, text, python))
                     print(rows[-1], flush=True)
+    rows += list(arithmetic_of_llama_cpp(options.work, profile, model, text))
     tables = {}
     if options.llama_bin:
         pairs = list(
@@ -139,6 +141,45 @@ def compared(done: Exported, exporter: Exporter, text: Path, python: str | None)
     except (ValueError, ImportError, RuntimeError) as error:
         return {"note": f"{type(error).__name__}: {str(error)[:200]}"}
     return {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
+
+
+def arithmetic_of_llama_cpp(
+    work: Path, profile: Path, model: LoadedModel, text: Path
+) -> Iterator[dict[str, Any]]:
+    """What of a GGUF file's KL is llama.cpp's rounding of activations.
+
+    A uniform plan in its widest type shows the rounding alone; a mixed file with its weights as
+    float32, which it does not round activations for, shows everything else.
+    """
+    gguf = find("gguf")[1]
+    if not gguf.installed():
+        return
+    limits = Limits(rules=Rules.load("llama.cpp"), formats=("int8-g32",))
+    uniform = export(
+        solve(profile, "9bpw", limits=limits),
+        "gguf",
+        work / "exported/uniform-q8_0.gguf",
+        model=model,
+    )
+    mixed = export(
+        solve(profile, BUDGETS[0], limits=Limits(rules=Rules.load("llama.cpp"))),
+        "gguf",
+        work / "exported/mixed.gguf",
+        model=model,
+    )
+    plain = work / "exported/mixed-F32.gguf"
+    as_floats(mixed.path, plain)
+    samples = evaluation_samples(model, str(text), TOKENS, 128)
+    for what, done, path in (
+        ("every matrix Q8_0", uniform, uniform.path),
+        ("the mixed file, its weights as F32", mixed, plain),
+    ):
+        found = compare(done.source.logits, gguf.logits(path), samples.batches, gguf.max_kl)
+        row = dict.fromkeys(("bpw", "plan_mb", "stored_over_plan", "rest_mb", "weight_error"))
+        figures = {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
+        where = {"target": "gguf", "runtime": "llama.cpp", "budget": None}
+        yield where | row | figures | {"note": what}
+        print(what, figures, flush=True)
 
 
 def perplexities(
