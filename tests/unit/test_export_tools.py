@@ -94,13 +94,14 @@ class Branch(nn.Module):
         self.convolution = nn.Conv2d(16, 16, 3, padding=1, groups=2)
         self.normalization = nn.BatchNorm2d(16)
         self.linear = nn.Linear(16, 10)
-        nn.init.uniform_(self.normalization.running_var, 0.5, 2)
-        nn.init.normal_(self.normalization.running_mean)
+        self.normalization.running_var = torch.rand(16) + 0.5
+        self.normalization.running_mean = torch.randn(16)
         nn.init.normal_(self.normalization.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.normalization(self.convolution(x)))
-        return self.linear(y.mean((2, 3)))
+        logits: Tensor = self.linear(y.mean((2, 3)))
+        return logits
 
 
 class Branches(nn.Module):
@@ -199,6 +200,6 @@ def test_a_language_model_runs_in_both(wide: LoadedModel, tmp_path: Path) -> Non
     done = export(hand_made(wide, chosen), "onnx", tmp_path / "out", model=wide)
     ours = done.source.logits(IDS)
     assert error(ours, EXPORTERS.get("onnx")().logits(done.path)(IDS)) < 1e-5
-    assert done.size < done.stored + 1.1 * wide.module.get_input_embeddings().weight.nbytes + 1e6
+    assert done.stored and done.size < done.stored + 1.1 * 4 * 512 * 256 + 1e6
     if find_spec("openvino"):
         assert error(ours, openvino_logits(done.path)(IDS)) < 1e-5
