@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..search.rules import Rules
 from .source import Source
 
+FIGURES = {  # of a run folder
+    "frontier.png": "KL divergence over size: this plan, uniform plans, the bound",
+    "allocation.png": "Bits of every matrix, by layer",
+}
 
-def write_card(source: Source, target: str, rules: Rules | None, folder: Path) -> Path:
+
+def write_card(
+    source: Source, target: str, rules: Rules | None, folder: Path, run: Path | None = None
+) -> Path:
     """Write README.md: what the model is, how its bits are spread, how it was made.
 
     Args:
@@ -20,6 +28,7 @@ def write_card(source: Source, target: str, rules: Rules | None, folder: Path) -
         target: The target's name.
         rules: What the plan was checked against.
         folder: Where to write.
+        run: A run folder, whose figures are taken along.
 
     Returns:
         The file.
@@ -44,8 +53,19 @@ def write_card(source: Source, target: str, rules: Rules | None, folder: Path) -
         autoescape=False,
     )
     base = plan.model.id if plan.model.id.count("/") == 1 else None
+    figures = {}
+    for name, alt in FIGURES.items():
+        if run is not None and (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+            figures[name] = alt
     text = environment.get_template("card.md").render(
-        plan=plan, target=target, rules=rules, rows=rows, base=base, name=Path(plan.model.id).name
+        plan=plan,
+        target=target,
+        rules=rules,
+        rows=rows,
+        base=base,
+        name=Path(plan.model.id).name,
+        figures=figures,
     )
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")

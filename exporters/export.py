@@ -103,10 +103,11 @@ def export(
         if exporter.form == "folder":
             temporary.mkdir()
         exporter.write(source, temporary)
-        stored = check_written(exporter, source, temporary)
+        stored = check_written(exporter, source, temporary) if exporter.weights else None
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
-            write_card(source, name, rules, temporary)
+            run = target if isinstance(target, Path) and target.is_dir() else None
+            write_card(source, name, rules, temporary, run)
     return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 

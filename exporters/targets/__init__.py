@@ -53,6 +53,7 @@ class Exporter:
         extra: What installs the foreign tool: ``bitplan[EXTRA]``; None if nothing is needed.
         module: The foreign tool's import name, looked for before ``logits`` is called.
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
+        weights: Whether the checkpoint holds the plan's weights.
         suffix: What the checkpoint's file name ends with.
         config_suffix: What the configuration's file name ends with; None if there is none.
         needs: Packages that writing takes, besides those of bitplan itself.
@@ -66,6 +67,7 @@ class Exporter:
     extra: ClassVar[str | None] = None
     module: ClassVar[str | None] = None
     form: ClassVar[Literal["folder", "file"] | None] = None
+    weights: ClassVar[bool] = True
     suffix: ClassVar[str] = ""
     config_suffix: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()

@@ -178,3 +178,25 @@ def test_verify_says_what_to_install(
     assert "are ours, bit for bit" in done.output
     assert isinstance(done.exception, ValueError)
     assert "pip install 'bitplan[gguf]'" in str(done.exception)
+
+
+def test_the_importance_matrix_holds_the_squared_inputs(wide: LoadedModel, tmp_path: Path) -> None:
+    from bitplan.sensitivity.calibration import calibration_samples
+
+    plan = hand_made(wide, {DOWN: "q6_k"})
+    plan.calibration.update(sequences=4, length=32, seed=3)
+    done = export(plan, "imatrix", tmp_path / "imatrix.gguf", model=wide)
+    reader = gguf.GGUFReader(done.path)
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    inputs: list[torch.Tensor] = []
+    module = wide.module.get_submodule(DOWN)
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for batch in calibration_samples(wide, "builtin", 4, 32, 3).batches:
+        wide.logits(batch)
+    handle.remove()
+    expected = torch.cat([x.flatten(0, -2) for x in inputs]).square().sum(0)
+    assert np.allclose(found["blk.1.ffn_down.weight.in_sum2"][0], expected, rtol=1e-4)
+    assert found["blk.1.ffn_down.weight.counts"].item() == 4 * 32
+    assert str(reader.fields["general.type"].contents()) == "imatrix"
+    assert "token_embd.weight.in_sum2" not in found
+    assert len(found) == 2 * 15

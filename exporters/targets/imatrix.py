@@ -1,0 +1,71 @@
+"""Importance matrices for llama-quantize, from the calibration text of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ...sensitivity.calibration import BUILTIN, calibration_samples
+from ...sensitivity.metrics import Task
+from ...sensitivity.metrics._input_moments import input_moments
+from ...sensitivity.rendering import Renderer
+from ..source import Source
+from . import EXPORTERS, Exporter
+
+SEQUENCES, LENGTH = 96, 128  # where a plan does not say what it was calibrated on
+
+
+@EXPORTERS.register("imatrix")
+class Imatrix(Exporter):
+    """An importance matrix for llama-quantize --imatrix: squared inputs of every matrix."""
+
+    form = "file"
+    suffix = ".gguf"
+    weights = False
+
+    def write(self, source: Source, out: Path) -> None:
+        """Run the original model on the calibration text; the embedding and the head are left out.
+
+        The file holds, per tensor, the sum of squares of every input channel (``in_sum2``) and
+        the number of tokens (``counts``), as ``llama-imatrix`` writes them.
+        """
+        import gguf
+
+        from ..gguf_file import architecture_of, tensor_names
+
+        model, said = source.model, source.plan.calibration
+        samples = calibration_samples(
+            model,
+            said.get("source", BUILTIN),
+            said.get("sequences", SEQUENCES),
+            said.get("length", LENGTH),
+            said.get("seed", 0),
+        )
+        units = source.everything
+        names = tensor_names(*architecture_of(model), [unit.name for unit in units])
+        with source.reporter.bar("Reading inputs", samples.count) as advance:
+            task = Task(model, units, (), Renderer(model.module, units), samples, 0, advance)
+            moments, positions = input_moments(task, lambda x: x.square().sum(0))
+        writer = gguf.GGUFWriter(out, "imatrix")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [samples.source])
+        writer.add_uint32("imatrix.chunk_count", samples.count)
+        writer.add_uint32("imatrix.chunk_size", samples.length or 1)
+        for (name, kind), moment in moments.items():
+            if kind is nn.Linear and name in names and name not in source.aliases.values():
+                writer.add_tensor(f"{names[name]}.in_sum2", moment.float().cpu().numpy())
+                counts = np.full((len(moment), 1), positions, np.float32)
+                writer.add_tensor(f"{names[name]}.counts", counts)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def usage(self, path: Path, source: Source) -> str:
+        """How llama-quantize reads it."""
+        return (
+            f"llama-quantize --imatrix {path} --pure --tensor-type-file TYPES.txt MODEL-F16.gguf "
+            "MODEL.gguf q8_0  (TYPES.txt: --to gguf --plan-only)"
+        )
