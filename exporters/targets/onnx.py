@@ -38,6 +38,14 @@ class Onnx(Exporter):
     noise = "float32 rounding of the logits"
     max_kl = 1e-6
 
+    def usage(self, path: Path, source: Source) -> str:
+        """How both runtimes read it without rounding activations."""
+        option = "session.qdq_matmulnbits_accuracy_level"
+        return (
+            f"onnxruntime.InferenceSession('{path / FILE}', options), with {option} = 0 to keep "
+            "activations as they are; OpenVINO with DYNAMIC_QUANTIZATION_GROUP_SIZE = 0"
+        )
+
     def write(self, source: Source, out: Path) -> None:
         """Trace the model with its matrices replaced, batch and text length left open."""
         import onnx_ir
