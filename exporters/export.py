@@ -123,11 +123,13 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
     """
     wanted, shapes, total = source.formats, source.shapes, 0
     integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
+    floats = wanted.keys() - integers
     for stored in exporter.read(path, source.model):
         fmt = wanted.get(stored.name)
         if fmt is None or stored.name not in integers:
             if stored.fmt.kind == "float":
                 total += stored.nbytes if fmt else 0
+                floats -= {stored.name}
                 continue
             raise ValueError(f"{path} quantizes {stored.name!r}, which the plan does not.")
         integers.discard(stored.name)
@@ -140,7 +142,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
         total += stored.nbytes
     if integers:
         raise ValueError(f"{path} does not hold {min(integers)!r} as the plan says.")
-    return total
+    return total + sum(wanted[name].stored_bytes(shapes[name]) for name in floats)
 
 
 def size_of(path: Path) -> int:

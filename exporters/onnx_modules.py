@@ -105,9 +105,10 @@ class Dequantized(nn.Module):
 
 
 class Unpacked(nn.Module):
-    """A dense weight as the layout of MatMulNBits, unpacked by standard operators.
+    """The weight of a convolution in the layout of MatMulNBits, unpacked by standard operators.
 
-    Runtimes compute it once, when they load the graph.
+    Runtimes compute it once, when they load the graph. Not for linear layers: OpenVINO gets the
+    product with such a weight wrong if whole rows share a scale.
     """
 
     def __init__(self, name: str, packed: PackedTensor) -> None:
@@ -144,7 +145,8 @@ class Unpacked(nn.Module):
             version=11,
             metadata_props=properties,
         )
-        return (codes & (2**self.fmt.bits - 1)).flatten(-2).float()
+        low: Tensor = codes & (2**self.fmt.bits - 1)
+        return low.flatten(-2).float()
 
 
 class Float(nn.Module):
@@ -201,7 +203,7 @@ class QuantizedConv2d(nn.Module):
         """Images [batch, in, height, width] to [batch, out, height, width]."""
         weight = self.weight().reshape(self.kernel)
         if isinstance(self.weight, Unpacked) and self.options[-1] > 1:
-            # OpenVINO multiplies what normalizes the outputs of a grouped convolution into the
+            # OpenVINO multiplies what normalizes the outputs of a convolution with groups into the
             # weights before this reshape, where they have another rank. A bound is in its way.
             weight = weight.clamp(min=-torch.finfo(torch.float32).max)
         return F.conv2d(x, weight, self.bias, *self.options)

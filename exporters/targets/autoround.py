@@ -45,6 +45,12 @@ class AutoRound(Exporter):
     noise = "the runtime computes in float16"
     max_kl = 1e-4
 
+    def usage(self, path: Path, source: Source) -> str:
+        """How transformers reads the folder, and AutoRound the configuration."""
+        if path.suffix == ".json":
+            return f"AutoRound(model, tokenizer, layer_config=json.load(open({str(path)!r})))"
+        return f"AutoModelForCausalLM.from_pretrained({str(path)!r}), with auto-round installed"
+
     def config(self, source: Source) -> str:
         """The ``layer_config`` that AutoRound itself takes."""
         import json

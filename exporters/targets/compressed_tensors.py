@@ -21,6 +21,7 @@ from ..folder import (
     transformers_logits,
     write_folder,
 )
+from ..gptq import most_used
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -41,6 +42,12 @@ class CompressedTensors(Exporter):
     form: ClassVar[Literal["folder", "file"] | None] = "folder"
     noise = "none: the logits are equal bit for bit"
     max_kl = 1e-6
+
+    def usage(self, path: Path, source: Source) -> str:
+        """How transformers and vLLM read it."""
+        if (source.plan.runtime or "").startswith("vllm"):
+            return f"vllm serve {path}"
+        return f"AutoModelForCausalLM.from_pretrained({str(path)!r}), without dequantize=True"
 
     def write(self, source: Source, out: Path) -> None:
         """Write ``pack-quantized`` tensors and a ``quantization_config`` with exact names."""
@@ -94,6 +101,7 @@ def _words(count: int, bits: int) -> int:
 
 
 def _config(source: Source) -> dict[str, Any]:
+    most_used(source)  # refuses a plan that quantizes nothing
     targets: dict[Format, list[str]] = {}
     for name, fmt in source.formats.items():
         if fmt.kind == "int":

@@ -37,6 +37,12 @@ class Gptq(Exporter):
     noise = "the runtime computes in float16"
     max_kl = 1e-4
 
+    def usage(self, path: Path, source: Source) -> str:
+        """How GPTQModel reads the folder, and the configuration."""
+        if path.suffix == ".json":
+            return f"QuantizeConfig(**json.load(open({str(path)!r})))"
+        return f"GPTQModel.load({str(path)!r}); transformers does not read 'dynamic'"
+
     def config(self, source: Source) -> str:
         """The quantization configuration that GPTQModel itself takes."""
         return json.dumps(_config(source), indent=1) + "\n"

@@ -40,6 +40,14 @@ class Mlx(Exporter):
     noise = "float32 rounding of the logits"
     max_kl = 1e-6
 
+    def usage(self, path: Path, source: Source) -> str:
+        """How mlx-lm reads the folder."""
+        if path.suffix == ".json":
+            return (
+                "the section 'quantization' of config.json; mlx_lm.convert takes a quant_predicate"
+            )
+        return f"mlx_lm.generate --model {path}"
+
     def config(self, source: Source) -> str:
         """The ``quantization`` section of an mlx-lm config.json."""
         return json.dumps(_config(source), indent=1) + "\n"

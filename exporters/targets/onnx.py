@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from ...quantizers.format import Format
 from ...search.materialize import save_hugging_face_files
 from ...sensitivity.evaluate import Run
 from ...sensitivity.models import Batch, LoadedModel
-from ..onnx_modules import dequantizes, quantized_copy
+from ..onnx_modules import quantized_copy
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -39,6 +38,14 @@ class Onnx(Exporter):
     noise = "float32 rounding of the logits"
     max_kl = 1e-6
 
+    def usage(self, path: Path, source: Source) -> str:
+        """How both runtimes read it without rounding activations."""
+        option = "session.qdq_matmulnbits_accuracy_level"
+        return (
+            f"onnxruntime.InferenceSession('{path / FILE}', options), with {option} = 0 to keep "
+            "activations as they are; OpenVINO with DYNAMIC_QUANTIZATION_GROUP_SIZE = 0"
+        )
+
     def write(self, source: Source, out: Path) -> None:
         """Trace the model with its matrices replaced, batch and text length left open."""
         import onnx_ir
@@ -56,12 +63,10 @@ class Onnx(Exporter):
         """Whole groups, float16 scales; zero points packed by row, or as one tensor."""
         rows, cols = shape
         groups, bits = fmt.groups(cols), fmt.bits
-        size = fmt.group_size if fmt.group_size > 0 else cols
-        dense = fmt.group_size <= 0 and dequantizes(fmt, cols)
-        if dense:
-            codes, zero = math.ceil(rows * cols * bits / 8), math.ceil(rows * bits / 8)
+        if fmt.group_size > 0:
+            codes, zero = rows * groups * fmt.group_size * bits // 8, rows * -(-groups * bits // 8)
         else:
-            codes, zero = rows * groups * math.ceil(size * bits / 8), rows * -(-groups * bits // 8)
+            codes, zero = -(-rows * cols * bits // 8), -(-rows * bits // 8)
         return codes + 2 * rows * groups + (0 if fmt.symmetric else zero)
 
     def recognizes(self, path: Path) -> bool:

@@ -31,7 +31,8 @@ def assert_same(left: PackedTensor, right: PackedTensor) -> None:
 def bits_of(words: list[int], start: int, count: int) -> int:
     """The number that ``count`` bits from ``start`` on spell in a stream of 32-bit words."""
     stream: int = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
-    return (stream >> start) & (2**count - 1)
+    mask: int = 2**count - 1
+    return (stream >> start) & mask
 
 
 formats = st.builds(

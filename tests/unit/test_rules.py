@@ -63,7 +63,7 @@ def test_the_runtimes_of_the_command_line_exist() -> None:
         ("transformers", ["int2-g32", "int8-g64", "int4-gc"], ["int4-g32-asym", "int3-g32"]),
         ("llama.cpp", ["q4_1", "q4_k", "int5-g32", "fp32"], ["int4-g64", "int4-g32-asym"]),
         ("mlx", ["int5-g128-asym", "int3-g32"], ["int7-g32", "int4-gc", "q4_k"]),
-        ("onnx", ["int2-g256-asym", "int4-gc", "int8-gc-asym"], ["int3-g32", "int1-gc", "int4-gt"]),
+        ("onnx", ["int2-g256-asym", "int4-gc", "int8-gc-asym"], ["int3-g32", "int2-gc", "int4-gt"]),
         ("autoround", ["int7-g64", "int2-g32-asym"], ["int1-g32"]),
         ("gptq", ["int3-g64-asym", "int8-g32"], ["int5-g32"]),
         ("torchao", ["int6-g32"], ["int6-g64"]),
