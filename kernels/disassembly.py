@@ -150,8 +150,11 @@ def _parse(
 
 
 def _multiplying(loops: Sequence[Loop]) -> tuple[Loop, ...]:
-    """The loops that load and multiply; all loops if none does."""
-    return tuple(loop for loop in loops if loop.tensor and loop.global_bytes) or tuple(loops)
+    """The loops that load operands and multiply; all loops if none does.
+
+    A compiler may turn parts of a pipeline's end into loops: these load no weights.
+    """
+    return tuple(loop for loop in loops if loop.tensor and loop.wide_bytes) or tuple(loops)
 
 
 def _sass_loop(instructions: Sequence[Instruction]) -> Loop:
