@@ -75,8 +75,6 @@ class PlaneLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        if needs_grad(x, bias):
-            return linear(x, self.pack.dequantize().to(x.dtype), bias)
         return plane_linear(x, self.pack, bias)
 
 
