@@ -214,7 +214,8 @@ def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, A
     if kept.is_file() and kept.stat().st_mtime >= file.stat().st_mtime:
         figures: dict[str, Any] = json.loads(kept.read_text())
         return figures
-    words = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512, "--chunks", chunks]
+    words: list[Any] = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512]
+    words += ["--chunks", chunks, "-t", 1]  # its threads spin, which starves on shared cores
     done = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True)
     found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
     assert found, done.stderr[-500:]
