@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,8 @@ def evaluate(
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
     shown = Table("", "value", title=escape(str(target)))
     shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} nats/token")
-    shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
+    if not isnan(plan.predicted_kl):
+        shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
     if (before := plan.measured) is not None:
         recorded = f"{before.kl:.6g} ({before.tokens:,} positions of {before.text})"
         shown.add_row("KL recorded in the plan", escape(recorded))

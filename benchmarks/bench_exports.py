@@ -10,6 +10,7 @@ Writes ``results/exports.{json,md}``.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ from bitplan.benchmarks.common import write_results
 from bitplan.exporters import gguf_file
 from bitplan.exporters.export import Exported, export
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
-from bitplan.exporters.verify import verify, weight_error
+from bitplan.exporters.verify import compare, verify, weight_error
+from bitplan.quantizers.files import write_json
 from bitplan.search.job import run_profile
 from bitplan.search.limits import Limits
 from bitplan.search.plan import Plan
 from bitplan.search.rules import Rules
 from bitplan.search.settings import ProfileSettings
 from bitplan.search.solve import solve
+from bitplan.sensitivity.calibration import evaluation_samples
 from bitplan.sensitivity.models import LoadedModel, load_model, smollm2_path
 from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import PROFILE_FILE
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for profile and exports")
     parser.add_argument("--python", action="append", default=[], metavar="TARGET=INTERPRETER")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-quantize, -perplexity")
-    parser.add_argument("--chunks", type=int, default=24, help="of 512 tokens, for perplexity")
+    parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
@@ -60,6 +63,7 @@ def main() -> None:
                     where = options.work / "exported"
                     rows.append(row(name, runtime, budget, profile, model, where, text, python))
                     print(rows[-1], flush=True)
+    rows += list(arithmetic_of_llama_cpp(options.work, profile, model, text))
     tables = {}
     if options.llama_bin:
         pairs = list(
@@ -139,6 +143,45 @@ def compared(done: Exported, exporter: Exporter, text: Path, python: str | None)
     return {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
 
 
+def arithmetic_of_llama_cpp(
+    work: Path, profile: Path, model: LoadedModel, text: Path
+) -> Iterator[dict[str, Any]]:
+    """What of a GGUF file's KL is llama.cpp's rounding of activations.
+
+    A uniform plan in its widest type shows the rounding alone; a mixed file with its weights as
+    float32, which it does not round activations for, shows everything else.
+    """
+    gguf = find("gguf")[1]
+    if not gguf.installed():
+        return
+    limits = Limits(rules=Rules.load("llama.cpp"), formats=("int8-g32",))
+    uniform = export(
+        solve(profile, "9bpw", limits=limits),
+        "gguf",
+        work / "exported/uniform-q8_0.gguf",
+        model=model,
+    )
+    mixed = export(
+        solve(profile, BUDGETS[0], limits=Limits(rules=Rules.load("llama.cpp"))),
+        "gguf",
+        work / "exported/mixed.gguf",
+        model=model,
+    )
+    plain = work / "exported/mixed-F32.gguf"
+    as_floats(mixed.path, plain)
+    samples = evaluation_samples(model, str(text), TOKENS, 128)
+    for what, done, path in (
+        ("every matrix Q8_0", uniform, uniform.path),
+        ("the mixed file, its weights as F32", mixed, plain),
+    ):
+        found = compare(done.source.logits, gguf.logits(path), samples.batches, gguf.max_kl)
+        row = dict.fromkeys(("bpw", "plan_mb", "stored_over_plan", "rest_mb", "weight_error"))
+        figures = {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
+        where = {"target": "gguf", "runtime": "llama.cpp", "budget": None}
+        yield where | row | figures | {"note": what}
+        print(what, figures, flush=True)
+
+
 def perplexities(
     programs: Path, work: Path, profile: Path, model: LoadedModel, text: Path, chunks: int
 ) -> Iterator[dict[str, Any]]:
@@ -149,8 +192,10 @@ def perplexities(
     yield measured(programs, plain, text, chunks) | {"file": "original, dequantized"}
     for kind in OWN:
         theirs = work / f"smollm2-{kind}.gguf"
-        words = [programs / "llama-quantize", "--token-embedding-type", "q8_0", plain, theirs, kind]
-        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        if not theirs.is_file():
+            same = ["--token-embedding-type", "q8_0"]
+            words = [programs / "llama-quantize", *same, plain, theirs, kind]
+            subprocess.run(list(map(str, words)), check=True, capture_output=True)
         size = sum(
             int(tensor.n_bytes)
             for tensor in gguf_file.open_reader(theirs).tensors
@@ -164,8 +209,13 @@ def perplexities(
 
 
 def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, Any]:
-    """Size and perplexity of a GGUF file."""
-    words = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512, "--chunks", chunks]
+    """Size and perplexity of a GGUF file; kept beside it, so that a killed benchmark goes on."""
+    kept = file.with_suffix(f".{chunks}.json")
+    if kept.is_file() and kept.stat().st_mtime >= file.stat().st_mtime:
+        figures: dict[str, Any] = json.loads(kept.read_text())
+        return figures
+    words: list[Any] = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", 512]
+    words += ["--chunks", chunks, "-t", 1]  # its threads spin, which starves on shared cores
     done = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True)
     found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
     assert found, done.stderr[-500:]
@@ -176,6 +226,7 @@ def measured(programs: Path, file: Path, text: Path, chunks: int) -> dict[str, A
         "stderr": float(found[2]),
     }
     print(file.name, figures, flush=True)
+    write_json(kept, figures)
     return figures
 
 

@@ -11,7 +11,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("csv")
 class Csv(Exporter):
-    """A table: module, format, bits, weights per scale, zero point, rows, columns, bytes."""
+    """A table, one line per matrix."""
 
     config_suffix = ".csv"
 

@@ -12,13 +12,16 @@ UNQUANTIZED = 16
 
 @EXPORTERS.register("exllamav3")
 class ExLlamaV3(Exporter):
-    """A recipe for ExLlamaV3's convert.py: bits per matrix; it quantizes itself, on a GPU."""
+    """A recipe for ExLlamaV3's convert.py."""
 
     runtimes = ("exllamav3",)
     config_suffix = ".yaml"
 
     def config(self, source: Source) -> str:
-        """``tensors`` covers every matrix but the head, whose bits are ``head_bits``."""
+        """Bits per matrix; ExLlamaV3 quantizes itself, on a GPU.
+
+        ``tensors`` covers every matrix but the head, whose bits are ``head_bits``.
+        """
         formats = source.formats
         bits = {}
         for unit in source.everything:

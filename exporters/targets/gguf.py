@@ -22,7 +22,7 @@ from . import EXPORTERS, Exporter, Stored
 
 @EXPORTERS.register("gguf")
 class Gguf(Exporter):
-    """GGUF: a file for llama.cpp, or a type list for its llama-quantize."""
+    """A file for llama.cpp, or a type list for llama-quantize."""
 
     runtimes = ("llama.cpp",)
     extra = "gguf"

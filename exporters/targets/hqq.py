@@ -11,7 +11,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("hqq")
 class Hqq(Exporter):
-    """Arguments of HQQ's BaseQuantizeConfig by module, for HQQLinear."""
+    """Arguments of HQQ's BaseQuantizeConfig."""
 
     runtimes = ("hqq",)
     config_suffix = ".json"

@@ -19,7 +19,7 @@ SEQUENCES, LENGTH = 96, 128  # where a plan does not say what it was calibrated 
 
 @EXPORTERS.register("imatrix")
 class Imatrix(Exporter):
-    """An importance matrix for llama-quantize --imatrix: squared inputs of every matrix."""
+    """An importance matrix for llama-quantize."""
 
     form = "file"
     suffix = ".gguf"

@@ -11,7 +11,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("json")
 class Json(Exporter):
-    """Plain data: bits, group size and zero point by module, with the model's name and hash."""
+    """Plain data, one object per matrix."""
 
     config_suffix = ".json"
 

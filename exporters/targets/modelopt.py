@@ -12,7 +12,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("modelopt")
 class ModelOpt(Exporter):
-    """ModelOpt's hf_quant_config.json with quantized_layers, for TensorRT-LLM."""
+    """ModelOpt's hf_quant_config.json."""
 
     runtimes = ("modelopt",)
     config_suffix = ".json"

@@ -14,7 +14,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("nncf")
 class Nncf(Exporter):
-    """Passes of NNCF's compress_weights, one per format, with the scope each one ignores."""
+    """Passes of NNCF's compress_weights."""
 
     runtimes = ("nncf",)
     config_suffix = ".json"

@@ -13,7 +13,7 @@ from . import EXPORTERS, Exporter
 
 @EXPORTERS.register("torchao")
 class TorchAO(Exporter):
-    """FqnToConfig of torchao, for quantize_ or for TorchAoConfig of transformers."""
+    """FqnToConfig of torchao."""
 
     runtimes = ("torchao",)
     config_suffix = ".json"
