@@ -14,6 +14,7 @@ from torch import nn
 from bitplan.exporters.export import export
 from bitplan.exporters.gptq import name_pattern
 from bitplan.exporters.importing import import_plan
+from bitplan.search.materialize import quantize
 from bitplan.sensitivity.models import LoadedModel, Workload
 from bitplan.sensitivity.units import find_units
 from bitplan.tests.plans import hand_made
@@ -114,3 +115,14 @@ def test_asymmetric_formats_are_refused_for_transformers_with_the_rule(
     plan = hand_made(wide, {name: "int4-g32-asym"})
     with pytest.raises(ValueError, match=rf"{name} in int4-g32-asym: zero_points: .*Use int4-g32"):
         export(plan, "compressed-tensors", tmp_path / "out", model=wide)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = hand_made(wide, dict.fromkeys(layers(wide), "int4-g32"))
+    out = tmp_path / "out"
+    export(plan, "compressed-tensors", out, model=wide)
+    export(plan, "mlx", out, model=wide)
+    assert "quantization" in json.loads((out / "config.json").read_text())
+    packed = quantize(plan, tmp_path / "packed", wide)
+    with pytest.raises(ValueError, match="not an exported model"):
+        export(plan, "mlx", packed, model=wide)
