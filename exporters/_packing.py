@@ -8,6 +8,9 @@ scales and zero points.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -63,6 +66,22 @@ def packed_from(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) 
         assert zero is not None
         parts["zero"] = pack_bits(zero.reshape(1, -1), fmt.bits)[0]
     return PackedTensor(fmt, (codes.shape[0], codes.shape[1]), parts)
+
+
+def split_rows(packed: PackedTensor, ends: Sequence[int]) -> list[PackedTensor]:
+    """Blocks of rows as weights of their own, for runtimes that run them one by one.
+
+    Args:
+        packed: An integer weight [rows, cols].
+        ends: The row after each block but the last, ascending.
+    """
+    scale, zero = grid_of(packed)
+    codes = unpack_bits(packed.tensors["codes"], packed.fmt.bits, packed.shape[1])
+    bounds = [0, *ends, packed.shape[0]]
+    return [
+        packed_from(codes[start:end], scale[start:end], zero[start:end], packed.fmt)
+        for start, end in pairwise(bounds)
+    ]
 
 
 def to_compressed_tensors(packed: PackedTensor) -> Tensors:

@@ -184,9 +184,8 @@ def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> No
 def _check_free(out: Path, exporter: Exporter) -> None:
     """Refuse to replace a folder that is not an export."""
     if exporter.form == "folder" and out.is_dir() and any(out.iterdir()):
-        from ..search.materialize import is_packed
-
-        if is_packed(out) or not (out / PLAN_FILE).is_file() or (out / "job.json").is_file():
+        card = (out / "README.md").is_file() and (out / PLAN_FILE).is_file()
+        if not card or (out / "job.json").is_file():  # a packed folder has no card
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
 
 

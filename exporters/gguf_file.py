@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..quantizers.blocks import pack_blocks
-from ..quantizers.format import BLOCKS, INTEGER_BLOCKS, Format
+from ..quantizers.format import BLOCKS, INTEGER_BLOCKS
 from ..quantizers.packed import PackedTensor, unpack_bits
 from ..sensitivity.models import LoadedModel, smollm2_path
 
@@ -258,11 +258,6 @@ def copy_with(
         data = block(tensor.name, reader).data if tensor.name in kinds else tensor.data
         writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8).reshape(-1))
     writer.close()
-
-
-def stored_size(fmt: Format, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix in a GGUF file."""
-    return fmt.stored_bytes(shape)
 
 
 def open_reader(path: Path) -> gguf.GGUFReader:

@@ -104,6 +104,15 @@ def test_mlx_keeps_symmetric_scales_in_half_precision() -> None:
     assert asymmetric["scales"].dtype == asymmetric["biases"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("spec", ["int4-g32-asym", "int3-gc", "int8-g64"])
+def test_blocks_of_rows_are_weights_of_their_own(spec: str) -> None:
+    packed = weight(spec)
+    blocks = packing.split_rows(packed, [7, 40])
+    assert [block.shape[0] for block in blocks] == [7, 33, 24]
+    together = torch.cat([block.dequantize() for block in blocks])
+    assert torch.equal(together, packed.dequantize())
+
+
 def test_a_scale_of_the_whole_tensor_is_repeated() -> None:
     packed = weight("int4-gt")
     tensors = packing.to_compressed_tensors(packed)

@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitplan.exporters.export import export
+from bitplan.exporters.onnx_modules import QuantizedLinear
 from bitplan.exporters.targets import EXPORTERS
 from bitplan.exporters.targets.onnx import openvino_logits
+from bitplan.quantizers.format import Format
+from bitplan.quantizers.methods.rtn import rtn
+from bitplan.quantizers.packed import PackedTensor
 from bitplan.search.rules import Rules
 from bitplan.sensitivity.evaluate import Run
 from bitplan.sensitivity.models import LoadedModel, Workload
@@ -173,6 +177,31 @@ def test_the_graph_keeps_no_dense_copy_and_no_path_of_this_machine(
     ]
     assert dense == ["module.stem.weight"]  # the plan leaves it as it was
     assert str(Path(__file__).parents[2]).encode() not in (path / "model.onnx").read_bytes()
+
+
+def test_output_channels_with_formats_of_their_own_run(tmp_path: Path) -> None:
+    needs("onnxscript")
+    needs("onnxruntime")
+    import onnx_ir
+
+    from bitplan.exporters.onnx_graph import build
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator)
+    blocks = []
+    for spec, rows in (("int4-g32", slice(0, 20)), ("int8-g64-asym", slice(20, 32))):
+        fmt = Format.parse(spec)
+        blocks.append(PackedTensor.pack(weight[rows], fmt, rtn(weight[rows], fmt)))
+    module = nn.Sequential(QuantizedLinear("0", blocks, None)).eval()
+    x = torch.randn(3, 64, generator=generator)
+    onnx_ir.save(
+        build(LoadedModel("rows", module, "float32", Workload(module, calibration=[x])), module),
+        tmp_path / "model.onnx",
+    )
+    ours = (x @ torch.cat([block.dequantize() for block in blocks]).T)[:, None]
+    assert error(ours, EXPORTERS.get("onnx")().logits(tmp_path)(x)) < 1e-5
+    if find_spec("openvino"):
+        assert error(ours, openvino_logits(tmp_path)(x)) < 1e-5
 
 
 def test_swapped_scales_are_seen_in_onnx_runtime(graph: tuple[Path, Run], tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from bitplan.__main__ import app
 from bitplan.exporters.export import export
 from bitplan.exporters.gguf_file import NEAREST, TYPE_OF_FORMAT, Block, copy_with, open_reader
 from bitplan.exporters.importing import import_plan
+from bitplan.exporters.source import open_source
 from bitplan.exporters.verify import compare
-from bitplan.search.materialize import quantize
+from bitplan.search.materialize import load_packed, quantize
 from bitplan.search.plan import Plan
 from bitplan.sensitivity.models import LoadedModel, load_model
 from bitplan.tests.plans import hand_made, mixed
@@ -43,8 +44,6 @@ def exported(
 def test_transformers_reads_the_file_as_our_dequantized_model(
     exported: Path, plan: Plan, wide: LoadedModel
 ) -> None:
-    from bitplan.exporters.source import open_source
-
     theirs = load_model(str(exported), "cpu")
     source = open_source(plan, model=wide)
     ids = torch.arange(64).view(2, 32)
@@ -104,6 +103,9 @@ def test_a_packed_folder_exports_like_its_plan(
     out = tmp_path / "m.gguf"
     export(folder, "gguf", out, like=wide_gguf)
     assert out.read_bytes() == exported.read_bytes()
+    ids = torch.arange(32).view(1, 32)
+    ours = open_source(plan, model=wide).logits(ids)
+    assert torch.allclose(load_packed(folder).logits(ids), ours, atol=1e-4)
 
 
 def test_another_models_file_is_refused(

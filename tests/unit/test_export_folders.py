@@ -1,0 +1,128 @@
+"""Configurations and refusals of the folder targets, without the foreign tools."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bitplan.exporters.export import export
+from bitplan.exporters.gptq import name_pattern
+from bitplan.exporters.importing import import_plan
+from bitplan.search.materialize import quantize
+from bitplan.sensitivity.models import LoadedModel, Workload
+from bitplan.sensitivity.units import find_units
+from bitplan.tests.plans import hand_made
+
+
+def layers(model: LoadedModel) -> list[str]:
+    return [u.name for u in find_units(model.module) if "layers" in u.name]
+
+
+def configured(model: LoadedModel, formats: dict[str, str], to: str, out: Path) -> dict[str, Any]:
+    export(hand_made(model, formats), to, out, model=model)
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return config
+
+
+def test_patterns_speak_for_fused_names_only_if_all_agree() -> None:
+    names = [f"model.layers.1.self_attn.{n}_proj" for n in "qkv"]
+    together = name_pattern(names[0], names)
+    assert re.match(together, names[0])
+    assert re.match(together, "model.layers.1.self_attn.qkv_proj")
+    assert not re.match(together, names[1])
+    assert not re.match(together, "model.layers.11.self_attn.q_proj")
+    alone = name_pattern(names[0], names[:2])
+    assert re.match(alone, names[0])
+    assert not re.match(alone, "model.layers.1.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    ("to", "key", "symmetric", "asymmetric"),
+    [
+        ("gptq", "checkpoint_format", "gptq", "gptq_v2"),
+        ("autoround", "packing_format", "auto_round:auto_gptq", "auto_round"),
+    ],
+)
+def test_zero_points_choose_the_version(
+    to: str, key: str, symmetric: str, asymmetric: str, wide: LoadedModel, tmp_path: Path
+) -> None:
+    names = layers(wide)
+    same = dict.fromkeys(names, "int4-g32")
+    config = configured(wide, same, to, tmp_path / "a")["quantization_config"]
+    assert config[key] == symmetric
+    config = configured(wide, same | {names[3]: "int8-g64-asym"}, to, tmp_path / "b")
+    assert config["quantization_config"][key] == asymmetric
+
+
+def test_groups_of_compressed_tensors_name_every_module_once(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    names = layers(wide)
+    chosen = dict(zip(names, ["int4-g32", "int8-gc", "bf16"] * len(names), strict=False))
+    config = configured(wide, chosen, "compressed-tensors", tmp_path / "out")
+    section = config["quantization_config"]
+    targets = [name for group in section["config_groups"].values() for name in group["targets"]]
+    assert sorted(targets) == sorted(n for n, f in chosen.items() if f != "bf16")
+    assert sorted([*targets, *section["ignore"]]) == sorted([*names, "lm_head"])
+    strategies = {g["weights"]["strategy"] for g in section["config_groups"].values()}
+    assert strategies == {"group", "channel"}
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "autoround", "gptq", "mlx"])
+def test_a_written_folder_is_imported_as_the_plan(
+    to: str, wide: LoadedModel, tmp_path: Path
+) -> None:
+    names = layers(wide)
+    chosen = dict(zip(names, ["int4-g32", "int8-g64", "int2-g64"] * len(names), strict=False))
+    export(hand_made(wide, chosen), to, tmp_path / "out", model=wide)
+    assert import_plan(tmp_path / "out", wide).assignments == chosen
+
+
+def test_a_configuration_of_other_weights_is_noticed(wide: LoadedModel, tmp_path: Path) -> None:
+    chosen = dict.fromkeys(layers(wide), "int4-g32")
+    config = configured(wide, chosen, "compressed-tensors", tmp_path / "out")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 8
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        import_plan(tmp_path / "out", wide)
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "autoround", "gptq", "mlx"])
+def test_what_these_folders_cannot_hold_is_refused(
+    to: str, wide: LoadedModel, tmp_path: Path
+) -> None:
+    nothing = hand_made(wide, dict.fromkeys(layers(wide), "bf16"))
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        export(nothing, to, tmp_path / "a", model=wide)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval().requires_grad_(False)
+    other = LoadedModel("mlp", module, "float32", Workload(module, calibration=[torch.ones(2, 64)]))
+    with pytest.raises(ValueError, match="no causal language model"):
+        export(hand_made(other, {"0": "int4-g32"}), to, tmp_path / "b", model=other)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_asymmetric_formats_are_refused_for_transformers_with_the_rule(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    name = layers(wide)[0]
+    plan = hand_made(wide, {name: "int4-g32-asym"})
+    with pytest.raises(ValueError, match=rf"{name} in int4-g32-asym: zero_points: .*Use int4-g32"):
+        export(plan, "compressed-tensors", tmp_path / "out", model=wide)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = hand_made(wide, dict.fromkeys(layers(wide), "int4-g32"))
+    out = tmp_path / "out"
+    export(plan, "compressed-tensors", out, model=wide)
+    export(plan, "mlx", out, model=wide)
+    assert "quantization" in json.loads((out / "config.json").read_text())
+    packed = quantize(plan, tmp_path / "packed", wide)
+    with pytest.raises(ValueError, match="not an exported model"):
+        export(plan, "mlx", packed, model=wide)
