@@ -48,21 +48,29 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="TARGET=INTERPRETER")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-quantize, -perplexity")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
+    parser.add_argument("--targets", help="only these, comma-separated; nothing is written")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
     model = load_model("smollm2", "cpu")
     profile = profiled(options.work / "exports")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    wanted = options.targets.split(",") if options.targets else EXPORTERS.names()
     for budget in BUDGETS:
-        for name in EXPORTERS.names():
+        for name in wanted:
             exporter = EXPORTERS.get(name)()
             for runtime in exporter.runtimes if exporter.form else ():
                 if runtime in RUNTIMES:
                     python = pythons.get(runtime) or pythons.get(shown_name(name))
                     where = options.work / "exported"
-                    rows.append(row(name, runtime, budget, profile, model, where, text, python))
-                    print(rows[-1], flush=True)
+                    kept = where / f"{name}-{runtime}-{budget}.row.json"
+                    if not kept.is_file():  # so that a killed benchmark goes on
+                        new = row(name, runtime, budget, profile, model, where, text, python)
+                        write_json(kept, new)
+                        print(new, flush=True)
+                    rows.append(json.loads(kept.read_text()))
+    if options.targets:
+        return
     rows += list(arithmetic_of_llama_cpp(options.work, profile, model, text))
     tables = {}
     if options.llama_bin:
