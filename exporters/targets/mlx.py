@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -107,6 +108,10 @@ class Mlx(Exporter):
                 return from_mlx(files.parts(module, PARTS), fmt).dequantize()
 
             yield Stored(module, shape, fmt, sum(part.nbytes for part in parts.values()), weight)
+
+    def most_tokens(self) -> int | None:
+        """Few where MLX has only its portable kernels, which dequantize for every token."""
+        return None if sys.platform == "darwin" else 128
 
     def logits(self, path: Path) -> Run:
         """Load it with mlx-lm, computing in float32; by itself it takes the dtype of the scales."""
