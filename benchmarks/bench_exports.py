@@ -48,12 +48,13 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="TARGET=INTERPRETER")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-quantize, -perplexity")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
+    parser.add_argument("--profile", type=Path, help="take this one instead of making one")
     parser.add_argument("--targets", help="only these, comma-separated; nothing is written")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
     model = load_model("smollm2", "cpu")
-    profile = profiled(options.work / "exports")
+    profile = options.profile or profiled(options.work / "exports")
     rows: list[dict[str, Any]] = []
     wanted = options.targets.split(",") if options.targets else EXPORTERS.names()
     for budget in BUDGETS:
