@@ -125,7 +125,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     rows, count = codes.shape
-    words = pad(codes, (0, -count % 8)).contiguous().view(torch.int64)  # eight codes in a word
+    padded = pad(codes, (0, -count % 8)).contiguous().view(-1)  # flat: a stride of one row is any
+    words = padded.view(torch.int64).view(rows, -1)  # eight codes in a word
     for lane in (8, 16, 32):  # close the gap between the two neighbours in every pair of lanes
         used = lane * bits // 8
         low = _repeat(2**used - 1, 2 * lane)

@@ -67,3 +67,8 @@ def test_wrong_parts_are_refused() -> None:
         ValueError, match=r"'codes' .* must be uint8 \[6, 50\], but is .* \[5, 50\]"
     ):
         PackedTensor(packed.fmt, packed.shape, parts | {"codes": parts["codes"][:5]})
+
+
+def test_codes_of_one_row_may_be_a_transposed_column() -> None:
+    column = torch.arange(16, dtype=torch.uint8)[:, None] % 8
+    assert torch.equal(pack_bits(column.T, 3), pack_bits(column.T.clone().reshape(1, 16), 3))
