@@ -132,7 +132,8 @@ def test_bias_sparse_rows_and_low_rank(dtype: torch.dtype, tokens: int) -> None:
     plain = whole.double() + sparse.half().double()
     through = (x @ down.T).double() @ up.double().T
     expected = x.double() @ plain.T + through + bias.double()
-    bound = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    # The interpreter cuts numbers off to bfloat16, up to three times here: 2^-7 of a number each.
+    bound = {torch.float16: 1e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
     assert relative_error(found, expected) < bound
     if dtype != torch.bfloat16:  # the control: each part counts
         for part in (x.double() @ sparse.half().double().T, through, bias.double()):
