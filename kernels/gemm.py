@@ -217,9 +217,10 @@ def _run_triton(
     from .triton_launch import Extras, multiply, multiply_dense
     from .tune import choose_launch
 
+    bias, *parts = (None if t is None else t.contiguous() for t in (bias, *extras))
     if len(x) > DECODE_TOKENS or x.dtype not in _HALVES:
-        return multiply_dense(x, pack, bias, Extras(*extras), x.dtype)
-    return multiply(x, pack, bias, Extras(*extras), choose_launch(x, pack))
+        return multiply_dense(x.contiguous(), pack, bias, Extras(*parts), x.dtype)
+    return multiply(x, pack, bias, Extras(*parts), choose_launch(x, pack))
 
 
 def _run_torch(

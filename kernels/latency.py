@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,11 +29,10 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from ..quantizers.files import atomic_path
+from ..quantizers.files import atomic_path, read_toml
 from ..quantizers.format import Format
 
 FOLDER = Path(__file__).resolve().parent / "devices"
@@ -192,15 +190,7 @@ class Device(_Strict):
         Raises:
             ValueError: If it is not TOML or breaks the schema; says where.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            return cls.model_validate({"name": path.stem} | tomllib.loads(text))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(f"{path} holds no valid device: {where}: {first['msg']}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not TOML: {error}.") from error
+        return read_toml(path, cls, "device")
 
     @classmethod
     def of(cls, driver_name: str) -> Device | None:

@@ -119,9 +119,14 @@ def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether somebody looks at operations instead of numbers: fake tensors, modes, transforms."""
+    """Whether somebody looks at operations instead of numbers.
+
+    Fake and meta tensors, dispatch modes, function transforms, and the tracer of TorchScript.
+    """
     return (
         type(x) is not Tensor
+        or not x.is_cpu
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._is_tracing()
     )

@@ -110,7 +110,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def cache_folder() -> Path:
-    """Where the library is kept: ``$BITPLAN_CACHE`` or ``bitplan`` in the user's cache folder."""
+    """For what is made on this machine: ``$BITPLAN_CACHE``, or ``bitplan`` in the user's cache."""
     if chosen := os.environ.get("BITPLAN_CACHE"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")

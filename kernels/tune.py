@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers.files import write_json
+from .native import cache_folder
 from .packing import PlanePack
 from .triton_launch import Extras, Launch, multiply, natural_warps
 
@@ -131,8 +131,7 @@ def tune(
 def cache_file(device: int) -> Path:
     """Where the tuned launches of a device are kept; -1 is the interpreter."""
     name = torch.cuda.get_device_name(device) if device >= 0 else "interpreter"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "bitplan" / f"launches-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+    return cache_folder() / f"launches-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
 
 
 @functools.cache

@@ -7,10 +7,15 @@ import json
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @contextmanager
@@ -80,6 +85,28 @@ def read_json_text(path: Path, kind: str) -> str:
         raise ValueError(
             f"{path} is not a {kind} (not a JSON text file). Give the path of a {kind}.json."
         ) from error
+
+
+def read_toml(path: Path, schema: type[Model], kind: str) -> Model:
+    """Read a TOML file as a pydantic model, which is named like the file.
+
+    Args:
+        path: The file.
+        schema: The model; it has a field ``name``.
+        kind: What it should be, for the error: ``device``.
+
+    Raises:
+        ValueError: If it is not TOML or breaks the schema; says where.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return schema.model_validate({"name": path.stem} | tomllib.loads(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{path} holds no valid {kind}: {where}: {first['msg']}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}.") from error
 
 
 def _share(path: Path) -> None:

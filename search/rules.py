@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from ..quantizers.files import read_toml
 from ..quantizers.format import PER_CHANNEL, PER_TENSOR, Format
 
 FOLDER = Path(__file__).resolve().parents[1] / "exporters" / "rules"
@@ -99,15 +99,7 @@ class Rules(_Strict):
         Raises:
             ValueError: If it is not TOML or breaks the schema; says where.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            return cls.model_validate({"name": path.stem} | tomllib.loads(text))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(f"{path} holds no valid rules: {where}: {first['msg']}.") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}.") from error
+        return read_toml(path, cls, "rules")
 
     @property
     def fusion_groups(self) -> tuple[str, ...]:
