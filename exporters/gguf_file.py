@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..quantizers.blocks import pack_blocks
-from ..quantizers.format import BLOCKS, INTEGER_BLOCKS, Format
+from ..quantizers.format import BLOCKS, INTEGER_BLOCKS
 from ..quantizers.packed import PackedTensor, unpack_bits
 from ..sensitivity.models import LoadedModel, smollm2_path
 
@@ -36,7 +36,6 @@ NEAREST = {
     "IQ3_S": "q3_k",
     "NVFP4": "iq4_nl",
 }
-SAME = 0.01  # relative distance of a weight in F16, BF16 or Q8_0 from the original, and more
 
 
 class Block(NamedTuple):
@@ -258,11 +257,6 @@ def copy_with(
         data = block(tensor.name, reader).data if tensor.name in kinds else tensor.data
         writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8).reshape(-1))
     writer.close()
-
-
-def stored_size(fmt: Format, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix in a GGUF file."""
-    return fmt.stored_bytes(shape)
 
 
 def open_reader(path: Path) -> gguf.GGUFReader:
