@@ -30,7 +30,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 @EXPORTERS.register("compressed_tensors")
 class CompressedTensors(Exporter):
-    """A folder that transformers and vLLM load: one configuration group per format.
+    """For transformers and vLLM.
 
     A loader casts the float16 scales to the dtype of the model first: with float32 activations
     the weights are exactly ours, with bfloat16 they are rounded to eight bits.
@@ -153,6 +153,11 @@ def _format_of(path: Path, module: str, config: dict[str, Any]) -> Format:
 
 
 def _parse(path: Path, module: str, weights: dict[str, Any]) -> Format:
+    if weights.get("type", "int") != "int":
+        raise ValueError(
+            f"{path}: {module!r} holds {weights['num_bits']}-bit floats, for which bitplan has no "
+            "format."
+        )
     size = {"group": weights.get("group_size"), "channel": 0}.get(weights["strategy"])
     try:
         return Format.integer(weights["num_bits"], size, weights["symmetric"])  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from . import EXPORTERS, Exporter, Stored
 
 @EXPORTERS.register("gguf")
 class Gguf(Exporter):
-    """A file for llama.cpp, or a type list for llama-quantize."""
+    """For llama.cpp; types for llama-quantize."""
 
     runtimes = ("llama.cpp",)
     extra = "gguf"
@@ -85,6 +85,7 @@ class Gguf(Exporter):
         plain = dict(source.model.module.named_modules())
 
         def block(tensor: str, reader: Any) -> files.Block:
+            advance(1)
             module = where[tensor]
             theirs = files.weight_of(tensors[tensor], None)
             ours = files.original_weight(plain.get(module))
@@ -102,7 +103,6 @@ class Gguf(Exporter):
                     f"{tensor} of {base} is not {module!r} of {source.model.id}: they differ by "
                     f"{far:.1%}. Give --like a GGUF of this very model, in F16, BF16 or Q8_0."
                 )
-            advance(1)
             return files.blocks_of(source.packed(module), order)
 
         with source.reporter.bar("Writing GGUF", len(kinds)) as advance:

@@ -25,7 +25,7 @@ PARTS = ("weight", "scales", "biases")
 
 @EXPORTERS.register("mlx")
 class Mlx(Exporter):
-    """A folder that mlx-lm loads: its own bits and group size for every matrix, embeddings too.
+    """For mlx-lm, embeddings included.
 
     MLX stores a bias per group where we store a zero point: w = q * scale + bias. Of a symmetric
     format float16 holds it exactly. Of an asymmetric one only float32 does, and the scales must
