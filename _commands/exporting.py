@@ -155,7 +155,7 @@ def exporters() -> None:
             tools.append(exporter.extra)
             here += [name] * exporter.installed()
     out.print(shown)
-    out.print(f"--to also takes what reads the files: {'; '.join(runtimes)}.", markup=False)
+    out.print(f"\n--to also takes what reads the files: {'; '.join(runtimes)}.", markup=False)
     out.print(
         f"--verify runs the tool, which pip install 'bitplan[NAME]' adds for {', '.join(tools)}. "
         f"Installed here: {', '.join(here) or 'none'}.",
