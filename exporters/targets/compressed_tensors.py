@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -46,7 +47,7 @@ class CompressedTensors(Exporter):
     def usage(self, path: Path, source: Source) -> str:
         """How transformers and vLLM read it."""
         if (source.plan.runtime or "").startswith("vllm"):
-            return f"vllm serve {path}"
+            return f"vllm serve {shlex.quote(str(path))}"
         return f"AutoModelForCausalLM.from_pretrained({str(path)!r}), without dequantize=True"
 
     def write(self, source: Source, out: Path) -> None:

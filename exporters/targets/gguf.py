@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Gguf(Exporter):
     def usage(self, path: Path, source: Source) -> str:
         """How to use what was written."""
         if path.suffix == self.suffix:
-            return f"llama-cli -m {path}"
+            return f"llama-cli -m {shlex.quote(str(path))}"
         return (
             f"llama-quantize --pure --tensor-type-file {path} MODEL-F16.gguf MODEL.gguf q8_0  "
             "(it rounds again with its own quantizer; --to gguf without --plan-only keeps ours)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -46,7 +47,7 @@ class Mlx(Exporter):
             return (
                 "the section 'quantization' of config.json; mlx_lm.convert takes a quant_predicate"
             )
-        return f"mlx_lm.generate --model {path}"
+        return f"mlx_lm.generate --model {shlex.quote(str(path))}"
 
     def config(self, source: Source) -> str:
         """The ``quantization`` section of an mlx-lm config.json."""

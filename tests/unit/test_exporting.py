@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_packed_floats_are_not_taken_for_integers(wide: LoadedModel, tmp_path: P
     change_config(out, as_floats)
     with pytest.raises(ValueError, match="-bit floats, for which bitplan has no format"):
         import_plan(out)
+
+
+def test_commands_that_use_an_export_can_be_pasted(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = mixed(wide, Rules.load("vllm"))
+    out = tmp_path / "my model"
+    usage = export(plan, "vllm", out, model=wide).usage
+    assert shlex.split(usage)[-1] == str(out)
 
 
 def test_the_list_of_targets_fits_80_columns() -> None:
