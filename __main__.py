@@ -139,9 +139,8 @@ def search(
         )
         run = run or Path("runs") / f"{options.run_name(model)}-{wanted.goal}"
     plan = run_search(settings, wanted, run, Reporter(quiet))
-    written = write_report(run)
-    files = {path.name: path for path in [run / "plan.json", run / "frontier.json", *written]}
-    print_summary(out, plan, files)
+    *_, report = write_report(run)
+    print_summary(out, plan, {"report": report})
     hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
 
 

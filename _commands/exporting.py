@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -135,27 +136,31 @@ def import_(
 
 @app.command()
 def exporters() -> None:
-    """List the targets: what they write, what reads it, and what to install to run it."""
+    """List the targets: what they are for, what they write, and what to install to run it."""
     from ..exporters.targets import EXPORTERS, shown_name
 
-    shown = Table("name", "what", "writes", "checked for", "to run it")
-    for name in EXPORTERS.names():
-        exporter = EXPORTERS.get(name)()
-        writes = [
-            exporter.form or "",
-            exporter.config_suffix and f"plan ({exporter.config_suffix})",
-        ]
-        tool = "" if exporter.module is None else f"bitplan[{exporter.extra}]"
-        if tool and exporter.installed():
-            tool += " (installed)"
-        shown.add_row(
-            shown_name(name),
-            (exporter.__doc__ or "").split("\n")[0],
-            ", ".join(filter(None, writes)),
-            ", ".join(exporter.runtimes),
-            escape(tool),
-        )
+    shown = Table(
+        "--to", "what", "writes", "plan", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    runtimes, tools, here = [], [], []
+    for key in EXPORTERS.names():
+        exporter, name = EXPORTERS.get(key)(), shown_name(key)
+        what = (exporter.__doc__ or "").split("\n")[0]
+        form = exporter.suffix or exporter.form or ""
+        shown.add_row(name, escape(what), form, exporter.config_suffix or "")
+        others = [runtime for runtime in exporter.runtimes if runtime != name]
+        if others:
+            runtimes.append(f"{', '.join(others)} ({name})")
+        if exporter.extra:
+            tools.append(exporter.extra)
+            here += [name] * exporter.installed()
     out.print(shown)
+    out.print(f"\n--to also takes what reads the files: {'; '.join(runtimes)}.", markup=False)
+    out.print(
+        f"--verify runs the tool, which pip install 'bitplan[NAME]' adds for {', '.join(tools)}. "
+        f"Installed here: {', '.join(here) or 'none'}.",
+        markup=False,
+    )
 
 
 def _comparison_table(target: str, comparison: Comparison) -> Table:

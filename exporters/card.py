@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -52,7 +53,7 @@ def write_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    base = plan.model.id if plan.model.id.count("/") == 1 else None
+    base = plan.model.id if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.model.id) else None  # on the Hub
     figures = {}
     for name, alt in FIGURES.items():
         if run is not None and (run / name).is_file():

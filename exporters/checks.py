@@ -95,7 +95,7 @@ def snap(
         The plan, its figures adjusted where they can be, and what changed: name -> new format.
 
     Raises:
-        ValueError: If a unit cannot take any format of the runtime.
+        ValueError: If a unit cannot take any format of the runtime, or nothing is left to quantize.
     """
     new = dict(formats)
     for unit in units:
@@ -109,9 +109,19 @@ def snap(
                 for unit in planned:
                     del new[unit.name]
             elif len({new[unit.name] for unit in planned}) > 1:
-                widest = max((new[unit.name] for unit in planned), key=_order)
+                shape = planned[0].shapes[0]
+
+                def fineness(fmt: Format, shape: tuple[int, int] = shape) -> tuple[int, int]:
+                    return fmt.bits, fmt.stored_bytes(shape)
+
+                widest = max((new[unit.name] for unit in planned), key=fineness)
                 for unit in planned:
                     new[unit.name] = widest
+    if not new:
+        raise ValueError(
+            f"Rounded up for {rules.name}, the plan quantizes nothing: it leaves out modules that "
+            "run as one with those it has. Plan all of them."
+        )
     changed = {name: _name(new.get(name)) for name in formats if new.get(name) != formats[name]}
     return (with_formats(plan, new, units, f"rounded up for {rules.name}"), changed)
 
@@ -175,10 +185,6 @@ def _must(fmt: Format | None, unit: UnitInfo, rules: Rules) -> Format:
 def _refusal(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
     names = (unit.name, *unit.aliases)
     return next(filter(None, (rules.refusal(fmt, unit.shapes[0], name) for name in names)), None)
-
-
-def _order(fmt: Format) -> tuple[int, int]:
-    return fmt.bits, -fmt.group_size
 
 
 def _name(fmt: Format | None) -> str:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from ..quantizers.files import atomic_path
 from ..quantizers.format import Format
+from ..search.materialize import is_packed
 from ..search.plan import PLAN_FILE, Plan
 from ..search.rules import Rules
+from ..search.runs import JOB_FILE
 from ..sensitivity.models import LoadedModel
 from ..sensitivity.progress import Reporter
 from ..sensitivity.units import find_units
 from .card import write_card
 from .checks import check, snap
 from .source import Source, open_source
-from .targets import Exporter, find
+from .targets import EXPORTERS, Exporter, find
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def export(
     """
     name, exporter, asked = find(to)
     _check_form(name, exporter, out, plan_only)
+    if not plan_only:
+        _check_free(out, exporter)
     _check_needs(name, exporter)
     plan_runtime = _plan_of(target).runtime
     rules = _rules(name, exporter, runtime or asked, plan_runtime)
@@ -98,7 +102,6 @@ def export(
         with atomic_path(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return Exported(out, name, source, rules, None, out.stat().st_size, changed, usage)
-    _check_free(out, exporter)
     with atomic_path(out) as temporary:
         if exporter.form == "folder":
             temporary.mkdir()
@@ -161,7 +164,7 @@ def _rules(name: str, exporter: Exporter, asked: str | None, planned: str | None
     if not exporter.runtimes:
         return None
     fitting = planned if planned in exporter.runtimes else exporter.runtimes[0]
-    return Rules.load(asked or fitting or exporter.runtimes[0])
+    return Rules.load(asked or fitting)
 
 
 def _plan_of(target: Path | Plan) -> Plan:
@@ -184,9 +187,11 @@ def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> No
 def _check_free(out: Path, exporter: Exporter) -> None:
     """Refuse to replace a folder that is not an export."""
     if exporter.form == "folder" and out.is_dir() and any(out.iterdir()):
-        card = (out / "README.md").is_file() and (out / PLAN_FILE).is_file()
-        if not card or (out / "job.json").is_file():  # a packed folder has no card
+        ours = (out / PLAN_FILE).is_file() and not (out / JOB_FILE).is_file() and not is_packed(out)
+        if not ours or not any(EXPORTERS.get(name)().recognizes(out) for name in EXPORTERS.names()):
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
+    elif exporter.form == "file" and out.is_dir():
+        raise ValueError(f"--out {out} is a folder, but a file is to be written. Choose another.")
 
 
 def _check_needs(name: str, exporter: Exporter) -> None:

@@ -116,7 +116,6 @@ class TensorFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file_of: dict[str, Path] = {}
-        self._sizes: dict[str, tuple[list[int], int]] = {}
         for file in sorted(path.glob("*.safetensors")):
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118

@@ -36,7 +36,6 @@ NEAREST = {
     "IQ3_S": "q3_k",
     "NVFP4": "iq4_nl",
 }
-SAME = 0.01  # relative distance of a weight in F16, BF16 or Q8_0 from the original, and more
 
 
 class Block(NamedTuple):

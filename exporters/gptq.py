@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -62,19 +63,32 @@ def read_layers(
         yield Stored(module, shape, fmt, nbytes, weight)
 
 
-def parse_format(path: Path, module: str, bits: int, group_size: int, sym: bool) -> Format:
-    """Our format of a configuration's entry; a group size of -1 is a whole row.
+def read_formats(
+    path: Path, config: Mapping[str, Any], override: Callable[[str], Mapping[str, Any]]
+) -> Iterator[tuple[str, Format]]:
+    """Name and format of every packed module of a folder; a group size of -1 is a whole row.
+
+    Args:
+        path: The folder.
+        config: Its quantization_config.
+        override: What that says of a module in particular.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the configuration lacks an entry, or a module has no format of ours.
     """
-    try:
-        return Format.integer(bits, max(group_size, 0), sym)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path}: {module!r} has {bits} bits by groups of {group_size}, for which bitplan has "
-            "no format."
-        ) from error
+    for name in TensorFiles(path).modules_with("qweight"):
+        entry = {**config, **override(name)}
+        if lacking := {"bits", "group_size", "sym"} - entry.keys():
+            raise ValueError(f"{path}: the quantization_config lacks {min(lacking)!r}.")
+        bits, size = entry["bits"], entry["group_size"]
+        try:
+            fmt = Format.integer(bits, max(size, 0), entry["sym"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {name!r} has {bits} bits by groups of {size}, for which bitplan has no "
+                "format."
+            ) from error
+        yield name, fmt
 
 
 def group_size(fmt: Format) -> int:

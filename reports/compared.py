@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,9 +54,9 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     yield Row("budget", a.budget.text, b.budget.text)
     yield Row(
         "KL predicted",
-        with_error(a.predicted_kl, a.predicted_kl_stderr),
-        with_error(b.predicted_kl, b.predicted_kl_stderr),
-        _signed(b.predicted_kl - a.predicted_kl),
+        _predicted(a),
+        _predicted(b),
+        "" if isnan(b.predicted_kl - a.predicted_kl) else _signed(b.predicted_kl - a.predicted_kl),
     )
     yield Row("KL measured", _measured(a), _measured(b), _measured_change(found))
     if any(m is not None and m.ppl is not None for m in (a.measured, b.measured)):
@@ -285,6 +286,12 @@ def bytes_change(count: int | None) -> str:
     if count is None:
         return ""
     return f"{'-' if count < 0 else '+' if count else '±'}{format_bytes(abs(count))}"
+
+
+def _predicted(plan: Plan) -> str:
+    if isnan(plan.predicted_kl):
+        return "not predicted"
+    return with_error(plan.predicted_kl, plan.predicted_kl_stderr)
 
 
 def _signed(value: float | None) -> str:

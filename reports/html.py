@@ -40,7 +40,6 @@ from .run import RunData
 from .summary import comparison
 
 ASSETS = Path(__file__).parent / "assets"
-FIGURES = ("frontier", "allocation", "sensitivity", "prediction")
 SCRIPTS = ("core.js", "frontier.js", "grids.js", "why.js", "page.js")
 MOST_ROWS = 1_000  # of the table of units that is there without scripts
 MOST_WITH_PICTURES = 5_000  # units; the data of more needs the room of pictures

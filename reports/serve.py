@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from ..search.runs import JOB_FILE, JobInfo, JobRecord, list_jobs, read_log
+from ..search.runs import JOB_FILE, REPORT_FILES, JobInfo, JobRecord, list_jobs, read_log
 from .compare import compare
 from .compared import render_comparison
-from .html import FIGURES, render
+from .html import render
 
 HOST = "127.0.0.1"
 PORT = 8321
 LOG_LINES = 200  # that the page of a run shows
 REPORT = "report.html"
 DATA_FILES = ("plan.json", "frontier.json", "confidence.json", "job.json", "job.log")
-SHOWN = (
-    REPORT,
-    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
-    *DATA_FILES,
-)
+SHOWN = (*REPORT_FILES, *DATA_FILES)
 _POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'self'; "

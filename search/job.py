@@ -30,7 +30,7 @@ from .plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
 from .problem import Problem, Solution
 from .quality import Tried, smallest_within
 from .refine import Refined, Step, refine
-from .runs import Job
+from .runs import REPORT_FILES, Job
 from .settings import (
     REFINE_ABOVE,
     REFINE_STEPS,
@@ -49,8 +49,6 @@ FRONTIER_FILE = "frontier.json"
 KV_FILE = "kv-{key}.json"
 STUDY_FILE = "job.sqlite"
 EXACT = ("certified", "dp", "highs", "ilp")  # solvers whose plans prices alone decide
-FIGURES = ("frontier", "allocation", "sensitivity", "prediction")
-REPORT_FILES = ("report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")))
 KV_SAMPLES = 8  # sequences the KV cache is priced on: 3 passes per layer
 
 

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..kernels.linear import PackedLinear, replace
@@ -100,8 +101,15 @@ def quantize(
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder holds packed weights, and nothing of a run."""
-    return (folder / FILE_NAME).is_file() and not (folder / PROFILE_FILE).exists()
+    """Whether a folder holds weights that :func:`quantize` wrote, and nothing of a run."""
+    file = folder / FILE_NAME
+    if not file.is_file() or (folder / PROFILE_FILE).exists():
+        return False
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return "bitplan" in (opened.metadata() or {})
+    except SafetensorError:  # damaged; whoever loads it says how
+        return (folder / PLAN_FILE).is_file()
 
 
 def load(folder: Path | str, device: str = "cpu") -> nn.Module:

@@ -24,6 +24,8 @@ from .plan import PLAN_FILE, Plan
 JOB_FILE = "job.json"
 LOG_FILE = "job.log"
 LOCK_FILE = "job.lock"
+FIGURES = ("frontier", "allocation", "sensitivity", "prediction")  # that a report draws
+REPORT_FILES = ("report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")))
 WRITE_INTERVAL = 1.0  # seconds between two writes of progress
 LOCK_TRIES = 5  # `is_running` holds a lock for an instant, which must not stop a run
 LOCK_PAUSE = 0.05  # seconds between two tries

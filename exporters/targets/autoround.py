@@ -15,14 +15,7 @@ from ...sensitivity.evaluate import Run
 from ...sensitivity.models import LoadedModel
 from .. import gptq
 from .._packing import to_gptq
-from ..folder import (
-    TensorFiles,
-    linear_names,
-    method_of,
-    read_config,
-    transformers_logits,
-    write_folder,
-)
+from ..folder import linear_names, method_of, read_config, transformers_logits, write_folder
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -31,7 +24,7 @@ V1, V2 = "auto_round:auto_gptq", "auto_round"  # zero points as z - 1, and as z
 
 @EXPORTERS.register("autoround")
 class AutoRound(Exporter):
-    """A folder that transformers loads with auto-round, any width from 2 to 8 per matrix.
+    """For transformers with auto-round.
 
     Without an asymmetric format it has the widely read ``auto_round:auto_gptq`` packing; that
     one stores z - 1, so plans with an asymmetric format get the packing ``auto_round``.
@@ -88,19 +81,8 @@ class AutoRound(Exporter):
         packing = config.get("packing_format", V1)
         if packing not in {V1, V2}:
             raise ValueError(f"{path} has the packing {packing!r}; bitplan reads {V1} and {V2}.")
-        layers, extra = TensorFiles(path).modules_with("qweight"), config.get("extra_config", {})
-        formats = []
-        for name in layers:
-            entry = {key: config[key] for key in ("bits", "group_size", "sym")}
-            entry |= extra.get(name, {})
-            formats.append(
-                (
-                    name,
-                    gptq.parse_format(
-                        path, name, *(entry[k] for k in ("bits", "group_size", "sym"))
-                    ),
-                )
-            )
+        extra = config.get("extra_config") or {}
+        formats = gptq.read_formats(path, config, lambda name: extra.get(name, {}))
         yield from gptq.read_layers(path, formats, offset_zeros=packing == V1)
 
     def logits(self, path: Path) -> Run:

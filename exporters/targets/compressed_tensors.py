@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +31,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 @EXPORTERS.register("compressed_tensors")
 class CompressedTensors(Exporter):
-    """A folder that transformers and vLLM load: one configuration group per format.
+    """For transformers and vLLM.
 
     A loader casts the float16 scales to the dtype of the model first: with float32 activations
     the weights are exactly ours, with bfloat16 they are rounded to eight bits.
@@ -46,7 +47,7 @@ class CompressedTensors(Exporter):
     def usage(self, path: Path, source: Source) -> str:
         """How transformers and vLLM read it."""
         if (source.plan.runtime or "").startswith("vllm"):
-            return f"vllm serve {path}"
+            return f"vllm serve {shlex.quote(str(path))}"
         return f"AutoModelForCausalLM.from_pretrained({str(path)!r}), without dequantize=True"
 
     def write(self, source: Source, out: Path) -> None:
@@ -153,6 +154,11 @@ def _format_of(path: Path, module: str, config: dict[str, Any]) -> Format:
 
 
 def _parse(path: Path, module: str, weights: dict[str, Any]) -> Format:
+    if weights.get("type", "int") != "int":
+        raise ValueError(
+            f"{path}: {module!r} holds {weights['num_bits']}-bit floats, for which bitplan has no "
+            "format."
+        )
     size = {"group": weights.get("group_size"), "channel": 0}.get(weights["strategy"])
     try:
         return Format.integer(weights["num_bits"], size, weights["symmetric"])  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from . import EXPORTERS, Exporter, Stored
 
 @EXPORTERS.register("gguf")
 class Gguf(Exporter):
-    """A file for llama.cpp, or a type list for llama-quantize."""
+    """For llama.cpp; types for llama-quantize."""
 
     runtimes = ("llama.cpp",)
     extra = "gguf"
@@ -50,7 +51,7 @@ class Gguf(Exporter):
     def usage(self, path: Path, source: Source) -> str:
         """How to use what was written."""
         if path.suffix == self.suffix:
-            return f"llama-cli -m {path}"
+            return f"llama-cli -m {shlex.quote(str(path))}"
         return (
             f"llama-quantize --pure --tensor-type-file {path} MODEL-F16.gguf MODEL.gguf q8_0  "
             "(it rounds again with its own quantizer; --to gguf without --plan-only keeps ours)"
@@ -85,6 +86,7 @@ class Gguf(Exporter):
         plain = dict(source.model.module.named_modules())
 
         def block(tensor: str, reader: Any) -> files.Block:
+            advance(1)
             module = where[tensor]
             theirs = files.weight_of(tensors[tensor], None)
             ours = files.original_weight(plain.get(module))
@@ -102,7 +104,6 @@ class Gguf(Exporter):
                     f"{tensor} of {base} is not {module!r} of {source.model.id}: they differ by "
                     f"{far:.1%}. Give --like a GGUF of this very model, in F16, BF16 or Q8_0."
                 )
-            advance(1)
             return files.blocks_of(source.packed(module), order)
 
         with source.reporter.bar("Writing GGUF", len(kinds)) as advance:

@@ -14,7 +14,7 @@ from ...sensitivity.evaluate import Run
 from ...sensitivity.models import LoadedModel
 from .. import gptq
 from .._packing import to_gptq
-from ..folder import TensorFiles, linear_names, method_of, read_config, write_folder
+from ..folder import linear_names, method_of, read_config, write_folder
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -23,7 +23,7 @@ V1, V2 = "gptq", "gptq_v2"  # zero points as z - 1, and as z
 
 @EXPORTERS.register("gptq")
 class Gptq(Exporter):
-    """A folder that GPTQModel loads: widths by module in ``dynamic``, as anchored patterns.
+    """For GPTQModel.
 
     Without an asymmetric format it is version 1 of the format; that one stores z - 1, so plans
     with an asymmetric format are version 2.
@@ -72,11 +72,8 @@ class Gptq(Exporter):
         version = config.get("checkpoint_format", V1)
         if version not in {V1, V2}:
             raise ValueError(f"{path} has the packing {version!r}; bitplan reads {V1} and {V2}.")
-        formats = []
-        for name in TensorFiles(path).modules_with("qweight"):
-            entry = {key: config[key] for key in ("bits", "group_size", "sym")}
-            entry |= _override(name, config.get("dynamic") or {})
-            formats.append((name, gptq.parse_format(path, name, *entry.values())))
+        dynamic = config.get("dynamic") or {}
+        formats = gptq.read_formats(path, config, lambda name: _override(name, dynamic))
         yield from gptq.read_layers(path, formats, offset_zeros=version == V1)
 
     def logits(self, path: Path) -> Run:
@@ -121,9 +118,9 @@ def _entry(fmt: Format) -> dict[str, Any]:
     return {"bits": fmt.bits, "group_size": gptq.group_size(fmt), "sym": fmt.symmetric}
 
 
-def _override(name: str, dynamic: dict[str, Any]) -> dict[str, Any]:
+def _override(name: str, dynamic: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the first pattern that matches says, as GPTQModel reads them."""
     for pattern, entry in dynamic.items():
         if re.match(re.sub(r"^[+-]:", "", pattern), name):
-            return {key: entry[key] for key in ("bits", "group_size", "sym") if key in entry}
+            return entry
     return {}

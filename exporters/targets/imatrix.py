@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ...kernels.linear import PackedLinear
 from ...sensitivity.calibration import BUILTIN, calibration_samples
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
@@ -30,12 +31,20 @@ class Imatrix(Exporter):
 
         The file holds, per tensor, the sum of squares of every input channel (``in_sum2``) and
         the number of tokens (``counts``), as ``llama-imatrix`` writes them.
+
+        Raises:
+            ValueError: If the source is a packed folder.
         """
         import gguf
 
         from ..gguf_file import architecture_of, tensor_names
 
         model, said = source.model, source.plan.calibration
+        if any(isinstance(module, PackedLinear) for module in model.module.modules()):
+            raise ValueError(
+                "An importance matrix is of the original model, which a packed folder no longer "
+                "holds. Give the plan.json in it, or the run."
+            )
         samples = calibration_samples(
             model,
             said.get("source", BUILTIN),

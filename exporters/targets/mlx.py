@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ PARTS = ("weight", "scales", "biases")
 
 @EXPORTERS.register("mlx")
 class Mlx(Exporter):
-    """A folder that mlx-lm loads: its own bits and group size for every matrix, embeddings too.
+    """For mlx-lm, embeddings included.
 
     MLX stores a bias per group where we store a zero point: w = q * scale + bias. Of a symmetric
     format float16 holds it exactly. Of an asymmetric one only float32 does, and the scales must
@@ -47,7 +48,7 @@ class Mlx(Exporter):
             return (
                 "the section 'quantization' of config.json; mlx_lm.convert takes a quant_predicate"
             )
-        return f"mlx_lm.generate --model {path}"
+        return f"mlx_lm.generate --model {shlex.quote(str(path))}"
 
     def config(self, source: Source) -> str:
         """The ``quantization`` section of an mlx-lm config.json."""

@@ -24,7 +24,7 @@ LARGEST = 1 << 30  # bytes of weights kept in the graph's own file; protobuf end
 
 @EXPORTERS.register("onnx")
 class Onnx(Exporter):
-    """A folder with a graph of any module for ONNX Runtime and OpenVINO; the one for CNN and ViT.
+    """Any module for ONNX Runtime and OpenVINO.
 
     Linear layers become ``MatMulNBits``; convolutions, and linear layers with one scale per row,
     ``DequantizeLinear``. What half precision holds exactly is stored so.

@@ -37,7 +37,7 @@ class TorchAO(Exporter):
         """How torchao reads it."""
         return (
             "torchao.quantization.quantize_(model, "
-            f"torchao.core.config.config_from_dict(json.load(open('{path}'))), filter_fn=None)"
+            f"torchao.core.config.config_from_dict(json.load(open({str(path)!r}))), filter_fn=None)"
         )
 
 

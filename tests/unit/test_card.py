@@ -52,3 +52,8 @@ def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_p
     hub = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "owner/name"})})
     text = write_card(replace(source, plan=hub), "mlx", None, out).read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/name"
+    ours = plan.model_copy(
+        update={"model": plan.model.model_copy(update={"id": "models/cnn.py:make"})}
+    )
+    text = write_card(replace(source, plan=ours), "onnx", None, out).read_text()
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])  # a file, not of the Hub

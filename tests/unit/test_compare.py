@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,20 @@ def test_models_without_layers_are_compared(tmp_path: Path) -> None:
     assert found.changes
     assert change_map(found)[0] == []
     assert "Where bits moved" not in render_comparison(found)
+
+
+def test_a_plan_that_does_not_say_its_weights_can_be_compared(pair: tuple[Path, Path]) -> None:
+    first, second = pair
+    plan = Plan.load(second / "plan.json")
+    unknown = plan.model.model_copy(update={"id": "theirs.gguf", "sha256": ""})
+    imported = second.parent / "imported.json"
+    plan.model_copy(update={"model": unknown}).save(imported)
+    assert compare(first, imported).changes == compare(first, second).changes
+    foreign = {"model": unknown, "predicted_kl": math.nan, "predicted_kl_stderr": math.nan}
+    plan.model_copy(update=foreign).save(imported)
+    predicted = next(row for row in rows(compare(first, imported)) if row.name == "KL predicted")
+    assert predicted.second == "not predicted" and predicted.change == ""
+    other = plan.model.model_copy(update={"sha256": "0" * 64})
+    plan.model_copy(update={"model": other}).save(imported)
+    with pytest.raises(ValueError, match="Only plans of one model"):
+        compare(first, imported)

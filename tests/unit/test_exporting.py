@@ -1,0 +1,138 @@
+"""What an export refuses, rounds up to and lists."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bitplan.__main__ import app
+from bitplan.exporters.checks import snap
+from bitplan.exporters.export import export
+from bitplan.exporters.importing import import_plan
+from bitplan.exporters.targets import EXPORTERS, shown_name
+from bitplan.quantizers.format import Format
+from bitplan.search.materialize import is_packed, quantize
+from bitplan.search.rules import Rules
+from bitplan.sensitivity.models import LoadedModel
+from bitplan.sensitivity.units import find_units
+from bitplan.tests.plans import hand_made, mixed
+
+ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def snapped(model: LoadedModel, formats: dict[str, str]) -> dict[str, str]:
+    parsed = {name: Format.parse(fmt) for name, fmt in formats.items()}
+    plan = hand_made(model, formats)
+    return snap(find_units(model.module), plan, parsed, Rules.load("vllm"))[0].assignments
+
+
+def test_fused_modules_take_the_finest_of_their_formats(wide: LoadedModel) -> None:
+    apart = dict(zip(ATTENTION, ["int4-gc", "int4-g32", "int4-g128"], strict=True))
+    assert snapped(wide, apart) == dict.fromkeys(ATTENTION, "int4-g32")
+    wider = apart | {ATTENTION[2]: "int8-gc"}
+    assert snapped(wide, wider) == dict.fromkeys(ATTENTION, "int8-gc")
+
+
+def test_a_part_of_what_runs_as_one_leaves_nothing_to_round_up(wide: LoadedModel) -> None:
+    with pytest.raises(ValueError, match="vllm, the plan quantizes nothing"):
+        snapped(wide, {ATTENTION[0]: "int4-g64"})
+
+
+def test_only_exports_are_replaced(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = mixed(wide, Rules.load("transformers"))
+    out = tmp_path / "out"
+    out.mkdir()
+    plan.save(out / "plan.json")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not an exported model"):
+        export(plan, "compressed-tensors", out, model=wide)
+    assert (out / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    export(plan, "compressed-tensors", other, model=wide)
+    (other / "notes.txt").write_text("left over")
+    export(plan, "compressed-tensors", other, model=wide)
+    assert not (other / "notes.txt").exists()
+    with pytest.raises(ValueError, match="is a folder, but a file"):
+        folder = tmp_path / "imatrix.gguf"
+        folder.mkdir()
+        export(plan, "imatrix", folder, model=wide)
+
+
+def test_neither_a_model_nor_an_export_is_a_packed_folder(
+    wide: LoadedModel, wide_folder: Path, tmp_path: Path
+) -> None:
+    plan = mixed(wide, Rules.load("transformers"))
+    original = tmp_path / "original"
+    shutil.copytree(wide_folder, original)
+    before = (original / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is not a packed model"):
+        quantize(plan, original, model=wide)
+    assert (original / "model.safetensors").read_bytes() == before
+    exported = export(plan, "compressed-tensors", tmp_path / "exported", model=wide).path
+    assert not is_packed(exported)
+    assert is_packed(quantize(plan, tmp_path / "packed", model=wide))
+
+
+def test_a_packed_folder_has_no_importance_matrix(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = mixed(wide, Rules.load("transformers"))
+    packed = tmp_path / "packed"
+    quantize(plan, packed, model=wide)
+    with pytest.raises(ValueError, match="packed folder no longer"):
+        export(packed, "imatrix", tmp_path / "imatrix.gguf")
+    assert not (tmp_path / "imatrix.gguf").exists()
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["gptq", "autoround"])
+def test_a_foreign_configuration_that_lacks_an_entry(
+    name: str, wide: LoadedModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(mixed(wide, Rules.load(name)), name, out, model=wide)
+    change_config(out, lambda config: config.pop("sym"))
+    with pytest.raises(ValueError, match="quantization_config lacks 'sym'"):
+        import_plan(out)
+
+
+def test_packed_floats_are_not_taken_for_integers(wide: LoadedModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(mixed(wide, Rules.load("transformers")), "compressed-tensors", out, model=wide)
+
+    def as_floats(config: dict[str, Any]) -> None:
+        for group in config["config_groups"].values():
+            group["weights"]["type"] = "float"
+
+    change_config(out, as_floats)
+    with pytest.raises(ValueError, match="-bit floats, for which bitplan has no format"):
+        import_plan(out)
+
+
+def test_commands_that_use_an_export_can_be_pasted(wide: LoadedModel, tmp_path: Path) -> None:
+    plan = mixed(wide, Rules.load("vllm"))
+    out = tmp_path / "my model"
+    usage = export(plan, "vllm", out, model=wide).usage
+    assert shlex.split(usage)[-1] == str(out)
+
+
+def test_the_list_of_targets_fits_80_columns() -> None:
+    text = CliRunner().invoke(app, ["exporters"], env={"COLUMNS": "80"}).stdout
+    lines = text.splitlines()
+    for key in EXPORTERS.names():
+        what = (EXPORTERS.get(key).__doc__ or "").split("\n")[0]
+        row = next(line for line in lines if line.split()[:1] == [shown_name(key)])
+        assert what in row  # on one line
+    assert max(map(len, lines)) <= 80
+    assert "vllm-cpu" in text and "llama.cpp (gguf)" in text
