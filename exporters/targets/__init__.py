@@ -54,6 +54,7 @@ class Exporter:
         module: The foreign tool's import name, looked for before ``logits`` is called.
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
         weights: Whether the checkpoint holds the plan's weights.
+        copies: Whether what a plan leaves as it was is copied from a file that may be quantized.
         suffix: What the checkpoint's file name ends with.
         config_suffix: What the configuration's file name ends with; None if there is none.
         needs: Packages that writing takes, besides those of bitplan itself.
@@ -68,6 +69,7 @@ class Exporter:
     module: ClassVar[str | None] = None
     form: ClassVar[Literal["folder", "file"] | None] = None
     weights: ClassVar[bool] = True
+    copies: ClassVar[bool] = False
     suffix: ClassVar[str] = ""
     config_suffix: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()

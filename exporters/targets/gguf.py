@@ -29,6 +29,7 @@ class Gguf(Exporter):
     extra = "gguf"
     module = "llama_cpp"
     form = "file"
+    copies = True
     suffix = ".gguf"
     config_suffix = ".txt"
     noise = "llama.cpp rounds activations to 8 bits before it multiplies with quantized weights"

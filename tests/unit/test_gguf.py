@@ -202,3 +202,22 @@ def test_the_importance_matrix_holds_the_squared_inputs(wide: LoadedModel, tmp_p
     assert str(reader.fields["general.type"].contents()) == "imatrix"
     assert "token_embd.weight.in_sum2" not in found
     assert len(found) == 2 * 15
+
+
+def test_what_the_plan_leaves_out_is_copied_as_it_is(
+    wide: LoadedModel, wide_gguf: Path, tmp_path: Path
+) -> None:
+    from gguf.quants import quantize as by_gguf
+
+    base, name = tmp_path / "base.gguf", "token_embd.weight"
+    rows = wide.module.get_submodule(EMBEDDING).state_dict()["weight"]
+    data = by_gguf(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    made = Block("Q8_0", (512, 256), data)
+    copy_with(wide_gguf, base, {name: (made.kind, (512, 256), data.nbytes)}, lambda *_: made, {})
+    done = export(
+        hand_made(wide, {DOWN: "q6_k"}), "gguf", tmp_path / "m.gguf", like=base, model=wide
+    )
+    found = {tensor.name: tensor for tensor in open_reader(done.path).tensors}
+    assert found[name].tensor_type.name == "Q8_0"
+    assert np.array_equal(np.array(found[name].data).reshape(-1), data.reshape(-1))
+    assert done.stored == 256 * 2 * 210
