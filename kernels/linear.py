@@ -213,6 +213,20 @@ def replace(
         setattr(model.get_submodule(parent), child, replacement)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a packed model compute in a dtype, in place.
+
+    Parameters and the outputs of packed embeddings get it; packed parts keep theirs, and so do
+    other buffers, such as the frequencies of rotary embeddings, which 16 bits would spoil.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.like = module.like.to(dtype)
+
+
 def _packed_module(name: str, module: nn.Module, packed: PackedTensor) -> nn.Module:
     """What stands for ``module`` with the weight ``packed``."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..quantizers.files import write_json
 from ..sensitivity.calibration import Samples, evaluation_samples
@@ -164,7 +165,7 @@ def run_eval(
     model = load_model(plan.model.id, device)
     units = planned_units(model.module, plan)
     if packed:
-        quantized = load_packed(target, device)
+        quantized = load_packed(target, device, torch.float32)
         run = with_cache(quantized, quantized.logits, plan.kv_cache)
     else:
         run = plan_run(model, Renderer(model.module, units, plan.rounding), plan)

@@ -103,6 +103,21 @@ def test_a_packed_folder_with_the_plan_of_another(plan: Plan, tmp_path: Path) ->
         bitplan.load(folder)
 
 
+def test_activations_in_16_bits(plan: Plan, tmp_path: Path) -> None:
+    folder = bitplan.quantize(plan, tmp_path / "packed")
+    exact, half = bitplan.load(folder), bitplan.load(folder, dtype=torch.bfloat16)
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        wanted, found = exact(ids).logits, half(ids).logits
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    frequencies = half.get_buffer("model.rotary_emb.inv_freq")
+    assert torch.equal(frequencies, exact.get_buffer("model.rotary_emb.inv_freq"))
+    for name, part in exact.state_dict().items():
+        if name.endswith(("codes", "scale", "zero")):
+            assert torch.equal(half.state_dict()[name], part)
+
+
 def test_loading_keeps_what_is_stored_in_16_bits(plan: Plan, tmp_path: Path) -> None:
     folder = bitplan.quantize(plan, tmp_path / "packed")
     model = bitplan.load(folder)
