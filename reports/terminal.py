@@ -141,7 +141,8 @@ def plugins_table(registry: Registry[Any]) -> Table:
     table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
     for name in registry.names():
         text = inspect.getdoc(registry.get(name)) or ""
-        table.add_row(name, escape(text.partition("\n")[0]), escape(_first_reference(text)))
+        what = text.partition("\n")[0].replace("``", "`")
+        table.add_row(name, escape(what), escape(_first_reference(text)))
     return table
 
 
