@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -55,7 +56,8 @@ class Mlx(Exporter):
     def write(self, source: Source, out: Path) -> None:
         """Write affine weights, and the section under both names that mlx-lm writes."""
         config = _config(source)
-        write_folder(source, out, to_mlx, {"quantization": config, "quantization_config": config})
+        entries = {"quantization": config, "quantization_config": config}
+        write_folder(source, out, to_mlx, entries | _rotations(source))
 
     def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
         """Codes, and a scale and a bias per group: float16 if symmetric, else float32."""
@@ -107,6 +109,10 @@ class Mlx(Exporter):
 
             yield Stored(module, shape, fmt, sum(part.nbytes for part in parts.values()), weight)
 
+    def most_tokens(self) -> int | None:
+        """Few where MLX has only its portable kernels, which dequantize for every token."""
+        return None if sys.platform == "darwin" else 128
+
     def logits(self, path: Path) -> Run:
         """Load it with mlx-lm, computing in float32; by itself it takes the dtype of the scales."""
         import mlx.core as mx
@@ -135,6 +141,20 @@ def _config(source: Source) -> dict[str, Any]:
         fmt = formats.get(name)
         config[name] = _entry(fmt) if fmt and fmt.kind == "int" else False
     return config
+
+
+def _rotations(source: Source) -> dict[str, Any]:
+    """The rotary embedding under the names from before transformers 5, which mlx-lm reads.
+
+    Where it does not find them it takes its defaults, without a word.
+    """
+    parameters = getattr(getattr(source.model.module, "config", None), "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        return {}
+    entries: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
+    if parameters.get("rope_type", "default") != "default":
+        entries["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return entries
 
 
 def _entry(fmt: Format) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitplan.exporters.export import export
 from bitplan.exporters.gptq import name_pattern
@@ -126,3 +127,20 @@ def test_an_export_replaces_an_export_and_nothing_else(wide: LoadedModel, tmp_pa
     packed = quantize(plan, tmp_path / "packed", wide)
     with pytest.raises(ValueError, match="not an exported model"):
         export(plan, "mlx", packed, model=wide)
+
+
+def test_mlx_finds_the_rotations_where_it_looks(tmp_path: Path) -> None:
+    module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            rope_parameters={"rope_theta": 5e4, "rope_type": "linear", "factor": 2.0},
+        )
+    ).eval()
+    model = LoadedModel("rope", module, "float32", Workload(module, tokenizer=None))
+    config = configured(model, dict.fromkeys(layers(model), "int4-g32"), "mlx", tmp_path / "out")
+    assert config["rope_theta"] == 5e4
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
