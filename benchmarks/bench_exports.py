@@ -93,8 +93,8 @@ def main() -> None:
             "difference over largest weight. stored_over_plan is the size of the planned matrices "
             "in the file over the plan's bytes; rest_mb is all else in it: embedding, norms, "
             "tokenizer. An empty kl means that the tool was not there.",
-            "Perplexity is llama.cpp's, on the same chunks of 512 tokens of WikiText-2. The default "
-            "model comes as Q4_1, which would give its weights back exactly: our plans of "
+            "Perplexity is llama.cpp's, on the same chunks of 512 tokens of WikiText-2. The "
+            "default model comes as Q4_1, which would give its weights back exactly: our plans of "
             "that table may not use it or Q5_1.",
             *(f"{shown_name(name)}: {EXPORTERS.get(name).noise}." for name in noisy),
         ],
