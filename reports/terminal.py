@@ -110,12 +110,14 @@ def jobs_table(jobs: Sequence[JobInfo]) -> Table:
 
 
 def _progress_of(job: JobInfo) -> str:
-    """``Profiling (fisher) 32/96, 0:40 left``."""
+    """``Profiling (fisher) 32/96, 0:40 left``, or what it failed with."""
     text = job.doing or job.stage or ""
     if job.total:
         text += f" {job.done}/{job.total}"
     if job.status == "running" and job.eta is not None:
         text += f", {clock(job.eta)} left"
+    if job.error:
+        text = f"{text}: {job.error}" if text else job.error
     return text
 
 

@@ -135,6 +135,8 @@ def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
         job("runs/c", status="done", doing="Bootstrap", budget="4.3bpw", bpw=4.2996, kl=0.18034),
         job("runs/d", status="failed", stage="refine"),
         job("runs/e", status="done"),
+        job("runs/f", status="failed", error="No text file"),
+        job("runs/g", status="failed", stage="solve", error="No plan"),
     ]
     lines = [" ".join(line.split()) for line in printed(jobs_table(jobs)).splitlines()[2:]]
     assert lines == [
@@ -143,6 +145,8 @@ def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
         "runs/c done 4.3bpw: 4.300 bpw, KL 0.180",
         "runs/d failed refine",
         "runs/e done",
+        "runs/f failed No text file",
+        "runs/g failed solve: No plan",
     ]
 
 
