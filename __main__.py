@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import __version__
 from . import _options as options
 from ._commands import exporting, kernels, listing, packed, reporting
 from ._commands.console import hint, out
@@ -32,6 +33,24 @@ app = typer.Typer(
     help="Decides how many bits each part of a neural network gets, and proves how close to "
     "optimal the answer is.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"bitplan {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ..quantizers.packed import PackedTensor
 from ..search.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..search.plan import PLAN_FILE, Plan
 from ..sensitivity.evaluate import Run, plan_runner
-from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.models import LoadedModel, check_model, load_model
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import UnitInfo
@@ -107,6 +107,7 @@ def open_source(
     if isinstance(target, Path):
         target = Plan.load(target / PLAN_FILE if target.is_dir() else target)
     if model is None:
+        check_model(target.model.id, "cpu")
         reporter.say(f"Loading {target.model.id}")
         model = load_model(target.model.id, "cpu")
     plan = change(target, model) if change else target

@@ -101,7 +101,8 @@ def jobs_table(jobs: Sequence[JobInfo]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=20)
     table.add_column("status", no_wrap=True)
-    table.add_column("progress, or the plan", no_wrap=True)
+    errors = any(job.error for job in jobs)  # the only long texts here
+    table.add_column("progress, or the plan", no_wrap=not errors, min_width=20)
     for job in jobs:
         style = {"done": "green", "failed": "red"}.get(job.status, "yellow")
         about = _plan_of(job) if job.status == "done" else _progress_of(job)
@@ -110,12 +111,14 @@ def jobs_table(jobs: Sequence[JobInfo]) -> Table:
 
 
 def _progress_of(job: JobInfo) -> str:
-    """``Profiling (fisher) 32/96, 0:40 left``."""
+    """``Profiling (fisher) 32/96, 0:40 left``, or what it failed with."""
     text = job.doing or job.stage or ""
     if job.total:
         text += f" {job.done}/{job.total}"
     if job.status == "running" and job.eta is not None:
         text += f", {clock(job.eta)} left"
+    if job.error:
+        text = f"{text}: {job.error}" if text else job.error
     return text
 
 

@@ -12,6 +12,7 @@ _EXAMPLES = "4.3bpw, 6GiB, 750MB, 123456B, 0.3x or file:82MB"
 _PATTERN = re.compile(r"(file:)?\s*([+-]?\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _DECIMAL = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_LEAST_BARE_BYTES = 1000  # a smaller number without a unit is bits or gigabytes, forgotten
 _BYTES_IN = {"": 1} | _DECIMAL | _BINARY
 
 
@@ -51,9 +52,10 @@ class Budget:
             raise ValueError(
                 f"{match[3]!r} in {text!r} is not a unit of {what}. Write it as {_EXAMPLES}."
             )
-        if not unit and value.denominator != 1:
+        if not unit and (value.denominator != 1 or value < _LEAST_BARE_BYTES):
+            meant = f"'file:{number}MB'" if prefix else f"'{number}bpw' or '{number}GB'"
             raise ValueError(
-                f"The budget {text!r} has no unit. Did you mean '{number}bpw' or '{number}GB'?"
+                f"The budget {text!r} has no unit. Did you mean {meant}? Write it as {_EXAMPLES}."
             )
         return cls(text, "file" if prefix else "bytes", value * _BYTES_IN[unit])
 

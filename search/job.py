@@ -43,7 +43,7 @@ from .solvers import SOLVERS
 from .storage import shown
 from .study import OBJECTIVES, job_of, open_study, publish, read_job, work
 from .truth import Truth, guarded
-from .work import prepare, profile_stage
+from .work import check, prepare, profile_stage
 
 FRONTIER_FILE = "frontier.json"
 KV_FILE = "kv-{key}.json"
@@ -59,6 +59,7 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
         ValueError: If a name is unknown, another process works in the folder, or it holds a
             profile made with other settings.
     """
+    check(settings)
     argv = ["bitplan", "profile", settings.model]
     with _job(run, argv, {"profile": asdict(settings)}, reporter) as job, job.stage("profile"):
         return profile_stage(prepare(settings, reporter), run, reporter)
@@ -82,7 +83,7 @@ def run_search(
     argv = shlex.split(search.command) if search.command else ["bitplan", "search", settings.model]
     recorded = {"profile": asdict(settings), "search": asdict(replace(search, command=None))}
     limits = search.limits()
-    SOLVERS.get(search.solver)  # an unknown name fails before the model is loaded
+    check(settings, search)
     with _job(run, argv, recorded, reporter) as job:
         loaded = prepare(settings, reporter)
         goal = Goal(search, limits, loaded)
@@ -94,12 +95,7 @@ def run_search(
         with job.stage("profile"):
             profiled = profile_stage(loaded, run, reporter)
         held_out = HeldOut(
-            loaded.model,
-            limits.fused(profiled).units,
-            settings.rounding,
-            samples,
-            run,
-            reporter,
+            loaded.model, limits.fused(profiled).units, settings.rounding, samples, run, reporter
         )
         return _Search(settings, goal, profiled, held_out, kept, run, job, reporter).finish()
 

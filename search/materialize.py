@@ -19,6 +19,7 @@ from ..quantizers.packed import PackedTensor
 from ..sensitivity.models import (
     LoadedModel,
     Workload,
+    check_model,
     find_device,
     function_reference,
     load_model,
@@ -85,7 +86,11 @@ def quantize(
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
     reporter = reporter or Reporter(quiet=True)
-    model = load_model(plan.model.id, "cpu") if model is None else as_loaded_model(model)
+    if model is None:
+        check_model(plan.model.id, "cpu")
+        reporter.say(f"Loading {plan.model.id}")
+        model = load_model(plan.model.id, "cpu")
+    model = as_loaded_model(model)
     units = planned_units(model.module, plan)
     packed = dict(_pack(model.module, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)

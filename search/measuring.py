@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..quantizers.files import write_json
-from ..sensitivity.calibration import Samples, evaluation_samples
+from ..sensitivity.calibration import Samples, check_text, evaluation_samples
 from ..sensitivity.evaluate import Measurement, Run, measure, plan_runner
 from ..sensitivity.kv_cache import kv_runner
-from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.models import LoadedModel, check_model, load_model
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import UnitInfo
@@ -161,6 +161,8 @@ def run_eval(
     """
     packed = is_packed(target)
     plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+    check_model(plan.model.id, device)
+    check_text(text, "evaluation")
     reporter.say(f"Loading {plan.model.id}")
     model = load_model(plan.model.id, device)
     units = planned_units(model.module, plan)

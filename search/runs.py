@@ -184,6 +184,9 @@ class Job:
         settings: What determines the job, as JSON; other settings than the folder's last ones
             start a new list of stages.
 
+    The record of a finished job stays until this one computes something or finishes: a command
+    that is refused leaves it as it was, and only ``job.log`` tells of the attempt.
+
     Raises:
         ValueError: On entering, if another process runs in the folder.
     """
@@ -198,6 +201,7 @@ class Job:
             status="running",
         )
         self._stage: Stage | None = None
+        self._keeps_earlier = False  # job.json is a finished job's, which stays for now
         self._before = 0.0  # seconds spent in the stage by earlier runs
         self._entered = self._bar_began = self._written = 0.0  # time.monotonic()
         self._held = ExitStack()
@@ -211,6 +215,7 @@ class Job:
                 earlier = JobRecord.load(self.folder)
                 if earlier.settings == record.settings:
                     record.started, record.stages = earlier.started, earlier.stages
+                self._keeps_earlier = earlier.status == "done"
             for stage in record.stages:
                 if stage.status == "running":  # its process was killed
                     stage.status = "interrupted"
@@ -230,6 +235,7 @@ class Job:
         """Write how it ended and free the folder."""
         with self._held:
             self._record.status = _outcome(error)
+            self._keeps_earlier = self._keeps_earlier and error is not None
             self._write()
             self._log_end("run", error, seconds=_total(self._record))
 
@@ -284,7 +290,8 @@ class Job:
         stage.status = "running"
         stage.doing, stage.done, stage.total = description, done, total
         stage.bar_seconds = round(now - self._bar_began, 3)
-        if now - self._written >= WRITE_INTERVAL:
+        first, self._keeps_earlier = self._keeps_earlier, False
+        if first or now - self._written >= WRITE_INTERVAL:
             with suppress(OSError):  # a full disk stops what must be saved, not a progress note
                 self._write()
 
@@ -293,6 +300,8 @@ class Job:
         if self._stage is not None:
             self._stage.seconds = round(self._before + self._written - self._entered, 3)
         self._record.updated = _now()
+        if self._keeps_earlier:
+            return
         write_json(self.folder / JOB_FILE, self._record.model_dump(by_alias=True))
 
     def _log_end(self, what: str, error: BaseException | None, **fields: Any) -> None:
@@ -323,6 +332,7 @@ class JobInfo:
         budget: The budget of the job's plan, as it was written; None before there is a plan.
         bpw: Bits per weight of that plan.
         kl: Its measured KL, nats per token.
+        error: First line of what it failed with; empty unless it failed.
     """
 
     folder: Path
@@ -339,6 +349,7 @@ class JobInfo:
     budget: str | None
     bpw: float | None
     kl: float | None
+    error: str
 
 
 def list_jobs(root: Path) -> list[JobInfo]:
@@ -394,7 +405,14 @@ def _job_info(folder: Path, record: JobRecord) -> JobInfo:
         budget=plan.budget.text if plan else None,
         bpw=plan.bpw if plan else None,
         kl=plan.measured.kl if plan and plan.measured else None,
+        error=_last_error(folder) if status == "failed" else "",
     )
+
+
+def _last_error(folder: Path) -> str:
+    """The first line of the error that the last failed run ended with."""
+    failed = [e["fields"]["error"] for e in read_log(folder) if e["event"] == "run failed"]
+    return failed[-1].partition("\n")[0].removeprefix("ValueError: ") if failed else ""
 
 
 def _plan_of(folder: Path, record: JobRecord) -> Plan | None:

@@ -71,11 +71,13 @@ def solve(
         ValueError: If the budget cannot be read or is below the smallest plan, a solver, pin or
             format is unknown, or the fastest plan was asked for without target or times.
     """
-    if not isinstance(table, SensitivityTable):
-        table = SensitivityTable.load(Path(table))
     if budget is None and not fastest:
         raise ValueError("A budget is missing, such as '4.3bpw'.")
-    parsed = budget if isinstance(budget, Budget) else Budget.parse(str(budget or "1000bpw"))
+    if isinstance(budget, int):
+        budget = f"{budget}B"
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget or "1000bpw")
+    if not isinstance(table, SensitivityTable):
+        table = SensitivityTable.load(Path(table))
     max_bytes = parsed.resolve(table.weights, outside_bytes(table, parsed))
     if limits is None:
         limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})
@@ -116,8 +118,8 @@ def write_program(table: Path, budget: str, limits: Limits, path: Path) -> None:
     Raises:
         ValueError: As :func:`solve`, or for another suffix.
     """
-    fused = limits.fused(SensitivityTable.load(table))
     parsed = Budget.parse(budget)
+    fused = limits.fused(SensitivityTable.load(table))
     max_bytes = parsed.resolve(fused.weights, outside_bytes(fused, parsed))
     write_ilp(build_problem(fused, limits), max_bytes, path)
 

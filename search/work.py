@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ import numpy as np
 
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
-from ..sensitivity.calibration import Samples, calibration_samples
+from ..sensitivity.calibration import Samples, calibration_samples, check_text
 from ..sensitivity.metrics import METRICS
-from ..sensitivity.models import LoadedModel, load_model
+from ..sensitivity.models import LoadedModel, check_model, load_model
 from ..sensitivity.profile import price, provenance
 from ..sensitivity.progress import Reporter
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored_bytes
 from ..sensitivity.units import find_units
-from .settings import ProfileSettings
+from .budget import Budget
+from .settings import ProfileSettings, SearchSettings
+from .solvers import SOLVERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
     Raises:
         ValueError: If a name is unknown, or the model or text cannot be used.
     """
-    METRICS.get(settings.metric)  # unknown names fail before the model is loaded
-    METHODS.get(settings.rounding)
-    resolve_formats(settings.formats, "float32")
+    check(settings)
     reporter.say(f"Loading {settings.model}")
     model = load_model(settings.model, settings.device)
     units = find_units(model.module, settings.include, settings.exclude, settings.groups)
@@ -66,6 +67,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         settings.seed,
         settings.batch_tokens,
     )
+    _note_unused(model, settings)
     inside = sum(unit.weights for unit in units)
     everything = sum(p.numel() for p in model.module.parameters())
     reporter.say(
@@ -82,6 +84,40 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         samples,
         provenance(model, units, samples, settings.metric, settings.rounding, settings.seed),
     )
+
+
+def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
+    """Find out what is plainly wrong before a run folder is made and a model is loaded.
+
+    Raises:
+        ValueError: If a name is unknown, a file is missing or a budget cannot be read.
+    """
+    METRICS.get(settings.metric)
+    METHODS.get(settings.rounding)
+    resolve_formats(settings.formats, "float32")
+    check_model(settings.model, settings.device)
+    check_text(settings.calibration, "calibration")
+    if search is not None:
+        SOLVERS.get(search.solver)
+        check_text(search.evaluation, "evaluation")
+        for budget in (search.budget, search.vram):
+            if budget is not None:
+                Budget.parse(budget)
+
+
+def _note_unused(model: LoadedModel, settings: ProfileSettings) -> None:
+    """Say which settings of a text a model with batches of its own has no use for."""
+    if model.is_language_model:
+        return
+    default = ProfileSettings(settings.model)
+    names = ("sequences", "length", "batch_tokens")
+    unused = [n for n in names if getattr(settings, n) != getattr(default, n)]
+    if unused:
+        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+        warnings.warn(
+            f"{flags} not used: {settings.model} brings its own batches, which are taken whole.",
+            stacklevel=3,
+        )
 
 
 def profile_stage(work: Work, run: Path, reporter: Reporter) -> SensitivityTable:
@@ -116,7 +152,8 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
         if before.get(key) != value:
             raise ValueError(
                 f"{path} was made with other settings ({key}: {_short(before.get(key))}, now "
-                f"{_short(value)}). Choose another --out, or delete that file to profile again."
+                f"{_short(value)}). Choose another --out, which keeps this profile; deleting the "
+                "file would lose it."
             )
 
 

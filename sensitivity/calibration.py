@@ -94,7 +94,7 @@ def calibration_samples(
 
     Args:
         model: Its tokenizer turns text into tokens; a model without one uses the calibration
-            batches of its workload and ignores the other arguments.
+            batches of its workload as they are, and takes no other source.
         source: ``builtin`` (English prose that ships with Python), a text file, or ``self``
             (sampled from the model; ZeroQ, Cai et al. 2020, in spirit: no data needed).
         sequences: Number of sequences N; the relative error of a price is about sqrt(2/N).
@@ -107,6 +107,7 @@ def calibration_samples(
         ValueError: If the text is missing, empty or too short.
     """
     if not model.is_language_model:
+        _refuse_text(model, source, "calibration")
         return _from_workload(model, "calibration", seed)
     if source == SELF:
         ids = _sample_from_model(model, sequences, length, seed + skip * _OTHER_SEED)
@@ -138,10 +139,21 @@ def evaluation_samples(
         ValueError: If the text is missing, empty or shorter than one sequence.
     """
     if not model.is_language_model:
+        _refuse_text(model, source, "evaluation")
         return _from_workload(model, "evaluation", 0)
     windows = _windows(model, source, "evaluation", length)
     _check_enough(windows, source, 1, length)
     return _batched(windows[: max(1, tokens // length)], model, source, length, 0, batch_tokens)
+
+
+def check_text(source: str, split: Split) -> None:
+    """Raise a ValueError if a text is neither a name that is known nor a file."""
+    known = (BUILTIN, SELF) if split == "calibration" else (BUILTIN,)
+    if source not in known and not Path(source).is_file():
+        raise ValueError(
+            f"No text file at {source}. Pass a file, {BUILTIN!r} (prose that ships with Python)"
+            + (f" or {SELF!r} (sampled from the model)." if split == "calibration" else ".")
+        )
 
 
 def builtin_prose(split: Split) -> str:
@@ -171,13 +183,8 @@ def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tens
     if source == BUILTIN:
         text = builtin_prose(split)
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(
-                f"No text file at {source}. Pass a file, {BUILTIN!r} (prose that ships with Python)"
-                + (f" or {SELF!r} (sampled from the model)." if split == "calibration" else ".")
-            )
-        text = path.read_text(encoding="utf-8", errors="replace")
+        check_text(source, split)
+        text = Path(source).read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise ValueError(f"{source} is empty. Give a text of at least {length} tokens.")
     limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
@@ -212,6 +219,15 @@ def _batched(
 ) -> Samples:
     batches = ids.to(model.device).split(max(1, batch_tokens // length))
     return Samples(batches, Path(source).name, length, seed, _hash([ids]))
+
+
+def _refuse_text(model: LoadedModel, source: str, split: Split) -> None:
+    if source != BUILTIN:
+        option = "--calibration" if split == "calibration" else "the text to measure on (--eval)"
+        raise ValueError(
+            f"{model.id} brings its own batches and has no tokenizer, so it cannot use {source!r}. "
+            f"Leave out {option}, or return bitplan.Workload(model, tokenizer=...)."
+        )
 
 
 def _from_workload(model: LoadedModel, split: Split, seed: int) -> Samples:

@@ -191,6 +191,7 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     Raises:
         ValueError: If nothing of that name can be loaded; the message says what to change.
     """
+    check_model(name, device)
     place = find_device(device)
     function = function_reference(name)
     if function is not None:
@@ -204,6 +205,30 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     loaded.module.requires_grad_(False).eval().to(place)
     _check_finite(loaded.module)
     return loaded
+
+
+def check_model(name: str, device: str = "auto") -> None:
+    """Find out without loading anything whether a model's name and the device are known.
+
+    Raises:
+        ValueError: If a file or folder is missing, or there is no such device.
+    """
+    find_device(device)
+    if (function := function_reference(name)) is not None:
+        if not function[0].is_file():
+            raise ValueError(f"No Python file at {function[0]}.{_near_files(function[0])}")
+    elif name == DEFAULT_MODEL:
+        smollm2_path()
+    elif name.endswith(".gguf"):
+        _check_gguf(Path(name))
+    elif not Path(name).is_dir() and name.count("/") != 1:
+        near = get_close_matches(name, [DEFAULT_MODEL], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else _near_files(Path(name))
+        raise ValueError(
+            f"Unknown model {name!r}.{hint} Pass {DEFAULT_MODEL!r} (the embedded default), a "
+            "folder with config.json, a .gguf file, file.py:function, or a Hugging Face id "
+            "'owner/name'."
+        )
 
 
 def find_device(name: str) -> torch.device:
@@ -250,12 +275,15 @@ def smollm2_path() -> Path:
     return path
 
 
-def _from_gguf(name: str, path: Path) -> LoadedModel:
+def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"No GGUF file at {path}.{_near_files(path)}")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF').")
+
+
+def _from_gguf(name: str, path: Path) -> LoadedModel:
     try:
         with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
             module, tokenizer = _pretrained(str(path.parent), gguf_file=path.name)
@@ -270,14 +298,6 @@ def _from_gguf(name: str, path: Path) -> LoadedModel:
 def _from_hugging_face(name: str) -> LoadedModel:
     from transformers import AutoConfig
 
-    if not Path(name).is_dir() and name.count("/") != 1:
-        near = get_close_matches(name, [DEFAULT_MODEL], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else _near_files(Path(name))
-        raise ValueError(
-            f"Unknown model {name!r}.{hint} Pass {DEFAULT_MODEL!r} (the embedded default), a "
-            "folder with config.json, a .gguf file, file.py:function, or a Hugging Face id "
-            "'owner/name'."
-        )
     try:
         config = AutoConfig.from_pretrained(name)
         module, tokenizer = _pretrained(name)
@@ -323,8 +343,6 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
 
 def _from_python(path: Path, function: str) -> LoadedModel:
     name = f"{path.resolve()}:{function}"
-    if not path.is_file():
-        raise ValueError(f"No Python file at {path}.{_near_files(path)}")
     module_name = f"_bitplan_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

@@ -16,6 +16,8 @@ from bitplan.search.budget import Budget, format_bytes
         ("1.5kB", 1500),
         ("123456B", 123_456),
         ("123456", 123_456),
+        ("1000", 1000),
+        ("5B", 5),
         ("0.3x", 600),  # of 2 bytes a weight
         ("file:82MB", 81_999_000),
         ("file:5000", 4_000),
@@ -44,6 +46,9 @@ def test_bits_per_weight_are_exact_where_binary_floats_are_not() -> None:
         ("0MB", "must be positive"),
         ("0", "must be positive"),
         ("4.3", "has no unit. Did you mean '4.3bpw'"),
+        ("5", "has no unit. Did you mean '5bpw' or '5GB'"),
+        ("999", "has no unit"),
+        ("file:82", "has no unit. Did you mean 'file:82MB'"),
     ],
 )
 def test_a_bad_budget_says_what_to_write(text: str, says: str) -> None:

@@ -85,6 +85,10 @@ def test_a_workload_without_evaluation_batches_holds_some_out() -> None:
     model = LoadedModel("toy", module, "float32", Workload(module, calibration=batches))
     assert calibration_samples(model).count == 8
     torch.testing.assert_close(evaluation_samples(model).batches[0], batches[4])
+    with pytest.raises(ValueError, match=r"brings its own batches.*cannot use 'a.txt'.*--calib"):
+        calibration_samples(model, "a.txt")
+    with pytest.raises(ValueError, match=r"brings its own batches.*cannot use 'a.txt'.*--eval"):
+        evaluation_samples(model, "a.txt")
     lonely = LoadedModel("toy", module, "float32", Workload(module, calibration=batches[:1]))
     with pytest.raises(ValueError, match="at least two batches"):
         calibration_samples(lonely)

@@ -65,7 +65,7 @@ def test_a_plan_states_budget_prices_bound_and_origin(table: SensitivityTable) -
     assert datetime.fromisoformat(plan.created).utcoffset() is not None
 
 
-@pytest.mark.parametrize("budget", [50, "50", "50B", Budget.parse("0.25x")])
+@pytest.mark.parametrize("budget", [50, "50B", Budget.parse("0.25x")])
 def test_budgets_of_every_type(table: SensitivityTable, budget: Budget | str | int) -> None:
     assert solve(table, budget).bytes == 50
 

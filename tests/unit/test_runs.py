@@ -224,8 +224,41 @@ def test_seconds_add_up_over_runs_and_other_settings_start_anew(
     assert [(s.name, s.seconds) for s in stages] == [("profile", 100), ("solve", 12)]
     assert list_jobs(tmp_path)[0].seconds == 112
     with Job(tmp_path, ARGV, SETTINGS | {"budget": "3bpw"}):
-        assert JobRecord.load(tmp_path).stages == []
+        pass
+    assert JobRecord.load(tmp_path).stages == []
     assert JobRecord.load(tmp_path).settings == SETTINGS | {"budget": "3bpw"}
+
+
+@pytest.mark.parametrize("error", [ValueError("too small\nfor it"), KeyboardInterrupt()])
+@pytest.mark.parametrize("settings", [SETTINGS, SETTINGS | {"budget": "0.1bpw"}])
+def test_a_refused_attempt_leaves_a_finished_job_as_it_was(
+    tmp_path: Path, error: BaseException, settings: dict[str, Any]
+) -> None:
+    with Job(tmp_path, ARGV, SETTINGS) as job, job.stage("profile"):
+        pass
+    before = (tmp_path / "job.json").read_bytes()
+    for stage in ("profile", "solve"):  # the finished profile is found, then there is no plan
+        with pytest.raises(type(error)), Job(tmp_path, ["x"], settings) as job:
+            if stage == "solve":
+                with job.stage("profile"):
+                    pass
+            with job.stage(stage):
+                raise error
+        assert (tmp_path / "job.json").read_bytes() == before
+    assert read_log(tmp_path)[-1]["event"] in ("run failed", "run interrupted")
+    assert list_jobs(tmp_path)[0].status == "done"
+
+
+def test_an_attempt_that_computed_something_replaces_a_finished_job(tmp_path: Path) -> None:
+    with Job(tmp_path, ARGV, SETTINGS):
+        pass
+    other = Job(tmp_path, ["x"], {"budget": "2bpw"})
+    with pytest.raises(ValueError), other as job, job.stage("validate"):
+        job.on_progress("Validating", 0, 3)
+        assert JobRecord.load(tmp_path).settings == {"budget": "2bpw"}
+        raise ValueError("too small\nfor it")
+    info = list_jobs(tmp_path)[0]
+    assert (info.status, info.error) == ("failed", "too small")
 
 
 def test_a_finished_stage_that_works_again_is_running_again(tmp_path: Path) -> None:

@@ -128,6 +128,15 @@ def printed(table: Table, width: int = 80) -> str:
     return capture.get()
 
 
+def test_a_long_error_is_wrapped_and_hides_neither_run_nor_status() -> None:
+    error = "There is no text file of that name, and so on for much longer than a line is wide."
+    text = printed(jobs_table([job("runs/a", status="failed", error=error)]))
+    first = text.splitlines()[2]
+    assert first.split()[:2] == ["runs/a", "failed"]
+    assert " ".join(text.split()).endswith(" ".join(error.split()))
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
     jobs = [
         job("runs/a", doing="Profiling (fisher)", done=24, total=96, eta=40.0),
@@ -135,6 +144,8 @@ def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
         job("runs/c", status="done", doing="Bootstrap", budget="4.3bpw", bpw=4.2996, kl=0.18034),
         job("runs/d", status="failed", stage="refine"),
         job("runs/e", status="done"),
+        job("runs/f", status="failed", error="No text file"),
+        job("runs/g", status="failed", stage="solve", error="No plan"),
     ]
     lines = [" ".join(line.split()) for line in printed(jobs_table(jobs)).splitlines()[2:]]
     assert lines == [
@@ -143,6 +154,8 @@ def test_jobs_say_how_far_they_are_or_what_they_found() -> None:
         "runs/c done 4.3bpw: 4.300 bpw, KL 0.180",
         "runs/d failed refine",
         "runs/e done",
+        "runs/f failed No text file",
+        "runs/g failed solve: No plan",
     ]
 
 
