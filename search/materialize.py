@@ -85,7 +85,7 @@ def quantize(
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
     reporter = reporter or Reporter(quiet=True)
-    model = load_model(plan.model.id, "cpu") if model is None else as_loaded_model(model)
+    model = load_model(plan.original(), "cpu") if model is None else as_loaded_model(model)
     units = planned_units(model.module, plan)
     packed = dict(_pack(model.module, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
@@ -185,6 +185,7 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
                 f"has no such layer.{hint} The plan is for {plan.model.id!r}."
             )
+    plan.original()  # raises where it is not known
     actual = state_sha256(model)
     if actual != plan.model.sha256:
         raise ValueError(
