@@ -242,8 +242,8 @@ def _floor(table: SensitivityTable, rules: Rules) -> str:
     excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(globs))
     return (
         f"{rules.name} keeps {held[0]!r}{more} at 16 bits or more (its rule `unquantized`). "
-        f"Search, or profile, with {excludes}, so that the budget counts only what is quantized; or "
-        "raise the budget."
+        f"Search, or profile, with {excludes}, so that the budget counts only what is quantized; "
+        "or raise the budget."
     )
 
 
