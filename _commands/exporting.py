@@ -58,8 +58,9 @@ def export(
 ) -> None:
     """Write a plan's weights, or the plan itself, in the form of another tool.
 
-    The plan is checked first: a unit that the target cannot run is named, with the rule and what to
-    do, and nothing is written. The codes and scales are those the plan was priced with; the tool
+    The plan is checked before anything is written: a unit that the target cannot run is named, with
+    the rule and what to do. Where the run's profile lies beside the plan, this comes before the
+    model is loaded. The codes and scales are those the plan was priced with; the tool
     never quantizes again.
     """
     from ..exporters.export import export as write

@@ -54,10 +54,12 @@ def check(
     pip install 'bitplan\[kernels]'.
     """
     from ..kernels import check as static
+    from ..kernels.gemm import require_triton
     from ..quantizers.files import write_json
     from ..sensitivity.progress import Reporter
 
     cases = static.parse_cases(arch, bits, group, zero, dtype, tokens, cell)
+    require_triton()
     names = list(dict.fromkeys(case.arch for case in cases))
     total = len(cases) + (len(names) if controls else 0)
     found, failing = [], []

@@ -157,19 +157,19 @@ def with_formats(
 def nearest_format(unit: UnitInfo, fmt: Format, rules: Rules) -> Format | None:
     """The format a runtime takes for a unit that is closest to ``fmt`` from above.
 
-    The fewest bits that are not fewer; of those the nearest group size, the same kind of zero
-    point, the fewest bytes.
+    The fewest bits that are not fewer; of those one that is asymmetric if ``fmt`` is, of the same
+    kind (integers, blocks), the nearest group size, the fewest bytes.
     """
     taken = [f for f in rules.all_formats() if not _refusal(unit, f, rules) and f.bits >= fmt.bits]
     shape = unit.shapes[0]
 
-    def distance(other: Format) -> tuple[int, bool, float, bool, int]:
+    def distance(other: Format) -> tuple[int, bool, bool, float, int]:
         groups = other.groups(shape[1]) / fmt.groups(shape[1])
         return (
             other.bits,
+            other.symmetric != fmt.symmetric,
             other.kind != fmt.kind,
             max(groups, 1 / groups),
-            other.symmetric != fmt.symmetric,
             other.stored_bytes(shape),
         )
 

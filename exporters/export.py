@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..quantizers.files import atomic_path
 from ..quantizers.format import Format
-from ..search.materialize import is_packed
+from ..search.materialize import assignment_formats, is_packed
 from ..search.plan import PLAN_FILE, Plan
 from ..search.rules import Rules
 from ..search.runs import JOB_FILE
 from ..sensitivity.models import LoadedModel
 from ..sensitivity.progress import Reporter
+from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo
 from ..sensitivity.units import find_units
 from .card import write_card
 from .checks import check, snap
@@ -93,6 +94,8 @@ def export(
         changed.update(differences)
         return rounded
 
+    if rules is not None and not round_up and model is None:
+        _check_early(target, rules)
     source = open_source(target, model=model, change=change, like=like, reporter=reporter)
     if rules is not None:
         check(source.everything, source.formats, rules, source.plan.model.id)
@@ -167,6 +170,35 @@ def _rules(name: str, exporter: Exporter, asked: str | None, planned: str | None
         return None
     fitting = planned if planned in exporter.runtimes else exporter.runtimes[0]
     return Rules.load(asked or fitting)
+
+
+def _check_early(target: Path | Plan, rules: Rules) -> None:
+    """Check a plan whose profile lies beside it before the model is loaded.
+
+    The profile has all that was priced, which is not all of the model: this finds no rule broken
+    that the check on the model does not, and may find fewer.
+    """
+    if isinstance(target, Plan):
+        return
+    plan, profile = _plan_of(target), (target if target.is_dir() else target.parent) / PROFILE_FILE
+    if not profile.is_file():
+        return
+    table = SensitivityTable.load(profile)
+    if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+        return  # another model's profile
+    units = [
+        UnitInfo(
+            module,
+            (module,),
+            (shape,),
+            unit.kind,
+            unit.layer,
+            unit.aliases if len(unit.modules) == 1 else (),
+        )
+        for unit in table.units
+        for module, shape in zip(unit.modules, unit.shapes, strict=True)
+    ]
+    check(units, assignment_formats(plan), rules, plan.model.id)
 
 
 def _plan_of(target: Path | Plan) -> Plan:

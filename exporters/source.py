@@ -107,9 +107,10 @@ def open_source(
     if isinstance(target, Path):
         target = Plan.load(target / PLAN_FILE if target.is_dir() else target)
     if model is None:
-        check_model(target.model.id, "cpu")
-        reporter.say(f"Loading {target.model.id}")
-        model = load_model(target.model.id, "cpu")
+        original = target.original()
+        check_model(original, "cpu")
+        reporter.say(f"Loading {original}")
+        model = load_model(original, "cpu")
     plan = change(target, model) if change else target
     return _from_plan(plan, model, like, reporter)
 

@@ -205,8 +205,7 @@ def require_triton() -> None:
     """
     if find_spec("triton") is None:
         raise ValueError(
-            "Triton is not installed; the kernels for GPUs need it. Install 'bitplan[kernels]', "
-            "or run on the CPU."
+            "Triton is not installed; the kernels for GPUs need it: pip install 'bitplan[kernels]'."
         )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Side:
     Attributes:
         name: How it was given.
         plan: The plan.
-        shapes: Shape of every module; empty if the folder does not say.
+        shapes: Shapes of modules, as far as the folders say.
         table: Prices; None without a profile.
         kl: float64 [N], measured KL per held-out sequence, nats per token; None if not kept.
         text: Hash of the text those sequences are from.
@@ -65,6 +65,22 @@ class Side:
         shapes = _packed_shapes(folder / WEIGHTS_FILE) if table is None else _shapes(table)
         kl, text = _measurements(folder / MEASUREMENTS_FILE, plan)
         return cls(str(path), plan, shapes, table, kl, text)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the assignments take: counted where all shapes are known, else as stated."""
+        assignments = self.plan.assignments
+        if not assignments.keys() <= self.shapes.keys():
+            return self.plan.bytes
+        formats = {name: Format.parse(name) for name in set(assignments.values())}
+        return sum(formats[name].stored_bytes(self.shapes[m]) for m, name in assignments.items())
+
+    @property
+    def weights(self) -> int:
+        """Weights that the assignments cover, counted or stated likewise."""
+        if not self.plan.assignments.keys() <= self.shapes.keys():
+            return self.plan.weights
+        return sum(math.prod(self.shapes[m]) for m in self.plan.assignments)
 
 
 class Change(NamedTuple):
@@ -134,6 +150,8 @@ def compare(first: Path, second: Path) -> PlanDifference:
             f"{a.name} is a plan for {_model(a.plan)}, {b.name} for {_model(b.plan)}. Only plans "
             "of one model, with the same weights, can be compared."
         )
+    shapes = a.shapes | b.shapes
+    a, b = replace(a, shapes=shapes), replace(b, shapes=shapes)
     common = [module for module in a.plan.assignments if module in b.plan.assignments]
     if not common:
         raise ValueError(
@@ -150,7 +168,7 @@ def compare(first: Path, second: Path) -> PlanDifference:
 
 
 def _changes(a: Side, b: Side, modules: Sequence[str]) -> list[Change]:
-    shapes = a.shapes | b.shapes
+    shapes = a.shapes
     prices = _Prices([side.table for side in (a, b) if side.table is not None])
     changes = []
     for module in modules:

@@ -20,7 +20,7 @@ from ..quantizers.files import atomic_path
 from ..search.budget import format_bytes
 from ..search.plan import Plan
 from .canvas import drawing
-from .compare import Change, PlanDifference
+from .compare import Change, PlanDifference, Side
 from .html import render
 from .summary import optimality
 from .words import number, short_names, with_error
@@ -43,8 +43,14 @@ class Row(NamedTuple):
 def rows(found: PlanDifference) -> Iterator[Row]:
     """The properties of both plans, those that are the same as well."""
     a, b = found.first.plan, found.second.plan
-    yield Row("size", format_bytes(a.bytes), format_bytes(b.bytes), bytes_change(b.bytes - a.bytes))
-    yield Row("bits per weight", f"{a.bpw:.3f}", f"{b.bpw:.3f}", f"{b.bpw - a.bpw:+.3f}")
+    x, y = found.first.size, found.second.size
+    yield Row("size", format_bytes(x), format_bytes(y), bytes_change(y - x))
+    p, q = 8 * x / found.first.weights, 8 * y / found.second.weights
+    yield Row("bits per weight", f"{p:.3f}", f"{q:.3f}", f"{q - p:+.3f}")
+    first, second = _edited(found.first), _edited(found.second)
+    if first or second:
+        why = "predicted and measured KL are of the plan before the change"
+        yield Row("edited", first, second, why)
     if a.kv_cache or b.kv_cache:
         yield Row("KV cache", _cache(a), _cache(b))
     if a.assignments.keys() != b.assignments.keys():
@@ -286,6 +292,16 @@ def bytes_change(count: int | None) -> str:
     if count is None:
         return ""
     return f"{'-' if count < 0 else '+' if count else '±'}{format_bytes(abs(count))}"
+
+
+def _edited(side: Side) -> str:
+    """That a plan was changed after it was made, where its byte count shows it; else empty."""
+    if side.size == side.plan.bytes:
+        return ""
+    return (
+        f"changed after it was made: it says {side.plan.bytes:,} B, but its assignments take "
+        f"{side.size:,} B"
+    )
 
 
 def _predicted(plan: Plan) -> str:

@@ -105,7 +105,12 @@ def _statement(limit: Constraint) -> str:
 
 
 def _raise(limit: Constraint, value: float) -> str:
-    return f"{limit.name} to {_amount(limit, value)}"
+    amount = _amount(limit, value)
+    if not limit.option:
+        return f"{limit.name} to {amount}"
+    figure = amount.removesuffix(limit.symbol).strip().replace(",", "")
+    unit = "B" if limit.symbol == "B" else ""  # a budget has a unit, other options have one each
+    return f"{limit.name} to {amount} ({limit.option} {figure}{unit})"
 
 
 def _amount(limit: Constraint, value: float) -> str:

@@ -46,7 +46,9 @@ def bit_operations(table: SensitivityTable, limit: float) -> Constraint:
     """
     bits = np.array([Format.parse(name).bits for name in table.formats], dtype=np.float64)
     weights = np.array([unit.weights for unit in table.units], dtype=np.float64)
-    return Constraint("BOPs", ACTIVATION_BITS * weights[:, None] * bits, float(limit))
+    return Constraint(
+        "BOPs", ACTIVATION_BITS * weights[:, None] * bits, float(limit), option="--max-bops"
+    )
 
 
 def parse_count(text: str) -> float:

@@ -79,7 +79,7 @@ def _limited(
         seed: For solvers that draw random numbers.
     """
     problem.check_feasible(max_bytes)
-    target = Constraint("predicted KL", problem.loss, time.max_loss, "nats per token")
+    target = Constraint("predicted KL", problem.loss, time.max_loss, "nats per token", "--max-kl")
     asked = replace(problem, constraints=(*problem.constraints, target))
     cost = time.bytes.astype(np.float64)
     answer = Program.build(asked, max_bytes).minimize(cost, max_gap=MAX_GAP)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..quantizers.files import read_json_text, write_json
 from .budget import format_bytes
-from .problem import Constraint, Problem
+from .problem import Problem
 
 SCHEMA = 1
 KIND = "kv_cache"
@@ -153,10 +153,10 @@ def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:
         layers=(*problem.layers, *map(_layer_index, kv.layers)) if problem.layers else (),
         scores=scores,
         constraints=tuple(
-            Constraint(c.name, np.pad(c.cost, ((0, rows), (0, columns))), c.limit, c.symbol)
-            for c in problem.constraints
+            replace(c, cost=np.pad(c.cost, ((0, rows), (0, columns)))) for c in problem.constraints
         ),
         oracle=None,
+        bytes_option="",  # --vram holds more than these
     )
 
 

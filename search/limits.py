@@ -143,6 +143,7 @@ def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
         problem,
         loss=np.where(allowed, problem.loss, np.inf),
         constraints=tuple(_constraints(table, limits, allowed)),
+        floor=_floor(table, limits.rules) if limits.rules else "",
     )
 
 
@@ -227,6 +228,25 @@ def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
     return next(filter(None, reasons), None)
 
 
+def _floor(table: SensitivityTable, rules: Rules) -> str:
+    """The units that a runtime keeps as floats, which no budget makes smaller; empty if none."""
+    held, globs = [], []
+    for unit in table.units:
+        names = (*unit.modules, *unit.aliases)
+        if found := [g for g in rules.unquantized if any(fnmatchcase(n, g) for n in names)]:
+            held.append(unit.name)
+            globs.append(found[0])
+    if not held:
+        return ""
+    more = f" and {len(held) - 1:,} more" if len(held) > 1 else ""
+    excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(globs))
+    return (
+        f"{rules.name} keeps {held[0]!r}{more} at 16 bits or more (its rule `unquantized`). "
+        f"Search, or profile, with {excludes}, so that the budget counts only what is quantized; "
+        "or raise the budget."
+    )
+
+
 def _why_closed(
     table: SensitivityTable,
     limits: Limits,
@@ -285,7 +305,7 @@ def _constraints(
     if limits.timed:
         cost = limits.milliseconds(table, allowed)  # without a limit too: what lacks a time is told
         if limits.max_ms is not None:
-            yield Constraint("latency", cost, float(limits.max_ms), "ms")
+            yield Constraint("latency", cost, float(limits.max_ms), "ms", "--max-ms")
 
 
 def parse_assignments(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -87,9 +87,10 @@ def quantize(
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
     reporter = reporter or Reporter(quiet=True)
     if model is None:
-        check_model(plan.model.id, "cpu")
-        reporter.say(f"Loading {plan.model.id}")
-        model = load_model(plan.model.id, "cpu")
+        original = plan.original()
+        check_model(original, "cpu")
+        reporter.say(f"Loading {original}")
+        model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
     packed = dict(_pack(model.module, units, plan, reporter))
@@ -190,6 +191,7 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
                 f"has no such layer.{hint} The plan is for {plan.model.id!r}."
             )
+    plan.original()  # raises where it is not known
     actual = state_sha256(model)
     if actual != plan.model.sha256:
         raise ValueError(

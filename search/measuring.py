@@ -161,10 +161,11 @@ def run_eval(
     """
     packed = is_packed(target)
     plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
-    check_model(plan.model.id, device)
+    original = plan.original()
+    check_model(original, device)
     check_text(text, "evaluation")
-    reporter.say(f"Loading {plan.model.id}")
-    model = load_model(plan.model.id, device)
+    reporter.say(f"Loading {original}")
+    model = load_model(original, device)
     units = planned_units(model.module, plan)
     if packed:
         quantized = load_packed(target, device, torch.float32)

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ..quantizers.files import read_json_text, write_json
+from ..quantizers.format import Format
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"  # its name in a run folder
@@ -185,6 +186,19 @@ class Plan(_Strict):
         weights = self.bytes if self.resident_bytes is None else self.resident_bytes
         return weights + (self.kv_cache.bytes if self.kv_cache else 0)
 
+    def original(self) -> str:
+        """The original model's name, to load it.
+
+        Raises:
+            ValueError: If the plan was imported without one.
+        """
+        if not self.model.sha256:
+            raise ValueError(
+                f"The plan was {self.note or 'imported'} without the original model, so there is "
+                "nothing to apply it to. Import it again with --model MODEL."
+            )
+        return self.model.id
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically, keys in declaration order."""
         write_json(path, self.model_dump(by_alias=True))
@@ -194,18 +208,28 @@ class Plan(_Strict):
         """Read and validate a plan.
 
         Raises:
-            ValueError: If the file is missing, is not JSON, or breaks the schema.
+            ValueError: If the file is missing, is not JSON, breaks the schema, or assigns what is
+                no format.
         """
         if not path.is_file():
             raise ValueError(
                 f"No plan at {path}. `bitplan search MODEL --budget 4.3bpw` makes one."
             )
         try:
-            return cls.model_validate_json(read_json_text(path, "plan"))
+            plan = cls.model_validate_json(read_json_text(path, "plan"))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise ValueError(f"{path} is not a valid plan: {where}: {first['msg']}.") from error
+        first_use = {name: module for module, name in reversed(plan.assignments.items())}
+        for name, module in first_use.items():
+            try:
+                Format.parse(name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is not a valid plan: {module!r} has the format {name!r}. {error}"
+                ) from error
+        return plan
 
 
 def plan_key(plan: Plan) -> str:

@@ -51,12 +51,14 @@ class Constraint:
         cost: float64 [U, F], what every unit adds in every format.
         limit: The most the sum may be.
         symbol: Unit of cost and limit, such as ``ms``.
+        option: Option that sets the limit, in that unit, such as ``--max-ms``; empty for none.
     """
 
     name: str
     cost: NDArray[np.float64]
     limit: float
     symbol: str = ""
+    option: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Problem:
         max_loss: Quality target in nats per token, for solvers that minimize bytes.
         oracle: Measures the true KL of a choice, for solvers that search on it; without one they
             search on ``loss``.
+        bytes_option: Option that sets the budget of just these bytes; empty for none.
+        floor: Why the smallest plan is not smaller and what to do, if a rule is the reason.
     """
 
     units: tuple[str, ...]
@@ -95,6 +99,8 @@ class Problem:
     constraints: tuple[Constraint, ...] = ()
     max_loss: float = np.inf
     oracle: Oracle | None = None
+    bytes_option: str = "--budget"
+    floor: str = ""
 
     def __post_init__(self) -> None:
         """Check shapes and values, so that no solver has to.
@@ -221,7 +227,7 @@ class Problem:
             f"Budget of {max_bytes:,} B is {least - max_bytes:,} B below the smallest possible "
             f"plan ({self.describe_bytes(least)}). The largest unit there is "
             f"{self.units[largest]!r} ({format_bytes(int(smallest[largest]))}). "
-            "Raise the budget or allow a format with fewer bits."
+            + (self.floor or "Raise the budget or allow a format with fewer bits.")
         )
 
     def require_bytes_only(self, solver: str) -> None:

@@ -27,7 +27,7 @@ MAX_ROUNDS = 10  # of tightening limits that an answer exceeds
 def all_limits(problem: Problem, max_bytes: int) -> tuple[Constraint, ...]:
     """The bytes and the further constraints, as linear limits of one kind."""
     return (
-        Constraint("bytes", problem.bytes.astype(np.float64), max_bytes, "B"),
+        Constraint("bytes", problem.bytes.astype(np.float64), max_bytes, "B", problem.bytes_option),
         *problem.constraints,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -168,5 +169,8 @@ def find(name: str) -> tuple[str, Exporter, str | None]:
         exporter = EXPORTERS.get(candidate)
         if name in exporter.runtimes and exporter.form is not None:
             return shown_name(candidate), exporter(), name
-    EXPORTERS.get(key)  # raises, with the nearest name
-    raise AssertionError
+    known = [shown_name(candidate) for candidate in EXPORTERS.names()]
+    runtimes = {r for candidate in EXPORTERS.names() for r in EXPORTERS.get(candidate).runtimes}
+    close = difflib.get_close_matches(shown_name(name), [*known, *sorted(runtimes)], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"Unknown exporter {name!r}.{hint} Available: {', '.join(known)}.")

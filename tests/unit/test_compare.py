@@ -14,6 +14,7 @@ from rich.console import Console
 from bitplan.quantizers.format import Format
 from bitplan.reports.compare import compare
 from bitplan.reports.compared import (
+    bytes_change,
     change_map,
     headline,
     kind_rows,
@@ -209,3 +210,27 @@ def test_a_plan_that_does_not_say_its_weights_can_be_compared(pair: tuple[Path, 
     plan.model_copy(update={"model": other}).save(imported)
     with pytest.raises(ValueError, match="Only plans of one model"):
         compare(first, imported)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in the run", "elsewhere"])
+def test_a_plan_changed_by_hand_is_noticed(
+    pair: tuple[Path, Path], tmp_path: Path, beside: bool
+) -> None:
+    plan = Plan.load(pair[0] / "plan.json")
+    module = "model.layers.0.mlp.up_proj"
+    wider = "int6-g64" if Format.parse(plan.assignments[module]).bits == 8 else "int8-g64"
+    more = Format.parse(wider).stored_bytes((1536, 576))
+    more -= Format.parse(plan.assignments[module]).stored_bytes((1536, 576))
+    plan.assignments[module] = wider
+    edited = pair[1] / "plan.json" if beside else tmp_path / "mine.json"
+    plan.save(edited)
+    found = compare(pair[0], edited)
+    shown = {row.name: row for row in rows(found)}
+    assert found.second.size == plan.bytes + more
+    assert shown["size"].change == bytes_change(more) != bytes_change(0)
+    assert shown["edited"].first == ""
+    assert f"says {plan.bytes:,} B, but its assignments take" in shown["edited"].second
+
+
+def test_plans_as_they_were_made_are_not_called_edited(pair: tuple[Path, Path]) -> None:
+    assert "edited" not in {row.name for row in rows(compare(*pair))}

@@ -190,7 +190,8 @@ def test_two_limits_in_conflict_are_named_with_what_each_needs() -> None:
     problem = pair(("latency", SLOW_WHEN_SMALL, 3.0, "ms"), ("BOPs", [[1.0, 1.0]] * 2, 9.0, ""))
     assert explain_infeasible(problem, 39) == (
         "bytes <= 39 B and latency <= 3 ms cannot both hold: latency <= 3 ms needs bytes >= 40 B; "
-        "bytes <= 39 B needs latency >= 4.500 ms. Raise bytes to 40 B or latency to 4.500 ms."
+        "bytes <= 39 B needs latency >= 4.500 ms. "
+        "Raise bytes to 40 B (--budget 40B) or latency to 4.500 ms."
     )
     with pytest.raises(ValueError, match=r"bytes <= 39 B and latency <= 3 ms cannot both hold"):
         SOLVERS.get("highs")(problem, 39)
@@ -270,3 +271,14 @@ def test_every_suggested_raise_makes_it_feasible(seed: int) -> None:
 
     assert not only(names)
     assert all(only([n for n in names if n != left_out]) for left_out in names)
+
+
+def test_raises_name_the_option_that_sets_the_limit() -> None:
+    problem = pair(("latency", SLOW_WHEN_SMALL, 3.0, "ms"))
+    limit = replace(problem.constraints[0], option="--max-ms")
+    problem = replace(problem, constraints=(limit,))
+    assert explain_infeasible(problem, 39).endswith(
+        "Raise bytes to 40 B (--budget 40B) or latency to 4.500 ms (--max-ms 4.500)."
+    )
+    shared = replace(problem, bytes_option="")  # a memory that holds more than these bytes
+    assert "Raise bytes to 40 B or latency" in explain_infeasible(shared, 39)

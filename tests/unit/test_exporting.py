@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ import pytest
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
-from bitplan.exporters.checks import snap
+from bitplan.exporters.checks import nearest_format, snap
 from bitplan.exporters.export import export
 from bitplan.exporters.importing import import_plan
-from bitplan.exporters.targets import EXPORTERS, shown_name
+from bitplan.exporters.targets import EXPORTERS, find, shown_name
 from bitplan.quantizers.format import Format
 from bitplan.search.materialize import is_packed, quantize
+from bitplan.search.measuring import run_eval
+from bitplan.search.plan import Plan
 from bitplan.search.rules import Rules
 from bitplan.sensitivity.models import LoadedModel
+from bitplan.sensitivity.progress import Reporter
+from bitplan.sensitivity.table import UnitInfo
 from bitplan.sensitivity.units import find_units
+from bitplan.tests.fakes import fake_table
 from bitplan.tests.plans import hand_made, mixed
 
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -136,3 +142,70 @@ def test_the_list_of_targets_fits_80_columns() -> None:
         assert what in row  # on one line
     assert max(map(len, lines)) <= 80
     assert "vllm-cpu" in text and "llama.cpp (gguf)" in text
+
+
+@pytest.mark.parametrize(
+    ("fmt", "nearest"),
+    [
+        ("int4-g32-asym", "q4_1"),
+        ("int5-g32-asym", "q5_1"),
+        ("int4-g64", "int4-g32"),
+        ("int8-g64-asym", "int8-g32"),
+    ],
+)
+def test_llama_cpp_has_asymmetric_formats_as_blocks(fmt: str, nearest: str) -> None:
+    unit = UnitInfo("up", ("up",), ((512, 288),), "up")
+    found = nearest_format(unit, Format.parse(fmt), Rules.load("llama.cpp"))
+    assert found is not None and found.name == nearest
+
+
+def test_a_misspelt_target_lists_names_as_they_are_written() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'compressed-tensors'\?") as error:
+        find("compresed-tensors")
+    assert "_" not in str(error.value)
+    with pytest.raises(ValueError, match=r"Did you mean 'llama.cpp'\?"):
+        find("lama.cpp")
+
+
+def run_of(model: LoadedModel, plan: Plan, folder: Path) -> Path:
+    """A run folder: the plan with a profile of its model beside it."""
+    units = find_units(model.module)
+    table = fake_table(units, ("int3-g64-asym", "int4-g64"))
+    identity = {"id": model.id, "revision": None, "sha256": plan.model.sha256}
+    folder.mkdir()
+    replace(table, provenance=table.provenance | {"model": identity}).save(
+        folder / "profile.safetensors"
+    )
+    plan.save(folder / "plan.json")
+    return folder
+
+
+def test_a_run_is_checked_before_its_model_is_loaded(wide: LoadedModel, tmp_path: Path) -> None:
+    """The model cannot be loaded here; that is told only of a plan that keeps the rules."""
+
+    def gone(fmt: str, folder: str) -> Path:
+        plan = hand_made(wide, dict.fromkeys(ATTENTION, fmt))
+        plan.model.id = str(tmp_path / "gone")
+        return run_of(wide, plan, tmp_path / folder)
+
+    with pytest.raises(ValueError, match=r"vllm cannot run this plan:[^$]*bits: it takes 4, 8"):
+        export(gone("int3-g64-asym", "bad"), "vllm", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"Unknown model|could not be loaded"):
+        export(gone("int4-g64", "good"), "vllm", tmp_path / "out")
+
+
+def test_an_import_without_a_model_says_so_where_one_is_needed(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(mixed(wide, Rules.load("transformers")), "compressed-tensors", out, model=wide)
+    plan = import_plan(out)
+    plan.save(tmp_path / "theirs.json")
+    for apply in (
+        lambda: run_eval(tmp_path / "theirs.json", "builtin", 64, "cpu", Reporter(quiet=True)),
+        lambda: export(plan, "csv", tmp_path / "plan.csv"),
+        lambda: quantize(plan, tmp_path / "packed"),
+        lambda: quantize(plan, tmp_path / "packed", model=wide),
+    ):
+        with pytest.raises(ValueError, match=r"read from out.*Import it again with --model"):
+            apply()

@@ -15,6 +15,7 @@ from bitplan.search.costs import parse_count, read_latency
 from bitplan.search.limits import Limits, build_problem, parse_assignments, parse_bans
 from bitplan.search.problem import Problem
 from bitplan.search.rules import Rules
+from bitplan.search.solve import solve
 from bitplan.sensitivity.table import SensitivityTable, UnitInfo
 from bitplan.tests.fakes import fake_table, transformer_units
 
@@ -300,3 +301,17 @@ def test_texts_of_the_command_line() -> None:
     for text in ("lm_head", "=int4", "lm_head="):
         with pytest.raises(ValueError, match=f"--min '{text}' is not GLOB=FORMAT"):
             parse_assignments("--min", [text])
+
+
+def test_a_budget_below_what_a_runtime_leaves_unquantized_names_the_rule() -> None:
+    table = fake_table(transformer_units(3, embedding=True), ("int4-g32", "int8-g64", "bf16"))
+    with pytest.raises(ValueError) as error:
+        solve(table, "4.5bpw", limits=Limits(rules=Rules.load("vllm")))
+    assert "vllm keeps 'model.embed_tokens' at 16 bits or more (its rule `unquantized`)" in str(
+        error.value
+    )
+    assert "--exclude '*embed*', so that the budget counts only" in str(error.value)
+    without = fake_table(transformer_units(3), ("int4-g32", "int8-g64", "bf16"))
+    assert solve(without, "4.5bpw", limits=Limits(rules=Rules.load("vllm"))).bpw <= 4.5
+    with pytest.raises(ValueError, match="Raise the budget or allow a format with fewer bits"):
+        solve(without, "2bpw", limits=Limits(rules=Rules.load("vllm")))

@@ -156,6 +156,7 @@ def test_a_table_of_unknown_origin_is_refused(table: SensitivityTable) -> None:
 
 
 def test_plan_file_round_trip(table: SensitivityTable, tmp_path: Path) -> None:
+    table = replace(table, formats=("int2-gc", "int8-gc"))
     plan = solve(table, 50)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -184,6 +185,7 @@ def test_a_binary_file_is_no_plan(table: SensitivityTable, tmp_path: Path) -> No
 
 
 def test_plan_files_are_utf8_everywhere(table: SensitivityTable, tmp_path: Path) -> None:
+    table = replace(table, formats=("int2-gc", "int8-gc"))
     plan = solve(table, 50, command="größer")
     plan.save(tmp_path / "a.json")
     code = (
@@ -204,3 +206,15 @@ def test_search_numerics_load_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_format_that_does_not_exist_is_named_with_its_module(
+    table: SensitivityTable, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    solve(replace(table, formats=("int2-gc", "int8-gc")), 50).save(path)
+    assert Plan.load(path).assignments["c"] == "int2-gc"
+    text = path.read_text()
+    path.write_text(text.replace('"c": "int2-gc"', '"c": "int9-g64"'))
+    with pytest.raises(ValueError, match=r"'c' has the format 'int9-g64'.*Did you mean"):
+        Plan.load(path)

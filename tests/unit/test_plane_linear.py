@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from bitplan.__main__ import app
 from bitplan.kernels import gemm
 from bitplan.kernels.blocks import Block
 from bitplan.kernels.gemm import meta_of, pack_of, plane_linear, plane_linear_op
@@ -96,3 +98,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"Triton is not installed.*bitplan\[kernels\]"):
         gemm.require_triton()
+    result = CliRunner().invoke(app, ["kernels", "check"])
+    assert isinstance(result.exception, ValueError)
+    assert "pip install 'bitplan[kernels]'" in str(result.exception)
+    assert "CPU" not in str(result.exception)
+    assert result.output == ""  # no bar before the error
