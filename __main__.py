@@ -388,7 +388,8 @@ def main() -> None:
 def _fail(message: str) -> None:
     errors = Console(stderr=True)
     errors.print("[red]Error:[/] ", end="")
-    errors.print(message, markup=False, highlight=False)
+    # In a pipe or a log a path stays in one piece.
+    errors.print(message, markup=False, highlight=False, soft_wrap=not errors.is_terminal)
     sys.exit(1)
 
 

@@ -85,7 +85,7 @@ def export(
         out.print(f"Rounded up: {len(done.changed) - 10:,} more")
     whole = format_bytes(done.size)
     if done.stored is None:
-        out.print(f"{done.path}: {whole}", markup=False)
+        out.print(f"{done.path}: {whole}", markup=False, soft_wrap=True)
     else:
         out.print(
             f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights (the "

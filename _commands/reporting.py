@@ -58,7 +58,7 @@ def report(
     from ..reports.html import write_report
 
     for path in write_report(run):
-        out.print(str(path), markup=False)
+        out.print(str(path), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -85,7 +85,7 @@ def compare(
     print_comparison(out, found)
     if file is not None:
         for path in write_comparison(found, file):
-            out.print(str(path), markup=False)
+            out.print(str(path), markup=False, soft_wrap=True)
 
 
 def _serve(folder: Path, port: int, browser: bool) -> None:
