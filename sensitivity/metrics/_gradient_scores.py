@@ -58,8 +58,10 @@ def gradient_scores(
             reached.add(name)
             rows[:, :, index[name]] += found
 
-        logits = stream(task.model, task.renderer, batch, (upstream, visit))
-        positions[start : start + count] = positions_in(logits) - unlabelled
+        # No name for the logits: the last batch's would stay in memory during the next one.
+        positions[start : start + count] = (
+            positions_in(stream(task.model, task.renderer, batch, (upstream, visit))) - unlabelled
+        )
         start += count
         task.advance(count)
     check_reached(task.renderer.names, reached)

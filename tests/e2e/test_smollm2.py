@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ pytestmark = [
     ),
 ]
 MODEL_BYTES = 4 * 134_515_008
+# On all cores, as a user would.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def search_arguments(wikitext: Path) -> list[str | Path]:
@@ -46,6 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, wikitext: Path) -> tuple[Path,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        env=ENVIRONMENT,
     )
     Console().print(done.stdout)
     return folder, int(done.stdout.rsplit("PEAK ", 1)[1])
@@ -82,7 +86,7 @@ def test_refinement_lowers_the_measured_kl(job: tuple[Path, int], wikitext: Path
         shutil.copy(job[0] / name, folder)
     goal = ["--budget", "3.28bpw", "--refine", "1", "--guard", "16", "--out", folder]
     command = [sys.executable, "-m", "bitplan", "search", *search_arguments(wikitext), *goal]
-    subprocess.run([str(part) for part in command], check=True)
+    subprocess.run([str(part) for part in command], check=True, env=ENVIRONMENT)
     plan = Plan.load(folder / "plan.json")
     assert plan.measured is not None and plan.refinement is not None
     rivals = {b.name: b.kl for b in plan.baselines}
@@ -102,6 +106,7 @@ def test_packed_folder_measures_like_the_plan(job: tuple[Path, int], wikitext: P
             stdout=subprocess.PIPE,
             text=True,
             check=True,
+            env=ENVIRONMENT,
         )
         if arguments[0] == "eval":
             measured = float(done.stdout.split("measured KL")[1].split()[1])
