@@ -62,7 +62,7 @@ class CpuLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        if torch.compiler.is_compiling() or needs_grad(x, bias) or _traced(x):
+        if torch.compiler.is_compiling() or _needs_grad(x, bias) or _traced(x):
             return self.stored.linear(x, bias)
         return self.weight.linear(x, bias)
 
@@ -112,7 +112,7 @@ def prepare(packed: PackedTensor, device: torch.device) -> Layout:
     return StoredLayout(here)
 
 
-def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
     """Whether gradients of a product will be asked for."""
     wanted = x.requires_grad or (bias is not None and bias.requires_grad)
     return wanted and torch.is_grad_enabled()

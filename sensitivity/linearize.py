@@ -113,14 +113,9 @@ def linearize(
             found[:, :, u] += _products(kl, fisher, renderer, name, formats, int(choice[u]))
 
         with renderer.applied(assignment):
-            logits = stream(
-                model,
-                renderer,
-                batch,
-                (_kl_upstream(log_p), keep),
-                (label_upstream(generator), price),
-            )
-        positions = positions_in(logits)
+            passes = ((_kl_upstream(log_p), keep), (label_upstream(generator), price))
+            # No name for the logits: these would stay in memory during the next batch.
+            positions = positions_in(stream(model, renderer, batch, *passes))
         first[block] = found[0] / positions
         second[block] = found[1] / np.sqrt(2 * positions)
         diagonal += found[2].sum(axis=0) / (2 * positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -46,8 +47,6 @@ class AutoRound(Exporter):
 
     def config(self, source: Source) -> str:
         """The ``layer_config`` that AutoRound itself takes."""
-        import json
-
         linear_names(source)
         layers = {name: _entry(fmt) for name, fmt in source.formats.items()}
         return json.dumps(layers, indent=1) + "\n"
