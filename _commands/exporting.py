@@ -139,6 +139,7 @@ def import_(
 def exporters() -> None:
     """List the targets: what they are for, what they write, and what to install to run it."""
     from ..exporters.targets import EXPORTERS, shown_name
+    from ..reports.words import plain
 
     shown = Table(
         "--to", "what", "writes", "plan", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
@@ -146,7 +147,7 @@ def exporters() -> None:
     runtimes, tools, here = [], [], []
     for key in EXPORTERS.names():
         exporter, name = EXPORTERS.get(key)(), shown_name(key)
-        what = (exporter.__doc__ or "").split("\n")[0]
+        what = plain((exporter.__doc__ or "").split("\n")[0])
         form = exporter.suffix or exporter.form or ""
         shown.add_row(name, escape(what), form, exporter.config_suffix or "")
         others = [runtime for runtime in exporter.runtimes if runtime != name]

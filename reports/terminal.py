@@ -22,7 +22,7 @@ from ..search.runs import JobInfo
 from ..sensitivity.profile import DEFAULT_FORMATS
 from ..sensitivity.progress import clock
 from .summary import comparison, facts
-from .words import UNIFORM, number, with_error
+from .words import UNIFORM, number, plain, with_error
 
 
 def print_summary(console: Console, plan: Plan, files: Mapping[str, Path]) -> None:
@@ -144,8 +144,8 @@ def plugins_table(registry: Registry[Any]) -> Table:
     table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
     for name in registry.names():
         text = inspect.getdoc(registry.get(name)) or ""
-        what = text.partition("\n")[0].replace("``", "`")
-        table.add_row(name, escape(what), escape(_first_reference(text)))
+        what = plain(text.partition("\n")[0])
+        table.add_row(name, escape(what), escape(plain(_first_reference(text))))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -47,6 +48,15 @@ def with_error(value: float, stderr: float | None, sign: bool = False) -> str:
 
 def _short_exponent(text: str) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e+")
+
+
+def plain(text: str) -> str:
+    """A line of a docstring without its markup: what stands between backticks, and no roles.
+
+    >>> plain("Like ``ilp``, see :func:`~bitplan.solve` and `max_loss`.")
+    'Like ilp, see bitplan.solve and max_loss.'
+    """
+    return re.sub(r"(?::[a-z]+)*:`~?([^`]*)`|`+([^`]*)`+", r"\1\2", text)
 
 
 def gap(fraction: float) -> str:

@@ -14,7 +14,7 @@ from .certified import certified
 
 @SOLVERS.register("bisection")
 def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
-    """Find the smallest plan whose loss is at most ``max_loss``, by bisection over budgets.
+    """Find the smallest plan of at most a given predicted KL, by bisection over budgets.
 
     The least loss within a budget never rises with the budget, so the least budget that reaches
     the target is found by halving an interval: below the bytes at which the LP bound meets the

@@ -12,7 +12,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("fisher_diagonal")
 def fisher_diagonal(task: Task) -> Scores:
-    """``sum_rc E[G_rc^2] dW_rc^2 / 2T`` with labels sampled from the model: smooth, and blind.
+    """Mean squared gradient of every weight, labels sampled from the model: smooth, and blind.
+
+    A price is ``sum_rc E[G_rc^2] dW_rc^2 / 2T``.
 
     The other part of ``fisher``, which see: it leaves out how the errors of different weights
     line up.

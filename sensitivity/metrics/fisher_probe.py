@@ -12,7 +12,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("fisher_probe")
 def fisher_probe(task: Task) -> Scores:
-    """``mean <G, dW>^2 / 2T`` with labels sampled from the model: unbiased, and noisy.
+    """Squared inner product of gradient and error, labels from the model: unbiased, and noisy.
+
+    A price is ``mean <G, dW>^2 / 2T``.
 
     One of the two parts of ``fisher``, which see.
 

@@ -13,7 +13,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("fisher_trace")
 def fisher_trace(task: Task) -> Scores:
-    """``tr(F_u) / (2 D_u) * ||dW_uf||^2``: HAWQ-V2's score with the trace from one Fisher probe.
+    """Squared error times the mean curvature of its matrix, from one Fisher probe (HAWQ-V2).
+
+    A price is ``tr(F_u) / (2 D_u) * ||dW_uf||^2``.
 
     At the original weights the Hessian of the KL is the Fisher matrix, and ``E||G||^2`` its
     trace: the same quantity as ``hessian_trace`` without double backward. Assumes that the

@@ -12,7 +12,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("gradient")
 def gradient(task: Task) -> Scores:
-    """``sum_rc E[g_rc^2] dW_rc^2 / 2`` per token, g from the labels of the text itself.
+    """Mean squared gradient of every weight, labels of the text itself (SqueezeLLM).
+
+    A price is ``sum_rc E[g_rc^2] dW_rc^2 / 2`` per token.
 
     Keeps the diagonal only and takes data labels for model labels, so it is in nats only as far
     as both hold; errors of a tied weight's uses are added without their cross term.

@@ -18,7 +18,9 @@ _PROBE_SAMPLES = 2  # samples per probe: double backward keeps the whole graph o
 
 @METRICS.register("hessian_trace")
 def hessian_trace(task: Task) -> Scores:
-    r"""``tr(H_u) / (2 D_u) * ||dW_uf||^2`` with the trace estimated by Hutchinson's probe.
+    r"""Squared error times the mean curvature of its matrix, by Hutchinson's probe (HAWQ-V2).
+
+    A price is ``tr(H_u) / (2 D_u) * ||dW_uf||^2``.
 
     H is the Hessian of KL(p_original || p_W) per token at the original weights, where it equals
     the Fisher matrix. One probe draws Rademacher signs v for all units at once: ``v_u' (H v)_u``

@@ -15,7 +15,9 @@ from ._input_moments import input_moments
 
 @METRICS.register("imatrix")
 def imatrix(task: Task) -> Scores:
-    """``sum_rc E[x_c^2] dW_rc^2``: llama.cpp's importance matrix as a price.
+    """Squared error weighted by the mean square of each input: llama.cpp's importance matrix.
+
+    A price is ``sum_rc E[x_c^2] dW_rc^2``.
 
     The diagonal of ``salience``: blind to how inputs correlate and to what the rest of the
     network does with the output. An embedding's rows weigh as often as they are looked up.

@@ -13,7 +13,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("output_fisher")
 def output_fisher(task: Task) -> Scores:
-    """``sum_tr (delta_tr dY_tr)^2`` per token with ``dY = dW x``: ModelOpt's gradient score.
+    """Squared error of the layer's output times its gradient: ModelOpt's gradient score.
+
+    A price is ``sum_tr (delta_tr dY_tr)^2`` per token with ``dY = dW x``.
 
     delta is the gradient at the layer's output from the labels of the text itself.  Cross terms
     between output channels and between tokens are dropped: little noise, and a level that is

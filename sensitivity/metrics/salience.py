@@ -15,7 +15,9 @@ from ._input_moments import input_moments
 
 @METRICS.register("salience")
 def salience(task: Task) -> Scores:
-    """``tr(dW H dW')`` with ``H = E[x x']``: the squared error of the layer's output.
+    """Squared error of the layer's output on calibration inputs (GPTQ's objective).
+
+    A price is ``tr(dW H dW')`` with ``H = E[x x']``.
 
     One forward pass collects H [cols, cols] per matrix (counts per token for an embedding), all
     of which are in memory at once: 4 * cols^2 bytes each. The errors are priced afterwards.

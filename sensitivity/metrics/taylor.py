@@ -12,7 +12,9 @@ from ._gradient_scores import gradient_scores
 
 @METRICS.register("taylor")
 def taylor(task: Task) -> Scores:
-    """``sum_rc |g_rc dW_rc|`` per token, g from the labels of the text itself.
+    """Absolute gradient times absolute error, labels of the text itself: AutoScheme's score.
+
+    A price is ``sum_rc |g_rc dW_rc|`` per token.
 
     A bound on the first-order change of the loss, not an estimate of it: signs are dropped.
     AutoScheme takes g with all layers quantized; here it is taken at the original weights.

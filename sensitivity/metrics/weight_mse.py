@@ -10,7 +10,9 @@ from . import METRICS, Scores, Task
 
 @METRICS.register("weight_mse")
 def weight_mse(task: Task) -> Scores:
-    """``||dW||^2`` per unit: every weight matters alike. Needs no data.
+    """Squared error of the weights: every weight matters alike. Needs no data.
+
+    A price is ``||dW||^2`` summed over a unit.
 
     Returns:
         Scores [1, U, F], not in nats.

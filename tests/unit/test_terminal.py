@@ -2,13 +2,16 @@
 
 import io
 import math
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
+from bitplan._registry import Registry
 from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
+from bitplan.reports.words import plain
 from bitplan.search.plan import KVCache, Plan
 from bitplan.search.runs import JobInfo
 from bitplan.search.solvers import SOLVERS
@@ -176,6 +179,35 @@ def test_solvers_name_the_first_paper() -> None:
     assert papers["bisection"] == "Burden and Faires"  # the year that follows is of another one
 
 
+@pytest.mark.parametrize("registry", [METRICS, SOLVERS])
+def test_lists_are_plain_text(registry: Registry[object]) -> None:
+    """Docstrings are written for Sphinx; a terminal shows no backticks, roles or formulas."""
+    for column in plugins_table(registry).columns:
+        for cell in column.cells:
+            assert not re.search(r"`|:\w+:|[_^]\w|\|\||<.*>", str(cell)) or cell in registry.names()
+
+
+def test_markup_of_plugins_is_taken_out() -> None:
+    """Also that of plugins which others wrote."""
+
+    def plugin() -> None:
+        """Like ``ilp``, see :class:`~other.Solver` and [1].
+
+        References:
+            The ``other`` package, its manual.
+        """
+
+    class One(Registry[object]):
+        def names(self) -> list[str]:
+            return ["theirs"]
+
+        def get(self, name: str) -> object:
+            return plugin
+
+    cells = [next(iter(c.cells)) for c in plugins_table(One("solver", "")).columns]
+    assert cells == ["theirs", "Like ilp, see other.Solver and [1].", "The other package"]
+
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -185,7 +217,7 @@ def test_the_documentation_lists_what_the_commands_list() -> None:
     table = plugins_table(SOLVERS)
     for name, what, source in zip(*(column.cells for column in table.columns), strict=True):
         (row,) = (row for row in rows if row[0] == f"| `{name}`")
-        assert row[1] == str(what).replace("``", "`")
+        assert plain(row[1]) == str(what)
         assert row[3] == f"{source or '–'} |"
     metrics = (DOCS / "metrics.md").read_text("utf-8")
     assert [name for name in METRICS.names() if f"| `{name}` " not in metrics] == []
