@@ -108,7 +108,7 @@ def comparison_cells(row: Comparison, own: bool) -> dict[str, Any]:
     return {
         "name": row.name.removeprefix(UNIFORM),
         "own": own,
-        "fits": row.fits,
+        "misfit": row.misfit,
         "predicted": [
             format_bytes(row.bytes),
             "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",

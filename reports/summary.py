@@ -21,14 +21,14 @@ class Comparison(NamedTuple):
 
     KL is in nats per token.  ``bytes`` are what the budget limits, a KV cache included; ``bpw`` is
     of the weights alone, NaN where those are not known apart; ``ms`` is the time where one was
-    asked for.  ``fits`` says whether the plan is within the budget and that time; ``difference``
-    is its measured KL minus that of the plan in question, paired over sequences.
+    asked for.  ``misfit`` says in words why a plan is no choice (``over budget``), nothing if it is
+    one; ``difference`` is its measured KL minus that of the plan in question, paired over samples.
     """
 
     name: str
     bytes: int
     bpw: float
-    fits: bool
+    misfit: str
     predicted_kl: float
     ms: float | None = None
     kl: float | None = None
@@ -42,6 +42,11 @@ class Comparison(NamedTuple):
         """Whether every unit has the same format."""
         return self.name.startswith(UNIFORM)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is within the budget and the time that were asked for."""
+        return not self.misfit
+
 
 def comparison(plan: Plan, uniform: Sequence[tuple[str, int, float]] = ()) -> list[Comparison]:
     """The plan first, then every measured baseline and every other uniform plan by size.
@@ -54,15 +59,15 @@ def comparison(plan: Plan, uniform: Sequence[tuple[str, int, float]] = ()) -> li
             not; no rivals of a plan with a KV cache.
     """
     measured = plan.measured
-    own = Comparison("this plan", plan.total_bytes, plan.bpw, True, plan.predicted_kl)
+    own = Comparison("this plan", plan.total_bytes, plan.bpw, "", plan.predicted_kl)
     if measured is not None:
         own = own._replace(kl=measured.kl, kl_stderr=measured.kl_stderr, ppl=measured.ppl)
     rows = baselines(plan)
     known = {row.name for row in rows} | {UNIFORM + (only_format(plan) or "")}
     for name, nbytes, predicted in () if plan.kv_cache else uniform:
         if UNIFORM + name not in known:
-            bpw, fits = 8 * nbytes / plan.weights, nbytes <= plan.budget.bytes
-            rows.append(Comparison(UNIFORM + name, nbytes, bpw, fits, predicted))
+            bpw, misfit = 8 * nbytes / plan.weights, _misfit(plan, nbytes)
+            rows.append(Comparison(UNIFORM + name, nbytes, bpw, misfit, predicted))
     return [own, *sorted(rows, key=lambda row: row.bytes)]
 
 
@@ -73,7 +78,7 @@ def baselines(plan: Plan) -> list[Comparison]:
             name=b.name,
             bytes=b.bytes,
             bpw=math.nan if plan.kv_cache else 8 * b.bytes / plan.weights,
-            fits=b.bytes <= plan.budget.bytes and _in_time(plan, b.ms),
+            misfit=_misfit(plan, b.bytes, b.ms),
             predicted_kl=b.predicted_kl,
             ms=b.ms,
             kl=b.kl,
@@ -87,9 +92,17 @@ def baselines(plan: Plan) -> list[Comparison]:
     return sorted(rows, key=lambda row: row.bytes)
 
 
-def _in_time(plan: Plan, ms: float | None) -> bool:
+def _misfit(plan: Plan, nbytes: int, ms: float | None = None) -> str:
+    """Why a rival is no choice: more bytes or time than asked for; empty if it is one."""
+    if nbytes > plan.budget.bytes:
+        return "larger" if _is_target(plan) else "over budget"
     most = plan.latency.max_ms if plan.latency else None
-    return most is None or ms is None or ms <= most
+    return "" if most is None or ms is None or ms <= most else "too slow"
+
+
+def _is_target(plan: Plan) -> bool:
+    """Whether a quality was asked for, not a size."""
+    return "<=" in plan.budget.text
 
 
 def best_uniform(rows: Sequence[Comparison]) -> Comparison | None:
@@ -159,8 +172,7 @@ def optimality(plan: Plan) -> str:
 
 def _goal(plan: Plan) -> str:
     """What the plan was asked for: ``budget 4.3bpw``, or ``target KL <= 0.1``."""
-    text = plan.budget.text
-    return f"target {text}" if "<=" in text else f"budget {text}"
+    return f"{'target' if _is_target(plan) else 'budget'} {plan.budget.text}"
 
 
 def _quality(plan: Plan) -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ def uniform_table(plan: Plan) -> Table:
             "ppl": "" if row.ppl is None else number(row.ppl),
         }
         table.add_row(
-            Text(row.name.removeprefix(UNIFORM)),
+            Text(row.name.removeprefix(UNIFORM) + (f"\n({row.misfit})" if row.misfit else "")),
             *(cells[header] for header in headers),
             style="bold green" if row is own else "" if row.fits else "dim",
         )

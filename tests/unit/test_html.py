@@ -73,6 +73,14 @@ def test_report_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_report_says_which_plans_are_over_the_budget(tmp_path: Path) -> None:
+    write_report(fake_run(tmp_path, flat_units()))
+    rows = re.findall(r'<tr class="(\w*)">\s*<th scope="row">([^<]*)</th>', read(tmp_path))
+    marked = [name for _, name in rows if name.endswith(" (over budget)")]
+    assert marked and [name for kind, name in rows if kind == "large"] == marked
+    assert any(name.startswith("int8") for name in marked)
+
+
 def test_report_states_the_result(tmp_path: Path) -> None:
     write_report(fake_run(tmp_path, transformer_units(3)))
     plan = Plan.load(tmp_path / "plan.json")

@@ -12,7 +12,7 @@ from rich.table import Table
 from bitplan._registry import Registry
 from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
 from bitplan.reports.words import plain
-from bitplan.search.plan import KVCache, Plan
+from bitplan.search.plan import KVCache, Latency, Plan
 from bitplan.search.runs import JobInfo
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.metrics import METRICS
@@ -45,6 +45,20 @@ def test_summary_has_every_number(plan: Plan) -> None:
     assert "int4-g128-asym, 55.3 MB: KL 0." in text
     assert "(original 30.5)" in text
     assert "runs/demo/  plan.json  report.html" in text
+
+
+def test_what_does_not_fit_says_so_in_words(plan: Plan) -> None:
+    """Colour alone says nothing in a log, or to everyone."""
+    larger = plan.baselines[-1].model_copy(update={"name": "uniform int8-gc", "bytes": 1 << 30})
+    plan = plan.model_copy(update={"baselines": [*plan.baselines, larger]})
+    assert re.search(r"\nint8-gc .*\n\(over budget\) *\n", shown(plan, {}) + "\n")
+    assert shown(plan, {}).count("(over budget)") == 1
+    asked = plan.budget.model_copy(update={"text": "KL <= 0.1"})
+    assert "(larger)" in shown(plan.model_copy(update={"budget": asked}), {})
+    latency = Latency(ms=1.0, tokens=1, device="h100", sureness="assumed", max_ms=1.0)
+    plan.baselines[0].ms = 1.5
+    slow = shown(plan.model_copy(update={"latency": latency}), {})
+    assert slow.count("(too slow)") == 1 and slow.count("(over budget)") == 1
 
 
 def test_unmeasured_plan(tmp_path: Path) -> None:
