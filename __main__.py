@@ -278,9 +278,8 @@ def solve(
     latency_device: options.LatencyDeviceOption = None,
     max_ms: options.MaxMsOption = None,
     batch: Annotated[int, typer.Option(min=1, help="With --latency-device: tokens at a time.")] = 1,
-    formats: Annotated[
-        str | None, typer.Option(help="Use only these of the profile's formats, comma-separated.")
-    ] = None,
+    formats: options.SomeFormatsOption = None,
+    group: options.FuseOption = None,
     solver: options.SolverOption = "certified",
     seed: options.SeedOption = 0,
     plan_file: Annotated[
@@ -292,14 +291,18 @@ def solve(
     ] = None,
 ) -> None:
     """Answer a what-if in a moment: another budget, limits or formats from a saved profile."""
+    from .quantizers.files import check_file
     from .reports.terminal import print_summary
     from .search.solve import solve as run_solver
     from .search.solve import write_program
 
+    options.check_json(plan_file)
+    if program is not None:
+        check_file(program, (".lp", ".mps"), "--program", "plan.lp")
     limited = options.limit_options(
         pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
     )
-    limits = options.limits_of(formats, limited, batch)
+    limits = options.limits_of(formats, group, limited, batch)
     budget = budget or (None if fastest else "4.3bpw")
     files = {}
     if program is not None:
@@ -318,7 +321,6 @@ def solve(
         command=options.command(),
     )
     if plan_file is not None:
-        options.check_json(plan_file)
         plan.save(plan_file)
         files["plan"] = plan_file
     print_summary(out, plan, files)
@@ -330,21 +332,37 @@ def solve(
 def frontier(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
     pin: options.PinOption = None,
+    ban: options.BanOption = None,
+    at_least: options.AtLeastOption = None,
+    at_most: options.AtMostOption = None,
+    runtime: options.RuntimeOption = None,
+    formats: options.SomeFormatsOption = None,
+    group: options.FuseOption = None,
     frontier_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the whole frontier as JSON.")
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="Budgets to print.")] = 15,
 ) -> None:
-    """Print the plans from the smallest to the largest budget, next to the uniform ones."""
+    """Print the plans from the smallest to the largest budget, next to the uniform ones.
+
+    The limits are those of `bitplan solve` but for operations and time (--max-bops, --max-ms),
+    which every budget has a plan of its own for: ask `bitplan solve` for one budget after another.
+    """
     import numpy as np
 
     from .search.frontier import Frontier
-    from .search.limits import parse_assignments
-    from .search.problem import Problem
+    from .search.limits import build_problem
+    from .search.plan import ModelRef
     from .sensitivity.table import SensitivityTable
 
-    table = SensitivityTable.load(path)
-    whole = Frontier.from_problem(Problem.from_table(table, parse_assignments("--pin", pin or [])))
+    options.check_json(frontier_file, example="frontier.json")
+    limited = options.limit_options(pin, ban, at_least, at_most, runtime)
+    limits = options.limits_of(formats, group, limited)
+    table = limits.fused(SensitivityTable.load(path))
+    model = table.provenance.get("model")
+    whole = Frontier.from_problem(
+        build_problem(table, limits), ModelRef.model_validate(model) if model else None
+    )
     shown = Table("plan", "bytes", "bpw", "predicted KL")
     rows = [(u.name, u.bytes, u.predicted_kl) for u in whole.uniform]
     picks = np.unique(np.linspace(0, len(whole.bytes) - 1, points).astype(int))
@@ -353,7 +371,6 @@ def frontier(
         shown.add_row(name, f"{size:,}", f"{8 * size / table.weights:.3f}", f"{kl:.4g}")
     out.print(shown)
     if frontier_file is not None:
-        options.check_json(frontier_file)
         whole.save(frontier_file)
         out.print(f"Frontier: {frontier_file}", markup=False)
 

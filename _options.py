@@ -81,12 +81,17 @@ ExcludeOption = Annotated[
         help="Glob on layer names to leave as they are; repeatable.", rich_help_panel=_PRICES
     ),
 ]
-GroupOption = Annotated[
-    list[str] | None,
+_GROUP_HELP = "Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable."
+GroupOption = Annotated[list[str] | None, typer.Option(help=_GROUP_HELP, rich_help_panel=_PRICES)]
+# On a saved profile formats and groups are limits, as the others are.
+SomeFormatsOption = Annotated[
+    str | None,
     typer.Option(
-        help="Layers that share one format, such as 'q_proj,k_proj,v_proj'; repeatable.",
-        rich_help_panel=_PRICES,
+        help="Use only these of the profile's formats, comma-separated.", rich_help_panel=_LIMITS
     ),
+]
+FuseOption = Annotated[
+    list[str] | None, typer.Option("--group", help=_GROUP_HELP, rich_help_panel=_LIMITS)
 ]
 PinOption = Annotated[
     list[str] | None,
@@ -295,10 +300,10 @@ def limit_options(
     at_least: list[str] | None,
     at_most: list[str] | None,
     runtime: str | None,
-    max_bops: str | None,
-    latency: Path | None,
-    latency_device: str | None,
-    max_ms: float | None,
+    max_bops: str | None = None,
+    latency: Path | None = None,
+    latency_device: str | None = None,
+    max_ms: float | None = None,
 ) -> dict[str, Any]:
     """The fields of ``SearchSettings`` that limit a plan besides its bytes."""
     from .search.costs import parse_count
@@ -317,14 +322,16 @@ def limit_options(
     }
 
 
-def limits_of(formats: str | None, options: dict[str, Any], batch: int) -> Limits:
-    """The same as limits on a saved profile."""
+def limits_of(
+    formats: str | None, group: list[str] | None, options: dict[str, Any], batch: int = 1
+) -> Limits:
+    """The same as limits on a saved profile, which may use fewer formats and fuse more layers."""
     from dataclasses import replace
 
     from .search.settings import SearchSettings
 
     limits = SearchSettings(budget="0", batch=batch, **options).limits()
-    return replace(limits, formats=split(formats)) if formats else limits
+    return replace(limits, formats=split(formats) if formats else None, groups=tuple(group or ()))
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -351,10 +358,12 @@ def command() -> str:
     return shlex.join(["bitplan", *words])
 
 
-def check_json(path: Path) -> None:
-    """Raise if a file to write would not be JSON."""
-    if path.suffix != ".json":
-        raise ValueError(f"--out {path} would not be a .json file. Give a name such as plan.json.")
+def check_json(path: Path | None, option: str = "--out", example: str = "plan.json") -> None:
+    """Raise, before anything is computed, if a file to write would not be JSON or writable."""
+    from .quantizers.files import check_file
+
+    if path is not None:
+        check_file(path, (".json",), option, example)
 
 
 def run_name(model: str) -> str:

@@ -71,13 +71,14 @@ def bench(
     import torch
 
     from ..kernels import bench as measuring
-    from ..quantizers.files import write_json
+    from ..quantizers.files import check_file, write_json
     from ..sensitivity.models import find_device
     from ..sensitivity.progress import Reporter
 
     where = find_device(device)
-    if refit is not None and refit.suffix != ".toml":
-        raise ValueError(f"--refit {refit} would not be a .toml file. Give a name such as my.toml.")
+    options.check_json(json_file, "--json", "timings.json")
+    if refit is not None:
+        check_file(refit, (".toml",), "--refit", "my.toml")
     shapes = measuring.grid(_whole("--m", m), _matrices(n, k, _FOR_REFIT if refit else None))
     default = "1,2,3,4,5,6,7,8" + (",16" if refit else "")
     widths = _whole("--bits", bits or default)

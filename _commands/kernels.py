@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .. import _options as options
 from . import bench
 from .console import out
 
@@ -58,6 +59,7 @@ def check(
     from ..quantizers.files import write_json
     from ..sensitivity.progress import Reporter
 
+    options.check_json(json_file, "--json", "counters.json")
     cases = static.parse_cases(arch, bits, group, zero, dtype, tokens, cell)
     require_triton()
     names = list(dict.fromkeys(case.arch for case in cases))

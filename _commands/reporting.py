@@ -78,9 +78,12 @@ def compare(
 
     Changes are B minus A. Measured KL is paired where both runs kept figures of the same text.
     """
+    from ..quantizers.files import check_file
     from ..reports.compare import compare as compare_plans
-    from ..reports.compared import print_comparison, write_comparison
+    from ..reports.compared import SUFFIXES, print_comparison, write_comparison
 
+    if file is not None:
+        check_file(file, SUFFIXES, "--out", "compare.html")
     found = compare_plans(first, second)
     print_comparison(out, found)
     if file is not None:

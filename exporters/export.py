@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..quantizers.files import atomic_path
+from ..quantizers.files import atomic_path, check_place
 from ..quantizers.format import Format
 from ..search.materialize import assignment_formats, is_packed
 from ..search.plan import PLAN_FILE, Plan
@@ -79,6 +79,7 @@ def export(
     """
     name, exporter, asked = find(to)
     _check_form(name, exporter, out, plan_only)
+    check_place(out, "--out")
     if not plan_only:
         _check_free(out, exporter)
     _check_needs(name, exporter)
@@ -214,6 +215,8 @@ def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> No
     suffix = exporter.config_suffix if config else exporter.suffix
     if suffix and out.suffix != suffix:
         raise ValueError(f"--out {out} would not be a {suffix} file, which {name} needs.")
+    if (config or exporter.form == "file") and out.is_dir():
+        raise ValueError(f"--out {out} is a folder, but a file is to be written. Choose another.")
     if not config and exporter.form == "folder" and out.is_file():
         raise ValueError(f"--out {out} is a file, but {name} is a folder. Choose another --out.")
 
@@ -224,8 +227,6 @@ def _check_free(out: Path, exporter: Exporter) -> None:
         ours = (out / PLAN_FILE).is_file() and not (out / JOB_FILE).is_file() and not is_packed(out)
         if not ours or not any(EXPORTERS.get(name)().recognizes(out) for name in EXPORTERS.names()):
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
-    elif exporter.form == "file" and out.is_dir():
-        raise ValueError(f"--out {out} is a folder, but a file is to be written. Choose another.")
 
 
 def _check_needs(name: str, exporter: Exporter) -> None:

@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -60,6 +61,52 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def check_file(path: Path, suffixes: Sequence[str], option: str, example: str) -> None:
+    """Find out before a long computation whether a file can be written.
+
+    Args:
+        path: The file.
+        suffixes: What its name may end in: ``(".json",)``.
+        option: The option that named it, for the error: ``--out``.
+        example: A good name.
+
+    Raises:
+        ValueError: If it has another suffix, is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder. Give a file in it: {path / example}.")
+    if path.suffix not in suffixes:
+        names = " or ".join(suffixes)
+        raise ValueError(
+            f"{option} {path} would not be a {names} file. Give a name such as {example}."
+        )
+    check_place(path, option)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Find out whether a file or folder can be made where it is to be.
+
+    Raises:
+        ValueError: If what should hold it is a file, or cannot be written.
+    """
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"{option} {path} cannot be written: {folder} is a file, not a folder. Choose another "
+            f"{option}."
+        )
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written: no file can be made in {folder} "
+            f"({error.strerror or error}). Choose another {option}."
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:

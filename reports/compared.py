@@ -25,6 +25,7 @@ from .html import render
 from .summary import optimality
 from .words import number, short_names, with_error
 
+SUFFIXES = (".html", ".png", ".svg")  # of what can be written
 NAMED = 12  # changes that the terminal lists
 MOST_ROWS = 2_000  # of the page's table of changes
 MOST_BITS = 4  # difference in bits from which the colour is full
@@ -220,7 +221,7 @@ def write_comparison(found: PlanDifference, path: Path) -> list[Path]:
         with atomic_path(path) as temporary:
             temporary.write_text(render_comparison(found), encoding="utf-8")
         return [path]
-    if path.suffix in (".png", ".svg"):
+    if path.suffix in SUFFIXES:
         return _draw(found, path.with_suffix(".png"))
     raise ValueError(f"Cannot write {path}: give a name that ends in .html, .png or .svg.")
 

@@ -43,6 +43,7 @@ class Limits:
         bans: Glob -> globs on formats that must not be taken.
         at_least: Glob -> the least bits per code, as a format: ``int6`` allows int6, int8, bf16.
         at_most: Glob -> the most bits per code.
+        groups: Modules that share one format, as ``--group`` writes them: ``q_proj,k_proj``.
         max_bops: Most bit operations per token; see :func:`costs.bit_operations`.
         latency: Measured milliseconds, or the JSON file that holds them.
         device: The device whose latency model gives milliseconds instead.
@@ -56,6 +57,7 @@ class Limits:
     bans: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     at_least: Mapping[str, str] = field(default_factory=dict)
     at_most: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
     max_bops: float | None = None
     latency: Path | LatencyTable | None = None
     device: Device | None = None
@@ -118,8 +120,14 @@ class Limits:
         )
 
     def fused(self, table: SensitivityTable) -> SensitivityTable:
-        """The table with the units fused that the runtime runs as one matrix."""
-        return table.merged(self.rules.fusion_groups) if self.rules else table
+        """The table with the units fused that share one format, or that the runtime runs as one.
+
+        Raises:
+            ValueError: If a group matches nothing.
+        """
+        for rule in self.groups:
+            _check_group(table, rule)
+        return table.merged((*self.groups, *(self.rules.fusion_groups if self.rules else ())))
 
 
 def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
@@ -194,6 +202,16 @@ def _bits(table: SensitivityTable, name: str) -> int:
     if match := _BARE.fullmatch(name):
         return int(match[1])
     return Format.parse(table.formats[format_index(table, name)] if name == "keep" else name).bits
+
+
+def _check_group(table: SensitivityTable, rule: str) -> None:
+    names = {part.strip() for part in rule.split(",")}
+    fused = [sum(m.rpartition(".")[2] in names for m in unit.modules) > 1 for unit in table.units]
+    if len(fuse(table.units, rule)) == len(table.units) and not any(fused):
+        raise ValueError(
+            f"--group {rule!r} matches nothing: no module has two of these children. "
+            f"A layer name looks like {table.units[0].name!r}."
+        )
 
 
 def _check_fused(table: SensitivityTable, rules: Rules) -> None:

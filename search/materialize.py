@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.linear import PackedLinear, compute_in, replace
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
-from ..quantizers.files import atomic_path
+from ..quantizers.files import atomic_path, check_place
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
 from ..sensitivity.models import (
@@ -85,6 +85,7 @@ def quantize(
     out = Path(out).resolve()
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
+    check_place(out, "--out")
     reporter = reporter or Reporter(quiet=True)
     if model is None:
         original = plan.original()
