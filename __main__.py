@@ -226,6 +226,7 @@ def profile(
     """Price every layer in every format and save the table; `bitplan solve` reads it."""
     from .search.job import run_profile
     from .sensitivity.progress import Reporter
+    from .sensitivity.wording import words_of
 
     run = run or Path("runs") / options.run_name(model)
     settings = options.profile_settings(
@@ -244,7 +245,8 @@ def profile(
         device=device,
     )
     table = run_profile(settings, run, Reporter(quiet))
-    shown = Table("format", "bpw", "predicted KL (nats/token)", title="Uniform plans")
+    nats = words_of(table.provenance["calibration"]).nats
+    shown = Table("format", "bpw", f"predicted KL ({nats})", title="Uniform plans")
     for i, name in enumerate(table.formats):
         bpw = 8 * table.uniform_bytes(name) / table.weights
         shown.add_row(name, f"{bpw:.3f}", f"{table.kl[:, i].sum():.4g}")
@@ -354,6 +356,7 @@ def frontier(
     from .search.limits import build_problem
     from .search.plan import ModelRef
     from .sensitivity.table import SensitivityTable
+    from .sensitivity.wording import words_of
 
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
@@ -363,7 +366,8 @@ def frontier(
     whole = Frontier.from_problem(
         build_problem(table, limits), ModelRef.model_validate(model) if model else None
     )
-    shown = Table("plan", "bytes", "bpw", "predicted KL")
+    nats = words_of(table.provenance.get("calibration", {})).nats
+    shown = Table("plan", "bytes", "bpw", f"predicted KL ({nats})")
     rows = [(u.name, u.bytes, u.predicted_kl) for u in whole.uniform]
     picks = np.unique(np.linspace(0, len(whole.bytes) - 1, points).astype(int))
     rows += [("bitplan", int(whole.bytes[i]), float(whole.predicted_kl[i])) for i in picks]

@@ -14,6 +14,7 @@ from .. import _options as options
 from .console import hint, out
 
 if TYPE_CHECKING:
+    from ..exporters.export import Exported
     from ..exporters.verify import Comparison
 
 app = typer.Typer()
@@ -101,7 +102,7 @@ def export(
             same = "are ours, bit for bit" if error == 0 else f"differ from ours by {error:.1g}"
             out.print(f"Weights read back {same}.")
         comparison = verify(done, text, tokens, python)
-        out.print(_comparison_table(done.target, comparison))
+        out.print(_comparison_table(done, comparison))
         if not comparison.agrees:
             raise ValueError(
                 f"{done.path} does not compute what the plan does: KL {comparison.kl:.2g} is above "
@@ -165,11 +166,15 @@ def exporters() -> None:
     )
 
 
-def _comparison_table(target: str, comparison: Comparison) -> Table:
-    shown = Table("", "value", title=f"{target} against our dequantized model")
-    shown.add_row("KL", f"{comparison.kl:.3g} nats/token (at most {comparison.max_kl:.1g})")
+def _comparison_table(done: Exported, comparison: Comparison) -> Table:
+    from ..sensitivity.wording import words_of
+
+    words = words_of(done.source.plan.calibration)
+    shown = Table("", "value", title=f"{done.target} against our dequantized model")
+    shown.add_row("KL", f"{comparison.kl:.3g} {words.nats} (at most {comparison.max_kl:.1g})")
     shown.add_row("largest |Δ log p|, p > 1e-4", f"{comparison.max_error:.3g}")
     shown.add_row("relative error of logits", f"{comparison.relative:.3g}")
-    shown.add_row("same likeliest token", f"{comparison.top1:.2%}")
-    shown.add_row("tokens", f"{comparison.tokens:,}")
+    same = "same likeliest " + ("token" if words.one == "token" else "class")
+    shown.add_row(same, f"{comparison.top1:.2%}")
+    shown.add_row(words.many, f"{comparison.tokens:,}")
     return shown

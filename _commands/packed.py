@@ -56,18 +56,20 @@ def evaluate(
     """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
     from ..search.measuring import run_eval
     from ..sensitivity.progress import Reporter
+    from ..sensitivity.wording import words_of
 
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
+    words = words_of(plan.calibration)
     shown = Table("", "value", title=escape(str(target)))
-    shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} nats/token")
+    shown.add_row("measured KL", f"{result.mean_kl:.6g} ± {result.kl_stderr:.2g} {words.nats}")
     if not isnan(plan.predicted_kl):
         shown.add_row("predicted KL", f"{plan.predicted_kl:.6g} ± {plan.predicted_kl_stderr:.2g}")
     if (before := plan.measured) is not None:
-        recorded = f"{before.kl:.6g} ({before.tokens:,} positions of {before.text})"
+        recorded = f"{before.kl:.6g} ({before.tokens:,} {words.many} of {before.text})"
         shown.add_row("KL recorded in the plan", escape(recorded))
     if result.perplexity is not None:
         shown.add_row("perplexity", f"{result.perplexity:.4f} (original {ppl_original:.4f})")
-    shown.add_row("positions", f"{result.tokens:,}")
+    shown.add_row(words.many, f"{result.tokens:,}")
     out.print(shown)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..search.rules import Rules
+from ..sensitivity.wording import words_of
 from .source import Source
 
 FIGURES = {  # of a run folder
@@ -61,6 +62,7 @@ def write_card(
             figures[name] = alt
     text = environment.get_template("card.md").render(
         plan=plan,
+        words=words_of(plan.calibration),
         target=target,
         rules=rules,
         rows=rows,

@@ -19,6 +19,7 @@ from rich.text import Text
 from ..quantizers.files import atomic_path
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..sensitivity.wording import words_of
 from .canvas import drawing
 from .compare import Change, PlanDifference, Side
 from .html import render
@@ -235,6 +236,7 @@ def render_comparison(found: PlanDifference) -> str:
         scripts=(),
         title=f"{found.first.name} and {found.second.name}",
         model=found.first.plan.model.id,
+        words=words_of(found.first.plan.calibration),
         headline=headline(found),
         first=found.first.name,
         second=found.second.name,
@@ -342,13 +344,16 @@ def _perplexity(plan: Plan) -> str:
 
 def _text(plan: Plan) -> str:
     measured = plan.measured
-    return "" if measured is None else f"{measured.text}, {measured.tokens:,} tokens"
+    if measured is None:
+        return ""
+    return f"{measured.text}, {measured.tokens:,} {words_of(plan.calibration).many}"
 
 
 def _text_change(found: PlanDifference) -> str:
     if found.first.plan.measured is None or found.second.plan.measured is None:
         return ""
-    return "the same tokens" if found.same_text else "not the same: not comparable"
+    same = f"the same {words_of(found.first.plan.calibration).many}"
+    return same if found.same_text else "not the same: not comparable"
 
 
 def _formats(plan: Plan) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..sensitivity.table import SensitivityTable, UnitInfo
+from ..sensitivity.wording import words_of
 from .run import RunData, unit_bytes
 
 BOUND_SAMPLES = 512
@@ -48,6 +49,7 @@ class FrontierData(NamedTuple):
         plan_measured: The plan, measured; None before validation.
         budget_megabytes: The budget the plan was made for.
         weights: Weights in scope; ``bpw = 8e6 * megabytes / weights``.
+        nats: The unit of KL: ``nats per token``, or per what else the model predicts.
     """
 
     frontier: Curve
@@ -58,6 +60,7 @@ class FrontierData(NamedTuple):
     plan_measured: Point | None
     budget_megabytes: float
     weights: int
+    nats: str
 
 
 def frontier_data(run: RunData) -> FrontierData:
@@ -90,6 +93,7 @@ def frontier_data(run: RunData) -> FrontierData:
         else point("plan", plan.bytes, measured.kl, measured.kl_stderr),
         budget_megabytes=(plan.bytes if plan.kv_cache else plan.budget.bytes) / 1e6,
         weights=weights,
+        nats=words_of(plan.calibration).nats,
     )
 
 
@@ -113,18 +117,20 @@ class PredictionData(NamedTuple):
     """What ``prediction.png`` shows: the plan first, then every plan measured beside it."""
 
     checks: tuple[Check, ...]
+    nats: str
 
 
 def prediction_data(run: RunData) -> PredictionData:
     """Predicted against measured KL of everything a run measured; no checks if it did not."""
     plan, measured = run.plan, run.plan.measured
+    nats = words_of(plan.calibration).nats
     if measured is None:
-        return PredictionData(())
+        return PredictionData((), nats)
     own = Check(
         "this plan", plan.predicted_kl, plan.predicted_kl_stderr, measured.kl, measured.kl_stderr
     )
     others = (Check(b.name, b.predicted_kl, 0.0, b.kl, b.kl_stderr) for b in plan.baselines)
-    return PredictionData((own, *others))
+    return PredictionData((own, *others), nats)
 
 
 class UnitValue(NamedTuple):
@@ -173,11 +179,13 @@ class SensitivityData(NamedTuple):
         format: The format all units are compared in.
         kl: Predicted KL of storing only this unit in ``format``, nats per token.
         density: The same per million weights of the unit.
+        nats: The unit of KL.
     """
 
     format: str
     kl: UnitGrid
     density: UnitGrid
+    nats: str
 
 
 def sensitivity_data(run: RunData) -> SensitivityData:
@@ -198,6 +206,7 @@ def sensitivity_data(run: RunData) -> SensitivityData:
         format=reference,
         kl=_unit_grid(table.units, formats, total, stderr),
         density=_unit_grid(table.units, formats, density, stderr / millions),
+        nats=words_of(run.plan.calibration).nats,
     )
 
 

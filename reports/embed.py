@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..quantizers.format import Format
 from ..search.confidence import Confidence
+from ..sensitivity.wording import words_of
 from .binding import Economy
 from .data import FrontierData, size_unit
 from .run import RunData
@@ -41,6 +42,7 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
         found: Its :func:`.binding.economy`.
     """
     table, formats = run.table, run.formats
+    words = words_of(run.plan.calibration)
     parsed = [Format.parse(name) for name in formats]
     classes: dict[tuple[tuple[int, int], ...], int] = {}
     shapes = [classes.setdefault(unit.shapes, len(classes)) for unit in table.units]
@@ -54,6 +56,8 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
     return {
         "size": {"name": unit_name, "bytes": 1e6 * megabytes},
         "weights": table.weights,
+        "nats": words.nats,
+        "drawn": words.drawn,
         "formats": [{"name": f.name, "short": short[f.name], "bits": f.bits} for f in parsed],
         "shapes": [
             {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..quantizers.files import atomic_path
+from ..sensitivity.wording import words_of
 from .binding import economy, limit_rows
 from .data import (
     allocation_data,
@@ -99,18 +100,20 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
     """
     plan, found, frontier = run.plan, economy(run), frontier_data(run)
     rows = comparison(plan, run.frontier.uniform)
+    text = plan.measured is None or plan.measured.ppl is not None
     units = unit_rows(run) if len(run.table.units) <= MOST_ROWS else []
     return render(
         "report.html",
         data=page_data(run, frontier, found),
         scripts=SCRIPTS,
         plan=plan,
+        words=words_of(plan.calibration),
         headline=headline(plan),
         verdict=verdict(plan, rows),
         tiles=tiles(plan, rows),
         pictures=pictures,
         embedded=len(run.table.units) <= MOST_WITH_PICTURES,
-        comparison=[comparison_cells(row, row is rows[0]) for row in rows],
+        comparison=[comparison_cells(row, row is rows[0], text) for row in rows],
         limits=limit_rows(run, found, size_unit(plan.total_bytes / 1e6)),
         limits_note=found.note,
         shares=[

@@ -117,7 +117,7 @@ def _frontier_axes(axes: Axes, data: FrontierData, unit: str, megabytes: float) 
         axes.yaxis.set_minor_formatter("")
     axes.grid(True, which="major")
     axes.set_xlabel(f"stored size ({unit})")
-    axes.set_ylabel("KL to the original model (nats per token)")
+    axes.set_ylabel(f"KL to the original model ({data.nats})")
     bpw = 8e6 * megabytes / data.weights
     top = axes.secondary_xaxis(
         "top",
@@ -194,8 +194,8 @@ def plot_allocation(grid: UnitGrid, path: Path) -> None:
 def plot_sensitivity(data: SensitivityData, path: Path) -> None:
     """Draw the predicted KL of every unit in one format: per unit, and per million weights."""
     panels = (
-        (data.kl, f"Predicted KL when only this is stored in {data.format}", "nats per token"),
-        (data.density, "The same per million weights", "nats per token / million weights"),
+        (data.kl, f"Predicted KL when only this is stored in {data.format}", data.nats),
+        (data.density, "The same per million weights", f"{data.nats} / million weights"),
     )
     areas = heights(data.kl, heat_maps=2)
     with drawing(path, total_height(areas)) as figure:
@@ -248,8 +248,8 @@ def plot_prediction(data: PredictionData, path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PLAIN)
             axis.set_minor_formatter("")
-        axes.set_xlabel("predicted KL (nats per token)")
-        axes.set_ylabel("measured KL (nats per token)")
+        axes.set_xlabel(f"predicted KL ({data.nats})")
+        axes.set_ylabel(f"measured KL ({data.nats})")
         fix_layout(figure)
         taken = [marker_box(figure, axes, c.predicted, c.measured) for c in checks]
         taken += [box.get_window_extent() for box in [axes.get_legend()] if box is not None]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..sensitivity.wording import words_of
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
 from .summary import Comparison, best_uniform, describe_rival, facts, only_format
 from .words import UNIFORM, number, with_error
@@ -27,13 +28,11 @@ TOLD = (
 
 def headline(plan: Plan) -> str:
     """Size, bits per weight and KL: ``265.0 MB → 81.0 MB, 3.90 bits per weight, KL 0.21 ...``."""
-    measured = plan.measured
+    measured, nats = plan.measured, words_of(plan.calibration).nats
     if measured is not None:
-        kl = f"KL {with_error(measured.kl, measured.kl_stderr)} nats per token measured"
+        kl = f"KL {with_error(measured.kl, measured.kl_stderr)} {nats} measured"
     else:
-        kl = (
-            f"KL {with_error(plan.predicted_kl, plan.predicted_kl_stderr)} nats per token predicted"
-        )
+        kl = f"KL {with_error(plan.predicted_kl, plan.predicted_kl_stderr)} {nats} predicted"
     before, after = format_bytes(2 * plan.weights), format_bytes(plan.bytes)
     return _unbroken(f"{before} → {after}, {plan.bpw:.2f} bits per weight, {kl}")
 
@@ -52,22 +51,23 @@ def verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
         if name in TOLD:
             sentences.append(f"{name[0].upper()}{name[1:]}: {phrase.removesuffix('.')}.")
     if plan.measured is None:
-        sentences.append("Not measured yet: bitplan search also checks its plan on held-out text.")
+        sentences.append("Not measured yet: bitplan search also checks its plan on held-out data.")
     return [_unbroken(sentence) for sentence in sentences]
 
 
 def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     """The numbers to remember, each with its meaning."""
     before, measured, rival = 2 * plan.weights, plan.measured, best_uniform(rows)
+    words = words_of(plan.calibration)
     tiles = [
         (f"{100 * plan.bytes / before:.1f} %", "of the size at 16 bits"),
         (f"{plan.bpw:.3f}", f"bits per weight, budget {plan.budget.text}"),
     ]
     if measured is not None:
         kl = with_error(measured.kl, measured.kl_stderr)
-        tiles.append((kl, f"KL measured on {measured.tokens:,} tokens, nats per token"))
+        tiles.append((kl, f"KL measured on {measured.tokens:,} {words.many}, {words.nats}"))
     predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
-    tiles.append((predicted, "KL predicted, nats per token"))
+    tiles.append((predicted, f"KL predicted, {words.nats}"))
     if rival is not None:
         ours, theirs, kind = plan.predicted_kl, rival.predicted_kl, ", predicted"
         if measured is not None and rival.kl is not None:
@@ -86,7 +86,7 @@ def price_note(plan: Plan) -> str:
     if plan.refinement is not None:
         return "Prices here are one-shot; this plan was refined away from them, on measured KL."
     if plan.solver == "uniform":
-        return "By these prices another plan is better; on held-out text one format everywhere was."
+        return "By these prices another plan is better; on held-out data one format everywhere was."
     if plan.solver not in BY_PRICE:
         return (
             f"This plan comes from the {plan.solver!r} solver, which need not find their optimum."
@@ -99,8 +99,14 @@ def _unbroken(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def comparison_cells(row: Comparison, own: bool) -> dict[str, Any]:
-    """One line of the comparison table as text; ``own`` marks the plan in question."""
+def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str, Any]:
+    """One line of the comparison table as text.
+
+    Args:
+        row: The line.
+        own: Whether it is the plan in question.
+        text: Whether the model reads text, and so has a perplexity.
+    """
     ratio = "" if not row.kl else f"{row.predicted_kl / row.kl:.2f}"
     difference = ""
     if row.difference is not None:
@@ -118,7 +124,7 @@ def comparison_cells(row: Comparison, own: bool) -> dict[str, Any]:
             "" if row.kl is None else with_error(row.kl, row.kl_stderr),
             ratio,
             difference,
-            "" if row.ppl is None else number(row.ppl),
+            *(["" if row.ppl is None else number(row.ppl)] if text else []),
         ],
     }
 
@@ -138,16 +144,22 @@ def provenance(plan: Plan) -> dict[str, str]:
         "Metric": plan.metric,
         "Rounding": plan.rounding,
         "Solver": plan.solver,
-        "Calibration": _pairs(plan.calibration),
+        "Calibration": _pairs(_said(plan.calibration)),
         "Versions": _pairs(plan.versions),
         "Created": plan.created,
     }
     if (measured := plan.measured) is not None:
-        values["Measured on"] = (
-            f"{measured.text}, {measured.tokens:,} tokens in sequences of {measured.length}"
-        )
-        values["Measured text SHA-256"] = measured.text_sha256
+        count = f"{measured.text}, {measured.tokens:,} {words_of(plan.calibration).many}"
+        text = measured.length is not None
+        values["Measured on"] = count + (f" in sequences of {measured.length}" if text else "")
+        values[f"Measured {'text' if text else 'samples'} SHA-256"] = measured.text_sha256
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _said(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a calibration with the model's own word for what was drawn."""
+    renamed = {"sequences": words_of(calibration).drawn}
+    return {renamed.get(name, name): v for name, v in calibration.items() if name != "per"}
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -159,7 +171,7 @@ def frontier_alt(data: FrontierData) -> str:
     first, last = data.frontier.kl[0], data.frontier.kl[-1]
     best = data.plan_measured or data.plan
     return (
-        f"KL in nats per token against stored size. Optimal plans fall from {number(first)} at "
+        f"KL in {data.nats} against stored size. Optimal plans fall from {number(first)} at "
         f"{data.frontier.bpw[0]:.2f} bits per weight to {number(last)} at "
         f"{data.frontier.bpw[-1]:.2f}. The plan has {best.bpw:.2f} bits per weight and KL "
         f"{with_error(best.kl, best.stderr)}."
@@ -184,7 +196,7 @@ def sensitivity_alt(data: SensitivityData) -> str:
     worst = max(named, key=lambda name: named[name])
     return (
         f"Predicted KL of every unit stored alone in {data.format}. The most sensitive is "
-        f"{worst} with {number(named[worst])} nats per token."
+        f"{worst} with {number(named[worst])} {data.nats}."
     )
 
 
@@ -195,6 +207,6 @@ def prediction_alt(data: PredictionData) -> str:
     ratios = [c.measured / c.predicted for c in data.checks if c.predicted > 0]
     spread = f"from {min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
     return (
-        f"Measured against predicted KL of {len(data.checks)} plans, in nats per token. The ratio "
+        f"Measured against predicted KL of {len(data.checks)} plans, in {data.nats}. The ratio "
         f"of measured to predicted KL ranges {spread}."
     )

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from ..search.budget import Budget, format_bytes
 from ..search.plan import Plan
+from ..sensitivity.wording import words_of
 from .words import UNIFORM, number, with_error
 from .words import gap as gap_in_words
 
-NATS = "nats per token"
 OF_MEMORY = " of memory"  # ends the text of a budget that --vram gave
 
 
@@ -177,17 +177,19 @@ def _goal(plan: Plan) -> str:
 
 def _quality(plan: Plan) -> list[tuple[str, str]]:
     """Predicted and measured KL, and what refinement changed."""
+    words = words_of(plan.calibration)
     predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
-    lines = [("KL predicted", f"{predicted} {NATS}" + (", one shot" if plan.refinement else ""))]
+    predicted += f" {words.nats}" + (", one shot" if plan.refinement else "")
+    lines = [("KL predicted", predicted)]
     measured = "not measured"
     if (held_out := plan.measured) is not None:
-        measured = f"{with_error(held_out.kl, held_out.kl_stderr)} {NATS}"
-        measured += f" on {held_out.tokens:,} held-out tokens"
+        measured = f"{with_error(held_out.kl, held_out.kl_stderr)} {words.nats}"
+        measured += f" on {held_out.tokens:,} held-out {words.many}"
     lines.append(("KL measured", measured))
     if (refined := plan.refinement) is not None:
         steps = "1 step" if refined.steps == 1 else f"{refined.steps} steps"
         kl = f"{number(refined.kl_before)} → {number(refined.kl_after)}"
-        lines.append(("refined", f"{steps}: KL on calibration text {kl}"))
+        lines.append(("refined", f"{steps}: KL on calibration {words.drawn} {kl}"))
     return lines
 
 
@@ -196,7 +198,10 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     latency = plan.latency
     if latency is None:
         return []
-    step = "per token" if latency.tokens == 1 else f"per step of {latency.tokens:,} tokens"
+    words = words_of(plan.calibration)
+    step = f"per {words.one}"
+    if latency.tokens > 1:
+        step = f"per step of {latency.tokens:,} {words.many}"
     text = f"{milliseconds(latency.ms)} {step} in the planned matrices, on {latency.device}"
     if latency.max_ms is not None:
         asked = "the fastest" if latency.max_ms == latency.ms else f"at most {latency.max_ms:g} ms"

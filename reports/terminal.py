@@ -21,6 +21,7 @@ from ..search.plan import Plan
 from ..search.runs import JobInfo
 from ..sensitivity.profile import DEFAULT_FORMATS
 from ..sensitivity.progress import clock
+from ..sensitivity.wording import words_of
 from .summary import comparison, facts
 from .words import UNIFORM, number, plain, with_error
 
@@ -60,11 +61,12 @@ def uniform_table(plan: Plan) -> Table:
     KL is in nats per token; ``difference`` is the KL above the plan's, paired over sequences.
     Bits per weight are left out where sizes hold more than weights.
     """
-    title = "Measured on the same tokens" + (", with KV cache" if plan.kv_cache else "")
+    words = words_of(plan.calibration)
+    title = f"Measured on the same {words.many}" + (", with KV cache" if plan.kv_cache else "")
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
-        caption=Text("KL in nats per token; difference to this plan is paired over sequences"),
+        caption=Text(f"KL in {words.nats}; difference to this plan is paired over {words.drawn}"),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -72,11 +74,13 @@ def uniform_table(plan: Plan) -> Table:
     )
     table.add_column("plan", overflow="fold", min_width=len("int4-g128-asym"))
     headers = ["size", "bpw", "predicted", "KL", "difference", "ppl"]
+    own, *rivals = comparison(plan)
     if plan.kv_cache:
         headers.remove("bpw")
+    if own.ppl is None:
+        headers.remove("ppl")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    own, *rivals = comparison(plan)
     for row in sorted([own, *rivals], key=lambda row: row.bytes):
         cells = {
             "size": format_bytes(row.bytes),

@@ -63,17 +63,22 @@ class Confidence:
         """Names of the units whose agreement is below THRESHOLD, least agreement first."""
         return [self.units[u] for u in self._undecided()]
 
-    def summary(self) -> list[str]:
-        """Lines for the terminal; at most NAMED units are named."""
+    def summary(self, drawn: str = "sequences") -> list[str]:
+        """Lines for the terminal; at most NAMED units are named.
+
+        Args:
+            drawn: What to call the calibration samples.
+        """
         undecided, total = self._undecided(), len(self.units)
-        drawn = f"{self.resamples} bootstrap resamples"
+        resamples = f"{self.resamples} bootstrap resamples"
         if not len(undecided):
-            return [f"All {total} units keep their format in at least {THRESHOLD:.0%} of {drawn}."]
+            share = f"at least {THRESHOLD:.0%}"
+            return [f"All {total} units keep their format in {share} of {resamples}."]
         lines = [
             f"{len(undecided)} of {total} units are undecided (their format changes in more than "
-            f"{1 - THRESHOLD:.0%} of {drawn}):"
+            f"{1 - THRESHOLD:.0%} of {resamples}):"
         ]
-        lines += [f"  {self._describe(u)}" for u in undecided[:NAMED]]
+        lines += [f"  {self._describe(u, drawn)}" for u in undecided[:NAMED]]
         if len(undecided) > NAMED:
             lines.append(f"  and {len(undecided) - NAMED} more")
         return lines
@@ -138,13 +143,13 @@ class Confidence:
         order = np.argsort(self.agreement, kind="stable")
         return order[: int((self.agreement < THRESHOLD).sum())]
 
-    def _describe(self, unit: int) -> str:
+    def _describe(self, unit: int, drawn: str) -> str:
         more = self.more_sequences[unit]
-        need = f"about {more:,.0f} more sequences"
+        need = f"about {more:,.0f} more {drawn}"
         if math.isinf(more):
-            need = "a tie: more sequences will not settle it"
+            need = f"a tie: more {drawn} will not settle it"
         elif more == 0:
-            need = "more sequences would not change that"
+            need = f"more {drawn} would not change that"
         return (
             f"{self.units[unit]} {self.plan[unit]} {self.agreement[unit]:.0%} "
             f"(else {self.runner_up[unit]}; {need})"

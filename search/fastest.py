@@ -49,7 +49,7 @@ def fastest(
     least = problem.evaluate(problem.best_choice(), np.inf).loss
     if least > max_loss:
         raise ValueError(
-            f"No plan has a predicted KL of {max_loss:g} nats per token or less: the best one has "
+            f"No plan has a predicted KL of {max_loss:g} nats or less: the best one has "
             f"{least:.6g}. Accept more loss (--max-kl), or add formats with more bits."
         )
     time = by_time(replace(problem, constraints=(), max_loss=max_loss), milliseconds)
@@ -79,7 +79,7 @@ def _limited(
         seed: For solvers that draw random numbers.
     """
     problem.check_feasible(max_bytes)
-    target = Constraint("predicted KL", problem.loss, time.max_loss, "nats per token", "--max-kl")
+    target = Constraint("predicted KL", problem.loss, time.max_loss, "nats", "--max-kl")
     asked = replace(problem, constraints=(*problem.constraints, target))
     cost = time.bytes.astype(np.float64)
     answer = Program.build(asked, max_bytes).minimize(cost, max_gap=MAX_GAP)

@@ -20,6 +20,7 @@ from ..sensitivity.models import LoadedModel
 from ..sensitivity.progress import Reporter
 from ..sensitivity.shrinkage import Shrinkage
 from ..sensitivity.table import SensitivityTable
+from ..sensitivity.wording import words_of
 from .confidence import CONFIDENCE_FILE, Confidence, bootstrap
 from .frontier import Frontier
 from .goal import Goal
@@ -167,6 +168,7 @@ class _Search:
         self.table = goal.limits.fused(profiled)
         self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
         self.units = len(self.table.units)
+        self.words = words_of(self.table.provenance["calibration"])
         self._kept = kept
         self._truth: Truth | None = None
 
@@ -336,7 +338,8 @@ class _Search:
         self.job.log("refinement candidate", **asdict(step))
         self.reporter.say(
             f"Step {step.number}: {step.changed} units changed, KL {step.difference:+.4f} ± "
-            f"{step.difference_stderr:.4f} nats/token" + (", accepted" if step.accepted else "")
+            f"{step.difference_stderr:.4f} {self.words.nats}"
+            + (", accepted" if step.accepted else "")
         )
 
     def _refined_plans(
@@ -445,7 +448,7 @@ class _Search:
                 advance=advance,
             )
         found.save(path)
-        for line in found.summary():
+        for line in found.summary(self.words.drawn):
             self.reporter.say(line)
 
     def _no_confidence(self, problem: Problem, plan: Plan) -> str:
@@ -454,9 +457,9 @@ class _Search:
             return "a uniform plan measured best, which no price decides."
         if plan.solver not in EXACT:
             return f"resamples are solved exactly, which the {plan.solver!r} solver does not do."
-        table = self.table
+        table, drawn = self.table, self.words.drawn
         if table.scores is None or len(table.scores) < 2:
-            return f"the metric {table.provenance['metric']!r} has no scores of several sequences."
+            return f"the metric {table.provenance['metric']!r} has no scores of several {drawn}."
         squares = (table.scores.astype(np.float64) ** 2).mean(axis=0)
         if table.diagonal is None and not np.allclose(squares, table.kl, rtol=1e-3):
             return f"prices of the metric {table.provenance['metric']!r} are no mean of squares."

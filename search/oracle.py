@@ -65,6 +65,10 @@ class Oracle:
         """Whether ``tokens`` more would be more work than allowed."""
         return self.tokens + tokens > self.max_tokens
 
+    def amount(self, tokens: int) -> str:
+        """Work in words: ``12,800 tokens``, or samples of a model that reads no tokens."""
+        return f"{tokens:,} {'tokens' if self.length > 1 else 'samples'}"
+
     def kl(self, choices: Sequence[Choice], sequences: range) -> NDArray[np.float64]:
         """KL(p_original || p_choice) per choice and sequence: [B, sequences], nats per token."""
         keys = [_key(choice) for choice in choices]

@@ -61,7 +61,7 @@ def smallest_within(
         ValueError: If the target is not positive, or not even the largest plan reaches it.
     """
     if not target > 0:
-        raise ValueError(f"A target {what} of {target:g} nats per token must be positive.")
+        raise ValueError(f"A target {what} of {target:g} nats must be positive.")
     solve = SOLVERS.get(solver)
     tried: list[Tried] = []
 
@@ -91,7 +91,7 @@ def smallest_within(
         best = attempt(most.bytes)
         if tried[-1].measured > target:
             raise ValueError(
-                f"No plan reaches a measured {what} of {target:g} nats per token: the best one, of "
+                f"No plan reaches a measured {what} of {target:g} nats: the best one, of "
                 f"{amount(most.bytes)}, has {tried[-1].measured:.4g}. Raise the target, or add "
                 "formats with more bits."
             )

@@ -121,9 +121,8 @@ def _affordable(oracle: Oracle) -> int:
     trials = (oracle.max_tokens - oracle.tokens) // each
     if trials < 1:
         raise ValueError(
-            f"{oracle.max_tokens - oracle.tokens:,} tokens do not pay for one trial, which "
-            f"measures {oracle.sequences} sequences of {oracle.length} tokens ({each:,}). "
-            "Allow more tokens."
+            f"{oracle.amount(oracle.max_tokens - oracle.tokens)} do not pay for one trial, which "
+            f"measures {oracle.amount(each)}. Allow more (--search-tokens)."
         )
     return trials
 

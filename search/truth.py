@@ -94,7 +94,8 @@ class Truth:
                 found = replay.kl(plans, sequences)
                 advance(len(plans) * len(sequences) * length)
                 return found
-            with self._reporter.bar(f"Measuring {len(plans)} plans", 1) as show:
+            what = "1 plan" if len(plans) == 1 else f"{len(plans)} plans"
+            with self._reporter.bar(f"Measuring {what}", 1) as show:
                 found = replay.kl(plans, sequences)
                 show(1)
             return found

@@ -21,6 +21,7 @@ from ..sensitivity.profile import price, provenance
 from ..sensitivity.progress import Reporter
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo, stored_bytes
 from ..sensitivity.units import find_units
+from ..sensitivity.wording import words_of
 from .budget import Budget
 from .settings import ProfileSettings, SearchSettings
 from .solvers import SOLVERS
@@ -74,16 +75,13 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
         "parameters stay as they are"
     )
+    origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
+    drawn = f"{samples.count:,} calibration {words_of(origin['calibration']).drawn}"
     if model.is_language_model:
-        error = (2 / samples.count) ** 0.5
-        reporter.say(f"{samples.count} calibration sequences: each price errs by about {error:.0%}")
-    return Work(
-        model,
-        units,
-        resolve_formats(settings.formats, model.source_dtype),
-        samples,
-        provenance(model, units, samples, settings.metric, settings.rounding, settings.seed),
-    )
+        drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
+    reporter.say(drawn)
+    formats = resolve_formats(settings.formats, model.source_dtype)
+    return Work(model, units, formats, samples, origin)
 
 
 def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
@@ -163,11 +161,8 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in provenance.items():
         inner = value if isinstance(value, Mapping) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    return {
-        k: v
-        for k, v in flat.items()
-        if not k.startswith(("versions", "layer_types")) and k != "model.id"
-    }
+    silent = ("versions", "layer_types", "model.id", "calibration.per")
+    return {k: v for k, v in flat.items() if not k.startswith(silent)}
 
 
 def _short(value: Any) -> str:

@@ -158,12 +158,21 @@ def provenance(
         "dtype": model.source_dtype,
         "metric": metric,
         "rounding": rounding,
-        "calibration": samples.describe(),
+        "calibration": samples.describe() | _counted(model, samples),
         "seed": seed,
         "outside_bytes": _outside_bytes(model, units),
         "layer_types": _layer_types(model.module, units),
         "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     }
+
+
+def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:
+    """What a KL is a mean over, unless it is tokens; one batch is run to see it."""
+    if model.is_language_model or samples.length is not None:
+        return {}
+    with torch.no_grad():
+        positions = model.logits(samples.batches[0]).shape[1]
+    return {"per": "sample" if positions == 1 else "position"}
 
 
 def _layer_types(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, str]:

@@ -126,7 +126,7 @@ function drawFrontier(place, width) {
       `stored size (${SIZE.name})`),
     make("text", { x: (at.left + at.right) / 2, y: 14, "text-anchor": "middle", class: "title" }, "bits per weight"),
     make("text", { x: 13, y: (at.top + at.bottom) / 2, "text-anchor": "middle", class: "title",
-      transform: `rotate(-90 13 ${(at.top + at.bottom) / 2})` }, "KL (nats per token)"));
+      transform: `rotate(-90 13 ${(at.top + at.bottom) / 2})` }, `KL (${DATA.nats})`));
   svg.append(axis);
 
   const clip = make("clipPath", { id: "inside" }, make("rect", {
@@ -255,9 +255,9 @@ function drawPrediction(place, width) {
       make("text", { x: x(tick), y: at.bottom + 17, "text-anchor": "middle" }, tickText(tick)));
   }
   axis.append(make("path", { d: `M${x(low)},${y(low)} L${x(high)},${y(high)}`, class: "bound" }),
-    make("text", { x: (at.left + at.right) / 2, y: side - 8, "text-anchor": "middle", class: "title" }, "predicted KL (nats per token)"),
+    make("text", { x: (at.left + at.right) / 2, y: side - 8, "text-anchor": "middle", class: "title" }, `predicted KL (${DATA.nats})`),
     make("text", { x: 13, y: (at.top + at.bottom) / 2, "text-anchor": "middle", class: "title",
-      transform: `rotate(-90 13 ${(at.top + at.bottom) / 2})` }, "measured KL (nats per token)"));
+      transform: `rotate(-90 13 ${(at.top + at.bottom) / 2})` }, `measured KL (${DATA.nats})`));
   svg.append(axis);
   const layer = make("g", { role: "group", "aria-label": "Measured plans; arrow keys move between them" });
   const taken = shown.map((c) => [x(c.predicted) - 7, y(c.kl) - 7, x(c.predicted) + 7, y(c.kl) + 7]);

@@ -204,7 +204,7 @@ const sensitivityView = {
   text: () => "",
   long: (_, kl) => (Number.isFinite(kl) ? number(kl) : "not priced"),
   lines: (units, kl) => [unitsName(units),
-    Number.isFinite(kl) ? `${number(kl)} nats per token${sensitivity.density ? " per million weights" : ""}` : "not priced",
+    Number.isFinite(kl) ? `${number(kl)} ${DATA.nats}${sensitivity.density ? " per million weights" : ""}` : "not priced",
     `when only this is stored in ${DATA.formats[sensitivity.format].name}`],
 };
 

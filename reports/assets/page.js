@@ -66,7 +66,7 @@ sensitivity.format = priced.length ? priced[reference.indexOf(Math.min(...refere
 formatSelect.value = sensitivity.format;
 const sensitivityGrid = new Grid(byId("sensitivity-chart"), sensitivityView);
 const klLegend = () => legendBar(byId("sensitivity-legend"), "kl", logTicks(...klRange, 4), klShare,
-  `nats per token${sensitivity.density ? " per million weights" : ""}`);
+  `${DATA.nats}${sensitivity.density ? " per million weights" : ""}`);
 klLegend();
 const sensitivityChanged = () => {
   sensitivity.format = Number(formatSelect.value);

@@ -59,7 +59,7 @@ function explain(u) {
   const price = priceOf(u, now);
   add("Stored as", `${nameOf(now)}: ${bytesText(bytesOf(u, now))}, ${bitsOf(u, now).toFixed(2)} bits per weight.`,
     Number.isFinite(price)
-      ? `Predicted to cost ${withError(price, errorOf(u, now))} nats per token, ${(state.kl ? (100 * price) / state.kl : 0).toFixed(2)} % of the whole.`
+      ? `Predicted to cost ${withError(price, errorOf(u, now))} ${DATA.nats}, ${(state.kl ? (100 * price) / state.kl : 0).toFixed(2)} % of the whole.`
       : "This format has no price in the profile.");
   const down = lastUpgrade(u), up = nextUpgrade(u), rate = state.lambda;
   add("Going rate", rate > 0
@@ -92,8 +92,8 @@ function explain(u) {
       const share = CONFIDENCE.agreement[u] / DATA.confidence.shares;
       const runner = CONFIDENCE.runner[u], more = CONFIDENCE.more[u];
       const other = runner < F ? `; the runner-up is ${nameOf(runner)}` : "";
-      const need = share >= 0.9 ? "" : more === DATA.confidence.tie ? " It is a tie: more sequences will not settle it."
-        : more > 0 ? ` About ${more.toLocaleString("en")} more calibration sequences would settle it.` : "";
+      const need = share >= 0.9 ? "" : more === DATA.confidence.tie ? ` It is a tie: more ${DATA.drawn} will not settle it.`
+        : more > 0 ? ` About ${more.toLocaleString("en")} more calibration ${DATA.drawn} would settle it.` : "";
       add("How sure", `${(100 * share).toFixed(0)} % of ${DATA.confidence.resamples} bootstrap resamples choose this format${other}.${need}`);
     }
   }
@@ -122,7 +122,7 @@ function drawPrices(place, width) {
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group",
     "aria-label": `Price curve of ${NAMES[u]}: ${shown.map((o) => `${nameOf(o.format)} ${number(o.kl)}`).join(", ")}` });
   svg.append(...axes(at, ticks, y, linearTicks(options[0].bytes / divisor, biggest / divisor, 5),
-    (tick) => x(tick * divisor), `size of this unit (${name})`, "KL (nats per token)", height));
+    (tick) => x(tick * divisor), `size of this unit (${name})`, `KL (${DATA.nats})`, height));
   const hull = shown.filter((o) => path.has(o.format));
   svg.append(make("path", { class: "curve", d: hull.map((o, i) => `${i ? "L" : "M"}${x(o.bytes)},${y(o.kl)}`).join("") }));
   const taken = shown.map((o) => [x(o.bytes) - 7, y(o.kl) - 7, x(o.bytes) + 7, y(o.kl) + 7]);

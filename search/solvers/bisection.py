@@ -45,12 +45,12 @@ def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     if not target < np.inf:
         raise ValueError(
             "The 'bisection' solver looks for the smallest plan of a given quality and needs one: "
-            "give --max-kl (Problem.max_loss) in nats per token, such as 0.05."
+            "give --max-kl (Problem.max_loss) in nats, such as 0.05."
         )
     best = certified(problem, max_bytes)
     if best.loss > target:
         raise ValueError(
-            f"No plan within {max_bytes:,} B has a loss of {target:g} nats per token or less: the "
+            f"No plan within {max_bytes:,} B has a loss of {target:g} nats or less: the "
             f"best one reaches {best.loss:.6g}, and none can be below {best.lower_bound:.6g}. "
             "Raise the budget, accept more loss (--max-kl), or add formats with more bits."
         )
@@ -66,7 +66,7 @@ def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
             low = min(probe, best.bytes - 1) + 1
         probe = (low + best.bytes) // 2
     proven = best.bytes if open_from is None else open_from
-    note = f"No plan of less than {proven:,} B has a loss of {target:g} nats per token or less."
+    note = f"No plan of less than {proven:,} B has a loss of {target:g} nats or less."
     return replace(best, note=note)
 
 

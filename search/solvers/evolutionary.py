@@ -92,10 +92,9 @@ def _evolve_on_oracle(
     generation = sum(f * s for f, s in zip(family, stages, strict=True)) * oracle.length
     if oracle.spent(len(everything) * oracle.length):
         raise ValueError(
-            f"{oracle.max_tokens - oracle.tokens:,} tokens are too few to measure even the first "
-            f"plan on {len(everything)} sequences of {oracle.length} tokens "
-            f"({len(everything) * oracle.length:,}). Allow more tokens: a generation takes up to "
-            f"{generation:,}."
+            f"{oracle.amount(oracle.max_tokens - oracle.tokens)} are too few to measure even the "
+            f"first plan, which takes {oracle.amount(len(everything) * oracle.length)}. Allow more "
+            f"(--search-tokens): a generation takes up to {generation:,}."
         )
     _kl(oracle, ladder, [parent], everything)  # the parent is known wherever children are measured
     idle = 0

@@ -91,9 +91,9 @@ def _known_scores(problem: Problem) -> Scores:
     count = 0 if problem.scores is None else len(problem.scores)
     if problem.scores is None or count < MIN_SEQUENCES:
         raise ValueError(
-            f"The 'interaction' solver needs per-sequence scores of at least {MIN_SEQUENCES} "
-            f"sequences, and this problem has {count}. Profile with a metric that keeps them, "
-            "such as fisher, or use the 'certified' solver."
+            f"The 'interaction' solver needs the scores of at least {MIN_SEQUENCES} "
+            f"calibration samples, and this problem has {count}. Profile with a metric that keeps "
+            "them, such as fisher, or use the 'certified' solver."
         )
     return np.where(problem.allowed, np.nan_to_num(problem.scores), 0.0).astype(np.float64)
 
