@@ -30,7 +30,9 @@ def bench(
         str | None,
         typer.Option(help="Widths, comma-separated; 16 is bf16. Default 1 to 8; all with --refit."),
     ] = None,
-    m: Annotated[str, typer.Option("--m", help="Vectors at a time, comma-separated.")] = "1,8,64",
+    m: Annotated[
+        str, typer.Option("--m", help="Vectors (tokens) at a time, comma-separated.")
+    ] = "1,8,64",
     n: Annotated[
         str | None, typer.Option("--n", help="Output features, comma-separated. Default 2048.")
     ] = None,
@@ -66,7 +68,8 @@ def bench(
     """Time packed products of every width on this machine, next to the float32 product.
 
     The products take turns, each with several copies of its weights, and the fastest call of each
-    counts, so other load hardly matters. --m 1 is decoding one sequence.
+    counts, so other load hardly matters. --m 1 is decoding one sequence, 64 a short prompt: of more
+    than 32 vectors a CPU unpacks the weights at every call, and is slower than in float32.
     """
     import torch
 
@@ -93,6 +96,8 @@ def bench(
         )
     about = _about(where)
     out.print(_table(rows, about))
+    if where.type == "cpu" and (note := _note(rows)):
+        out.print(note, markup=False, highlight=False)
     if json_file is not None:
         kept = [{key: asdict(row)[key] for key in _KEYS} for row in rows if row.bits != _FP32]
         write_json(
@@ -214,6 +219,20 @@ def _table(rows: list[Row], about: str) -> Table:
             end_section=row.bits == _FP32,
         )
     return table
+
+
+def _note(rows: list[Row]) -> str:
+    """Why many vectors at a time are slower than float32 on a CPU; empty if they are not."""
+    from ..kernels.cpu import FEW
+
+    many = sorted(row.speedup_vs_fp32 for row in rows if row.bits != _FP32 and row.m > FEW)
+    if not many or many[0] >= 1:
+        return ""
+    speed = " to ".join(dict.fromkeys(f"{speed:.2f}" for speed in (many[0], many[-1])))
+    return (
+        f"With more than {FEW} vectors at a time (prompts, evaluation) every call unpacks the "
+        f"weights: {speed} times the speed of float32 here, for less memory."
+    )
 
 
 def _fit_table(device: Device, rows: list[Row]) -> Table:

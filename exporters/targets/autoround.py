@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,14 @@ from ...sensitivity.evaluate import Run
 from ...sensitivity.models import LoadedModel
 from .. import gptq
 from .._packing import to_gptq
-from ..folder import linear_names, method_of, read_config, transformers_logits, write_folder
+from ..folder import (
+    TensorFiles,
+    linear_names,
+    method_of,
+    read_config,
+    transformers_logits,
+    write_folder,
+)
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -80,7 +88,7 @@ class AutoRound(Exporter):
         packing = config.get("packing_format", V1)
         if packing not in {V1, V2}:
             raise ValueError(f"{path} has the packing {packing!r}; bitplan reads {V1} and {V2}.")
-        extra = config.get("extra_config") or {}
+        extra = _extra_config(config, TensorFiles(path))
         formats = gptq.read_formats(path, config, lambda name: extra.get(name, {}))
         yield from gptq.read_layers(path, formats, offset_zeros=packing == V1)
 
@@ -90,6 +98,32 @@ class AutoRound(Exporter):
         import torch
 
         return transformers_logits(path, torch.float16)
+
+
+def _extra_config(config: Mapping[str, Any], files: TensorFiles) -> dict[str, Mapping[str, Any]]:
+    """What the configuration says of every packed module in particular, as AutoRound reads it.
+
+    A key that names no module is a regular expression that is searched for in names. A module's
+    own entry counts before all of them, then the first that matches; one without settings, or that
+    is no valid expression, counts nothing. Expressions speak for modules outside the blocks, such
+    as the output head, only if they match none inside.
+    """
+    extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config") or {}
+    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ""
+    starts = tuple(blocks.split(",") if isinstance(blocks, str) else blocks)
+    names = list(files.modules_with("qweight"))
+    found = {name: extra[name] for name in names if name in extra}
+    for key, entry in extra.items():
+        if not entry or f"{key}.qweight" in files or f"{key}.weight" in files:
+            continue
+        try:
+            matching = [name for name in names if re.search(key, name)]
+        except re.error:
+            continue
+        inside = [name for name in matching if name.startswith(starts)]
+        for name in inside or matching:
+            found.setdefault(name, entry)
+    return found
 
 
 def _packing_format(source: Source) -> str:

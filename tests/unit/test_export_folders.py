@@ -85,6 +85,48 @@ def test_a_written_folder_is_imported_as_the_plan(
     assert import_plan(tmp_path / "out", wide).assignments == chosen
 
 
+def test_expressions_of_autoround_are_read_as_it_reads_them(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    """A name counts before an expression, the first expression before later ones."""
+    chosen = {
+        name: "int8-g64"
+        if name.endswith("down_proj")
+        else "int2-g64"
+        if ".layers.1." in name
+        else "int4-g32"
+        for name in layers(wide)
+    }
+    own = next(name for name in chosen if ".layers.1." in name and not name.endswith("down_proj"))
+    chosen[own] = "int3-g64"
+    out = tmp_path / "out"
+    config = configured(wide, chosen, "autoround", out)
+
+    def bits(fmt: str) -> dict[str, int]:
+        return {"bits": int(fmt[3]), "group_size": int(fmt.split("-g")[1])}
+
+    def imported(extra: dict[str, dict[str, int]]) -> dict[str, str]:
+        config["quantization_config"] |= {**bits("int4-g32"), "extra_config": extra}
+        (out / "config.json").write_text(json.dumps(config))
+        return import_plan(out, wide).assignments
+
+    expressions = {
+        "layers[.]1[.": {"bits": 8},  # not valid: nothing
+        "down_proj": {},  # says nothing
+        "lm_head|down_proj$": bits("int8-g64"),
+        r".*\.layers\.1\..*": bits("int2-g64"),
+        "down_pro": bits("int2-g64"),  # later than one that matches the same
+        own: bits("int3-g64"),  # a name, wherever it stands
+    }
+    assert imported(expressions) == chosen
+    # As names alone, most would be read in the common format, which their tensors contradict.
+    with pytest.raises(ValueError, match=r"down_proj|layers\.1"):
+        imported({own: bits("int3-g64")})
+    swapped = {key: expressions[key] for key in sorted(expressions, key="down_pro".__eq__)[::-1]}
+    with pytest.raises(ValueError, match="down_proj"):
+        imported(swapped)
+
+
 def test_a_configuration_of_other_weights_is_noticed(wide: LoadedModel, tmp_path: Path) -> None:
     chosen = dict.fromkeys(layers(wide), "int4-g32")
     config = configured(wide, chosen, "compressed-tensors", tmp_path / "out")

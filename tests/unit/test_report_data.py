@@ -238,7 +238,7 @@ def test_plans_with_caches_are_compared_in_total_bytes(run: RunData) -> None:
 def test_a_refined_plan_is_not_called_far_from_optimal(run: RunData) -> None:
     refined = Refinement(steps=2, kl_before=0.868, kl_after=0.6803)
     plan = run.plan.model_copy(update={"gap": 0.4, "lower_bound_kl": 0.6, "refinement": refined})
-    assert fact(plan, "refined") == "2 steps: KL on calibration text 0.868 → 0.680"
+    assert fact(plan, "refined") == "2 steps: KL on calibration sequences 0.868 → 0.680"
     assert fact(plan, "optimality").startswith("does not apply: refined by measured KL")
     assert "0.600" in fact(plan, "optimality")
     assert "%" not in fact(plan, "optimality")
