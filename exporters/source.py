@@ -69,7 +69,8 @@ class Source:
 
     def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
         """Name and packed weight of every matrix in turn, with a progress bar."""
-        with self.reporter.bar(what, len(self.units)) as advance:
+        sizes = [unit.weights for unit in self.units]
+        with self.reporter.bar(what, len(self.units), sizes) as advance:
             for unit in self.units:
                 yield unit.name, self.packed(unit.name)
                 advance(1)

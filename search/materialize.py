@@ -220,7 +220,7 @@ def _pack(
 ) -> Iterator[tuple[str, PackedTensor]]:
     renderer = Renderer(model, units, plan.rounding)
     formats = assignment_formats(plan)
-    with reporter.bar("Packing", len(units)) as advance:
+    with reporter.bar("Packing", len(units), [unit.weights for unit in units]) as advance:
         for unit in units:
             fmt = formats[unit.name]
             weight = renderer.weight(unit.name)

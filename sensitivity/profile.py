@@ -98,7 +98,8 @@ def price(
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
     renderer = Renderer(model.module, units, origin["rounding"])
-    with reporter.bar("Fitting scales", len(renderer.names)) as advance:
+    sizes = [renderer.weight(name).numel() for name in renderer.names]
+    with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
         renderer.fit(formats, lambda: advance(1))
     with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
         task = Task(model, units, formats, renderer, samples, origin["seed"], advance)

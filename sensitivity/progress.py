@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Protocol
 
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 LINE_INTERVAL = 30.0  # seconds between the lines of one bar where there is no terminal
 
@@ -57,11 +60,21 @@ class Reporter:
             self.listener.on_text(text)
 
     @contextmanager
-    def bar(self, description: str, total: int) -> Iterator[Advance]:
-        """A progress bar; yields a function that advances it by a number of steps."""
+    def bar(
+        self, description: str, total: int, sizes: Sequence[int] | None = None
+    ) -> Iterator[Advance]:
+        """A progress bar; yields a function that advances it by a number of steps.
+
+        Args:
+            description: What is done.
+            total: Number of steps.
+            sizes: What every step costs, in any unit, for the time left; by default the same.
+        """
         done = 0
         drawn = self.console.is_interactive or self.console.is_jupyter
-        with self._bar(description, total) if drawn else self._lines(description, total) as show:
+        pace = Pace(total, sizes)
+        show_bar = self._bar if drawn else self._lines
+        with show_bar(description, total, pace) as show:
 
             def advance(steps: int) -> None:
                 nonlocal done
@@ -74,7 +87,7 @@ class Reporter:
             yield advance
 
     @contextmanager
-    def _bar(self, description: str, total: int) -> Iterator[Advance]:
+    def _bar(self, description: str, total: int, pace: Pace) -> Iterator[Advance]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -82,14 +95,19 @@ class Reporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
-            TimeRemainingColumn(),
+            _TimeLeft(pace),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(description, total=total)
-            yield lambda done: progress.update(task, completed=done)
+
+            def show(done: int) -> None:
+                pace.at(done)
+                progress.update(task, completed=done)
+
+            yield show
 
     @contextmanager
-    def _lines(self, description: str, total: int) -> Iterator[Advance]:
+    def _lines(self, description: str, total: int, pace: Pace) -> Iterator[Advance]:
         started = shown = time.monotonic()
         finished = 0
         self._print(f"{description}: {total} steps")
@@ -97,11 +115,12 @@ class Reporter:
         def show(done: int) -> None:
             nonlocal shown, finished
             finished = done
+            pace.at(done)
             now = time.monotonic()
             if now - shown < LINE_INTERVAL or done >= total:
                 return
             shown = now
-            left = seconds_left(now - started, done, total)
+            left = pace.left()
             eta = "" if left is None else f", about {clock(left)} left"
             self._print(f"{description}: {done}/{total} after {clock(now - started)}{eta}")
 
@@ -114,6 +133,43 @@ class Reporter:
     def _print(self, text: str) -> None:
         soft = not self.console.is_terminal  # a line of a log stays one line
         self.console.print(text, markup=False, highlight=False, soft_wrap=soft)
+
+
+class Pace:
+    """How long a bar will take at its average pace so far, which no single slow step upsets.
+
+    Args:
+        total: Number of steps.
+        sizes: What every step costs; None for steps that are alike.
+    """
+
+    def __init__(self, total: int, sizes: Sequence[int] | None) -> None:
+        self._work = [0, *accumulate(sizes)] if sizes else range(total + 1)
+        self._began = self._stepped = time.monotonic()
+        self._done = 0
+
+    def at(self, done: int) -> None:
+        """Note that ``done`` steps are done by now."""
+        self._stepped, self._done = time.monotonic(), min(done, len(self._work) - 1)
+
+    def left(self) -> float | None:
+        """Seconds left now; None before the first step."""
+        left = seconds_left(self._stepped - self._began, self._work[self._done], self._work[-1])
+        return None if left is None else max(0.0, left - (time.monotonic() - self._stepped))
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left by the average pace: rich's own goes by the last steps, and wobbles."""
+
+    max_refresh = 0.5
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        left = self._pace.left()
+        return Text("-:--" if left is None else clock(left), style="progress.remaining")
 
 
 def seconds_left(elapsed: float, done: int, total: int) -> float | None:

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from bitplan.sensitivity.progress import Reporter, clock, seconds_left
+from bitplan.sensitivity.progress import Pace, Reporter, clock, seconds_left
 
 
 class Recorder:
@@ -94,6 +94,39 @@ def test_lines_of_a_log_are_not_wrapped_and_not_read_as_markup() -> None:
     line = "96 calibration sequences [bold]: each price errs by about 14%"
     reporter.say(line)
     assert text.getvalue() == line + "\n"
+
+
+def test_the_time_left_goes_by_the_whole_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow and fast steps in turn: what is left falls steadily, also while a step is at work."""
+    fake = Clock(monkeypatch)
+    pace, said = Pace(40, None), []
+    assert pace.left() is None
+    for step in range(1, 40):
+        fake.now += 1.0 if step % 2 else 9.0
+        pace.at(step)
+        if step % 2 == 0:
+            said.append(pace.left())
+    assert said == pytest.approx([5.0 * (40 - step) for step in range(2, 40, 2)])
+    before = pace.left()
+    fake.now += 2
+    assert before is not None and pace.left() == pytest.approx(before - 2)
+    fake.now += 1000
+    assert pace.left() == 0
+
+
+def test_steps_that_cost_more_count_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Clock(monkeypatch)
+    reporter = Reporter()
+    text = plain(reporter)
+    with reporter.bar("Packing", 3, [80, 10, 10]) as advance:
+        fake.now += 80
+        advance(1)
+    assert "1/3 after 1:20, about 0:20 left" in text.getvalue()
+    even, uneven = Pace(3, None), Pace(3, [80, 10, 10])
+    fake.now += 80
+    for pace in (even, uneven):
+        pace.at(1)
+    assert (even.left(), uneven.left()) == (160, 20)
 
 
 def test_time_left() -> None:
