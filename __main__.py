@@ -29,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     help="Decides how many bits each part of a neural network gets, and proves how close to "
     "optimal the answer is.",
@@ -196,6 +197,8 @@ def jobs(
     from .reports.terminal import jobs_table
     from .search.runs import list_jobs
 
+    if not folder.is_dir() and folder != Path("runs"):
+        raise ValueError(f"There is no folder {folder}. Give the one that holds the runs.")
     found = list_jobs(folder)
     if not found:
         out.print(f"No runs in {folder}. `bitplan search` makes one.", markup=False)
@@ -256,11 +259,14 @@ def profile(
 
 @app.command()
 def solve(
-    path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
+    path: options.ProfileArgument,
     budget: options.SolveBudgetOption = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="The smallest plan within --budget of this predicted KL, or less."),
+        typer.Option(
+            help="The smallest plan within --budget of at most this predicted KL, in nats per "
+            "token (per sample without text)."
+        ),
     ] = None,
     fastest: Annotated[
         bool,
@@ -279,13 +285,18 @@ def solve(
     latency: options.LatencyOption = None,
     latency_device: options.LatencyDeviceOption = None,
     max_ms: options.MaxMsOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="With --latency-device: tokens at a time.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="With --latency-device: sequences at a time, a token of each per step."
+        ),
+    ] = 1,
     formats: options.SomeFormatsOption = None,
     group: options.FuseOption = None,
     solver: options.SolverOption = "certified",
     seed: options.SeedOption = 0,
     plan_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the plan here.")
+        Path | None, typer.Option("--out", "-o", help="Write the plan to this .json file.")
     ] = None,
     program: Annotated[
         Path | None,
@@ -301,6 +312,7 @@ def solve(
     options.check_json(plan_file)
     if program is not None:
         check_file(program, (".lp", ".mps"), "--program", "plan.lp")
+    path = options.profile_file(path)
     limited = options.limit_options(
         pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
     )
@@ -332,7 +344,7 @@ def solve(
 
 @app.command()
 def frontier(
-    path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
+    path: options.ProfileArgument,
     pin: options.PinOption = None,
     ban: options.BanOption = None,
     at_least: options.AtLeastOption = None,
@@ -341,7 +353,8 @@ def frontier(
     formats: options.SomeFormatsOption = None,
     group: options.FuseOption = None,
     frontier_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the whole frontier as JSON.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the whole frontier to this .json file."),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="Budgets to print.")] = 15,
 ) -> None:
@@ -361,7 +374,7 @@ def frontier(
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
     limits = options.limits_of(formats, group, limited)
-    table = limits.fused(SensitivityTable.load(path))
+    table = limits.fused(SensitivityTable.load(options.profile_file(path)))
     model = table.provenance.get("model")
     whole = Frontier.from_problem(
         build_problem(table, limits), ModelRef.model_validate(model) if model else None

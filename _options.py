@@ -36,7 +36,7 @@ SearchBudgetOption = Annotated[
 FormatsOption = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated candidate formats; `bitplan formats` shows the default.",
+        help="Candidate formats, comma-separated; default and grammar: `bitplan formats`.",
         rich_help_panel=_PRICES,
     ),
 ]
@@ -57,11 +57,17 @@ CalibrationOption = Annotated[
 SequencesOption = Annotated[
     int,
     typer.Option(
-        min=1, help="Calibration sequences; scores err by about sqrt(2/N).", rich_help_panel=_PRICES
+        min=1,
+        help="Calibration sequences N; a price errs by about sqrt(2/N). Like the next two, not "
+        "used by a Workload with batches of its own.",
+        rich_help_panel=_PRICES,
     ),
 ]
 LengthOption = Annotated[
-    int, typer.Option(min=2, help="Tokens per sequence.", rich_help_panel=_PRICES)
+    int,
+    typer.Option(
+        min=2, help="Tokens per sequence, to calibrate and to measure.", rich_help_panel=_PRICES
+    ),
 ]
 BatchTokensOption = Annotated[
     int,
@@ -103,8 +109,16 @@ SolverOption = Annotated[
     str, typer.Option(help="Solver; see `bitplan solvers`.", rich_help_panel=_SEARCH)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same plan.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-TextOption = Annotated[str, typer.Option(help="Held-out text: 'builtin' or a text file.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
+_HELD_OUT_HELP = "Held-out text: 'builtin' (prose that ships with Python) or a text file."
+TextOption = Annotated[str, typer.Option("--text", "--eval", help=_HELD_OUT_HELP)]
+ProfileArgument = Annotated[
+    Path, typer.Argument(metavar="PROFILE|RUN", help="A profile.safetensors, or its run folder.")
+]
+PlanArgument = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN|RUN|FOLDER", help="A plan.json, a run or a packed folder."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 OutRunOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Run folder; default runs/MODEL-GOAL.")
@@ -136,13 +150,17 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Keep to what a runtime can run: vllm, llama.cpp, mlx, onnx, ...",
+        help="Keep to what a runtime can run: autoround, gptq, llama.cpp, mlx, onnx, "
+        "transformers, vllm, ...",
         rich_help_panel=_LIMITS,
     ),
 ]
 MaxBopsOption = Annotated[
     str | None,
-    typer.Option(help="Most bit operations per token, such as 12G.", rich_help_panel=_LIMITS),
+    typer.Option(
+        help="Most bit operations (weight bits x 16) per token, such as 12G.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 LatencyOption = Annotated[
     Path | None,
@@ -163,7 +181,8 @@ LatencyDeviceOption = Annotated[
 MaxMsOption = Annotated[
     float | None,
     typer.Option(
-        help="Most milliseconds; with --latency-device or --latency.", rich_help_panel=_LIMITS
+        help="Most milliseconds per step; with --latency-device or --latency.",
+        rich_help_panel=_LIMITS,
     ),
 ]
 FastestOption = Annotated[
@@ -178,21 +197,23 @@ FastestOption = Annotated[
 StorageOption = Annotated[
     str | None,
     typer.Option(
-        help="Optuna storage URL of a search with tpe or nsga2; default job.sqlite.",
+        help="Optuna storage URL of a search with tpe or nsga2; default job.sqlite in the run "
+        "folder.",
         rich_help_panel=_SEARCH,
     ),
 ]
 VramOption = Annotated[
     str | None,
     typer.Option(
-        help="Memory for weights and KV cache together (8GiB), instead of --budget.",
+        help="Memory for weights and KV cache together, such as 8GiB.",
         rich_help_panel=_GOAL,
     ),
 ]
 MaxKlOption = Annotated[
     float | None,
     typer.Option(
-        help="The smallest plan whose measured KL is at most this (nats per token).",
+        help="The smallest plan whose measured KL is at most this, in nats per token (per sample "
+        "without text).",
         rich_help_panel=_GOAL,
     ),
 ]
@@ -209,7 +230,7 @@ BatchOption = Annotated[
     int,
     typer.Option(
         min=1,
-        help="With --vram or --latency-device: sequences at a time.",
+        help="With --vram or --latency-device: sequences at a time, a token of each per step.",
         rich_help_panel=_GOAL,
     ),
 ]
@@ -219,12 +240,17 @@ ResumeOption = Annotated[
 ]
 EvalTextOption = Annotated[
     str,
-    typer.Option(
-        "--eval", help="Held-out text: 'builtin' or a text file.", rich_help_panel=_SEARCH
-    ),
+    typer.Option("--eval", "--text", help=_HELD_OUT_HELP, rich_help_panel=_SEARCH),
 ]
 EvalTokensOption = Annotated[
-    int, typer.Option(min=2, help="Held-out tokens to measure on.", rich_help_panel=_SEARCH)
+    int,
+    typer.Option(
+        "--eval-tokens",
+        "--tokens",
+        min=2,
+        help="Held-out tokens to measure on.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 RefineOption = Annotated[
     int | None,
@@ -247,7 +273,8 @@ SearchTokensOption = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Tokens that a solver on measured KL (evolutionary, tpe, ...) may measure.",
+        help="Tokens (samples without text) that a solver on measured KL (evolutionary, tpe, ...) "
+        "may measure.",
         rich_help_panel=_SEARCH,
     ),
 ]
@@ -364,6 +391,13 @@ def check_json(path: Path | None, option: str = "--out", example: str = "plan.js
 
     if path is not None:
         check_file(path, (".json",), option, example)
+
+
+def profile_file(path: Path) -> Path:
+    """The profile of a run folder, or the file itself."""
+    from .sensitivity.table import PROFILE_FILE
+
+    return path / PROFILE_FILE if path.is_dir() else path
 
 
 def run_name(model: str) -> str:

@@ -31,7 +31,7 @@ def bench(
         typer.Option(help="Widths, comma-separated; 16 is bf16. Default 1 to 8; all with --refit."),
     ] = None,
     m: Annotated[
-        str, typer.Option("--m", help="Vectors (tokens) at a time, comma-separated.")
+        str, typer.Option("--m", "--batch", help="Vectors (tokens) at a time, comma-separated.")
     ] = "1,8,64",
     n: Annotated[
         str | None, typer.Option("--n", help="Output features, comma-separated. Default 2048.")
@@ -41,13 +41,16 @@ def bench(
         typer.Option("--k", help="Input features, as many as --n. Default as --n."),
     ] = None,
     group: Annotated[
-        int, typer.Option(help="Weights per scale and zero point: 32, 64, 128 or 256.")
+        int,
+        typer.Option(
+            "--group-size", "--group", help="Weights per scale and zero point: 32, 64, 128 or 256."
+        ),
     ] = 128,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time to spend on each width of each shape.")
+        float, typer.Option(min=0, help="Seconds to spend on each width of each shape.")
     ] = 0.5,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the timings here as well.")
+        Path | None, typer.Option("--json", help="Write the timings to this .json file as well.")
     ] = None,
     refit: Annotated[
         Path | None,
@@ -86,6 +89,8 @@ def bench(
     default = "1,2,3,4,5,6,7,8" + (",16" if refit else "")
     widths = _whole("--bits", bits or default)
     measuring.check(shapes, widths)
+    if group not in (32, 64, 128, 256):
+        raise ValueError(f"--group-size {group} is none of 32, 64, 128 and 256.")
     reporter = Reporter(quiet)
     if tune:
         with reporter.bar("Tuning", len(shapes)) as advance:

@@ -24,18 +24,18 @@ _TARGET = typer.Option("--to", help="Target; see `bitplan exporters`. A runtime'
 
 @app.command()
 def export(
-    plan: Annotated[
-        Path,
-        typer.Argument(metavar="PLAN|RUN|FOLDER", help="A plan.json, a run or a packed folder."),
-    ],
+    plan: options.PlanArgument,
     target: Annotated[str, _TARGET],
     path: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")],
     plan_only: Annotated[
-        bool, typer.Option(help="Write the tool's own configuration, and no weights.")
+        bool,
+        typer.Option("--plan-only", help="Write the tool's own configuration, and no weights."),
     ] = False,
     snap: Annotated[
         bool,
-        typer.Option(help="Round formats that the target lacks up to the next that it has."),
+        typer.Option(
+            "--snap", help="Round formats that the target lacks up to the next that it has."
+        ),
     ] = False,
     runtime: Annotated[
         str | None,
@@ -50,7 +50,12 @@ def export(
         typer.Option("--verify", help="Load the result with the foreign tool and compare logits."),
     ] = False,
     text: options.TextOption = "builtin",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to compare on.")] = 512,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", "--eval-tokens", min=2, help="With --verify: tokens to compare on."
+        ),
+    ] = 512,
     python: Annotated[
         str | None,
         typer.Option(help="Interpreter of another environment that has the foreign tool."),
@@ -70,6 +75,8 @@ def export(
     from ..search.budget import format_bytes
     from ..sensitivity.progress import Reporter
 
+    if check and (plan_only or find(target)[1].form is None):
+        raise ValueError(f"--verify compares weights, and {target} gets the plan alone here.")
     done = write(
         plan,
         target,
@@ -115,7 +122,9 @@ def import_(
     path: Annotated[
         Path, typer.Argument(metavar="FILE|FOLDER", help="A GGUF file, or a quantized folder.")
     ],
-    plan_file: Annotated[Path, typer.Option("--out", "-o", help="Where to write the plan.")],
+    plan_file: Annotated[
+        Path, typer.Option("--out", "-o", help="Write the plan to this .json file.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(help="The original model: needed to measure the plan, and to name modules."),

@@ -28,23 +28,30 @@ def check(
         str,
         typer.Option(help="Widths, comma-separated; 2+3+4 is one launch that mixes them."),
     ] = "2,3,4,8,2+3+4",
-    group: Annotated[int, typer.Option(help="Columns per scale: 32, 64, 128; 0 for a row.")] = 128,
+    group: Annotated[
+        int,
+        typer.Option(
+            "--group-size", "--group", help="Weights per scale: 32, 64 or 128; 0 for a whole row."
+        ),
+    ] = 128,
     zero: Annotated[
         str, typer.Option(help="Zero points: none (symmetric), code, half or table (codebook).")
     ] = "code",
     dtype: Annotated[str, typer.Option(help="Activations: fp16 or bf16.")] = "fp16",
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a program; default 8, 16 on AMD.")
+        int | None, typer.Option(help="Tokens that one program computes; default 8, 16 on AMD.")
     ] = None,
-    cell: Annotated[str, typer.Option(help="128x128, 64x128, 128x64 or 64x64.")] = "128x128",
+    cell: Annotated[
+        str, typer.Option(help="Rows x columns: 128x128, 64x128, 128x64 or 64x64.")
+    ] = "128x128",
     controls: Annotated[
         bool,
-        typer.Option(help="Also kernels written the usual way, which must fail."),
+        typer.Option("--controls", help="Also kernels written the usual way, which must fail."),
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the counters here.")
+        Path | None, typer.Option("--json", help="Write the counters to this .json file.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     r"""Compile the decode kernel for processors that need not be here, count, and judge.
 

@@ -19,16 +19,18 @@ app = typer.Typer()
 
 @app.command()
 def quantize(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="A plan.json, or its run.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     quiet: options.QuietOption = False,
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
     from ..search.budget import format_bytes
     from ..search.materialize import quantize as write
-    from ..search.plan import Plan
+    from ..search.plan import PLAN_FILE, Plan
     from ..sensitivity.progress import Reporter
 
+    if plan.is_dir():
+        plan /= PLAN_FILE
     write(plan, folder, reporter=Reporter(quiet))
     whole = (folder / "model.safetensors").stat().st_size
     planned = Plan.load(plan).bytes
@@ -41,14 +43,16 @@ def quantize(
 
 @app.command(name="eval")
 def evaluate(
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, a run or a packed folder."),
-    ],
+    target: options.PlanArgument,
     text: options.TextOption = "builtin",
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens to measure on; by default as many as the plan was."),
+        typer.Option(
+            "--tokens",
+            "--eval-tokens",
+            min=2,
+            help="Held-out tokens to measure on; by default as many as the plan was, else 16384.",
+        ),
     ] = None,
     device: options.DeviceOption = "auto",
     quiet: options.QuietOption = False,

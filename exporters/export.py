@@ -214,7 +214,10 @@ def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> No
         raise ValueError(f"{name} has no configuration of its own: leave out --plan-only.")
     suffix = exporter.config_suffix if config else exporter.suffix
     if suffix and out.suffix != suffix:
-        raise ValueError(f"--out {out} would not be a {suffix} file, which {name} needs.")
+        raise ValueError(
+            f"--out {out} would not be a {suffix} file, which {name} needs. "
+            f"Give a name such as model{suffix}."
+        )
     if (config or exporter.form == "file") and out.is_dir():
         raise ValueError(f"--out {out} is a folder, but a file is to be written. Choose another.")
     if not config and exporter.form == "folder" and out.is_file():

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from math import nan
 from pathlib import Path
 
-from ..search.plan import BudgetRef, ModelRef, Plan
+from ..search.plan import PLAN_FILE, BudgetRef, ModelRef, Plan
 from ..sensitivity.models import LoadedModel, load_model, state_sha256
 from ..sensitivity.progress import Reporter
 from ..sensitivity.units import find_units
@@ -77,7 +77,7 @@ def recognize(path: Path) -> tuple[str, Exporter]:
         ValueError: If it is none's.
     """
     if not path.exists():
-        raise ValueError(f"There is nothing at {path}.")
+        raise ValueError(f"There is nothing at {path}. Give a GGUF file or a quantized folder.")
     known = []
     for name in EXPORTERS.names():
         exporter = EXPORTERS.get(name)()
@@ -85,6 +85,8 @@ def recognize(path: Path) -> tuple[str, Exporter]:
             return shown_name(name), exporter
         if type(exporter).recognizes is not Exporter.recognizes:
             known.append(shown_name(name))
+    if (path / PLAN_FILE).is_file():
+        raise ValueError(f"{path} needs no import: it holds a plan of bitplan, {path / PLAN_FILE}.")
     raise ValueError(
         f"{path} is nothing that can be imported. Give a file or folder of: {', '.join(known)}."
     )

@@ -85,13 +85,18 @@ def check_file(path: Path, suffixes: Sequence[str], option: str, example: str) -
     check_place(path, option)
 
 
-def check_place(path: Path, option: str) -> None:
+def check_place(path: Path, option: str, inside: bool = False) -> None:
     """Find out whether a file or folder can be made where it is to be.
+
+    Args:
+        path: The file or folder.
+        option: The option that named it, for the error.
+        inside: Whether files are to be made in ``path`` itself, which may be there already.
 
     Raises:
         ValueError: If what should hold it is a file, or cannot be written.
     """
-    folder = path.absolute().parent
+    folder = path.absolute() if inside else path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

@@ -69,6 +69,12 @@ class RunData:
             ValueError: If a file is missing or invalid, or they do not belong together.
         """
         plan = Plan.load(folder / PLAN_FILE)
+        absent = [n for n in (PROFILE_FILE, FRONTIER_FILE) if not (folder / n).is_file()]
+        if absent:
+            raise ValueError(
+                f"{folder} is no run: it lacks {' and '.join(absent)}. Give a folder that "
+                "`bitplan search` wrote; `bitplan jobs` lists them."
+            )
         limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
         table = limits.fused(SensitivityTable.load(folder / PROFILE_FILE))
         return cls(

@@ -73,7 +73,10 @@ def read_latency(path: Path) -> LatencyTable:
         ValueError: If the file is missing, is not JSON, or holds anything else.
     """
     if not path.is_file():
-        raise ValueError(f"No latency table at {path}.")
+        raise ValueError(
+            f"No latency table at {path}. Give a JSON file of milliseconds by layer and format, or "
+            "--latency-device."
+        )
     try:
         return _TABLE.validate_python(json.loads(read_json_text(path, "latency table")))
     except json.JSONDecodeError as error:

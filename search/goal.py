@@ -45,6 +45,12 @@ class Goal:
                 "The 'bisection' solver looks for a predicted KL: use it with `bitplan solve "
                 "--max-kl`. `bitplan search --max-kl` finds the smallest plan of a measured KL."
             )
+        if search.max_ppl is not None and not work.model.is_language_model:
+            raise ValueError(f"--max-ppl: {work.model.id} reads no text. Use --max-kl.")
+        if search.vram is not None and not work.model.is_language_model:
+            raise ValueError(
+                f"--vram plans a KV cache, and {work.model.id} reads no text. Use --budget."
+            )
         self.search, self.limits, self.work = search, limits, work
         self.kv: KVTable | None = None
         if search.vram is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantizers.files import check_place
 from ..sensitivity.calibration import Samples, evaluation_samples
 from ..sensitivity.kv_cache import KV_BITS, price_kv
 from ..sensitivity.models import LoadedModel
@@ -142,6 +143,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
 def _job(
     run: Path, argv: list[str], settings: Mapping[str, Any], reporter: Reporter
 ) -> Iterator[Job]:
+    check_place(run, "--out", inside=True)
     with Job(run, argv, settings) as job:
         reporter.listener = job
         try:

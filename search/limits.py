@@ -151,7 +151,7 @@ def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
         problem,
         loss=np.where(allowed, problem.loss, np.inf),
         constraints=tuple(_constraints(table, limits, allowed)),
-        floor=_floor(table, limits.rules) if limits.rules else "",
+        floor=_floor(table, limits.rules, refusals[-1].mask) if limits.rules else "",
     )
 
 
@@ -246,8 +246,11 @@ def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def _floor(table: SensitivityTable, rules: Rules) -> str:
-    """The units that a runtime keeps as floats, which no budget makes smaller; empty if none."""
+def _floor(table: SensitivityTable, rules: Rules, refused: NDArray[np.bool_]) -> str:
+    """The units that a runtime keeps as floats, which no budget makes smaller; empty if none.
+
+    ``refused`` is bool [U, F], what it does not run.
+    """
     held, globs = [], []
     for unit in table.units:
         names = (*unit.modules, *unit.aliases)
@@ -255,13 +258,29 @@ def _floor(table: SensitivityTable, rules: Rules) -> str:
             held.append(unit.name)
             globs.append(found[0])
     if not held:
-        return ""
+        return _stuck(table, rules, refused)
     more = f" and {len(held) - 1:,} more" if len(held) > 1 else ""
     excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(globs))
     return (
         f"{rules.name} keeps {held[0]!r}{more} at 16 bits or more (its rule `unquantized`). "
         f"Search, or profile, with {excludes}, so that the budget counts only what is quantized; "
         "or raise the budget."
+    )
+
+
+def _stuck(table: SensitivityTable, rules: Rules, refused: NDArray[np.bool_]) -> str:
+    """Why most weights have no format but floats that the runtime runs; empty if they have."""
+    formats = [Format.parse(name) for name in table.formats]
+    floats = np.array([fmt.kind == "float" for fmt in formats])
+    units = [table.units[u] for u in np.flatnonzero((refused | floats).all(axis=1))]
+    if floats.all() or 2 * sum(unit.weights for unit in units) <= table.weights:
+        return ""
+    reasons = (_reason(units[0], fmt, rules) for fmt in formats if fmt.kind != "float")
+    return (
+        f"{rules.name} runs {len(units):,} of {len(table.units):,} units in no smaller format of "
+        f"the profile: {units[0].name!r} fails its rules ({next(filter(None, reasons))}). Profile "
+        f"in formats it takes ({', '.join(rules.candidates)}), leave such units out with "
+        "--exclude, or raise the budget."
     )
 
 

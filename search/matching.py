@@ -44,7 +44,8 @@ class Names:
         found[[i for name, rows in self._rows.items() if match(name) for i in rows]] = True
         if not found.any():
             raise ValueError(
-                f"{limit} {glob!r} matches no unit or module.{nearest(glob, self._rows)}"
+                f"{limit} {glob!r} matches no unit or module."
+                + (nearest(glob, self._rows) or f" One is called {next(iter(self._rows))!r}.")
             )
         return found
 
@@ -96,5 +97,7 @@ def _kept_format(table: SensitivityTable) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?``, or nothing if no name comes near."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.3)
+    known = list(dict.fromkeys(names))
+    close = [other for other in known if name and other.startswith(name)][:3]
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -25,6 +25,7 @@ from ..sensitivity.wording import words_of
 from .budget import Budget
 from .settings import ProfileSettings, SearchSettings
 from .solvers import SOLVERS
+from .storage import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
         for budget in (search.budget, search.vram):
             if budget is not None:
                 Budget.parse(budget)
+        if search.storage is not None:
+            shown(search.storage)  # raises if it is no URL
 
 
 def _note_unused(model: LoadedModel, settings: ProfileSettings) -> None:

@@ -151,8 +151,9 @@ def check_text(source: str, split: Split) -> None:
     known = (BUILTIN, SELF) if split == "calibration" else (BUILTIN,)
     if source not in known and not Path(source).is_file():
         raise ValueError(
-            f"No text file at {source}. Pass a file, {BUILTIN!r} (prose that ships with Python)"
-            + (f" or {SELF!r} (sampled from the model)." if split == "calibration" else ".")
+            f"No text file at {source}. Pass a file"
+            + (f", {SELF!r} (sampled from the model)" if split == "calibration" else "")
+            + f" or {BUILTIN!r} (prose that ships with Python)."
         )
 
 

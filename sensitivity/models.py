@@ -221,6 +221,15 @@ def check_model(name: str, device: str = "auto") -> None:
         smollm2_path()
     elif name.endswith(".gguf"):
         _check_gguf(Path(name))
+    elif name.endswith(".py") and Path(name).is_file():
+        raise ValueError(
+            f"{name} is a Python file: add the function that returns the bitplan.Workload, "
+            f"{name}:FUNCTION."
+        )
+    elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(
+            f"No folder at {name}.{_near_files(Path(name)) or ' Was the model moved?'}"
+        )
     elif not Path(name).is_dir() and name.count("/") != 1:
         near = get_close_matches(name, [DEFAULT_MODEL], n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else _near_files(Path(name))
@@ -302,9 +311,14 @@ def _from_hugging_face(name: str) -> LoadedModel:
         config = AutoConfig.from_pretrained(name)
         module, tokenizer = _pretrained(name)
     except Exception as error:
+        advice = (
+            "The folder needs config.json, complete safetensors files and a tokenizer."
+            if Path(name).is_dir()
+            else "There is no such folder here, and the Hugging Face Hub did not give it: check "
+            "the name and the connection."
+        )
         raise ValueError(
-            f"{name!r} could not be loaded ({type(error).__name__}: {error}). If it is a folder, "
-            "it needs config.json, complete safetensors files and a tokenizer."
+            f"{name!r} could not be loaded ({type(error).__name__}: {error}). {advice}"
         ) from error
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     revision = getattr(config, "_commit_hash", None)
@@ -349,7 +363,13 @@ def _from_python(path: Path, function: str) -> LoadedModel:
         raise ValueError(f"{path} cannot be imported as a Python file.")
     code = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = code
-    spec.loader.exec_module(code)
+    try:
+        spec.loader.exec_module(code)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be imported ({type(error).__name__}: {error}). Run python {path} to "
+            "see where."
+        ) from error
     factory = getattr(code, function, None)
     if not callable(factory):
         near = get_close_matches(function, dir(code), n=1)

@@ -54,6 +54,9 @@ def model(tmp_path: Path) -> str:
         ({"model": "missing.gguf"}, {}, "No GGUF file"),
         ({"model": "missing.py:make"}, {}, "No Python file"),
         ({"model": "missing"}, {}, "Unknown model"),
+        ({"model": "./missing"}, {}, "No folder at ./missing"),
+        ({"model": "/no/model"}, {}, "No folder at /no/model"),
+        ({"model": __file__}, {}, r"is a Python file: .*\.py:FUNCTION"),
         ({"device": "gpu"}, {}, "Unknown device"),
         ({"device": "cuda"}, {}, "no CUDA device"),
         ({"calibration": "no.txt"}, {}, "No text file at no.txt"),
@@ -63,6 +66,7 @@ def model(tmp_path: Path) -> str:
         ({}, {"solver": "certifed"}, "Did you mean 'certified'"),
         ({}, {"budget": "5"}, "Did you mean '5bpw'"),
         ({}, {"budget": None, "vram": "8"}, "has no unit"),
+        ({}, {"solver": "tpe", "storage": "job.sqlite"}, "is not a storage URL"),
     ],
 )
 def test_a_plain_mistake_is_refused_at_once(
@@ -80,6 +84,46 @@ def test_a_plain_mistake_is_refused_at_once(
             run_profile(settings, run, Reporter(quiet=True, listener=said))
     assert not run.exists()
     assert said.lines == []
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"budget": None, "max_ppl": 20.0}, "reads no text. Use --max-kl"),
+        ({"budget": None, "vram": "1GB"}, "--vram plans a KV cache.*reads no text"),
+        ({"runtime": "gptq"}, r"gptq runs 2 of 2 units in no smaller format.*'0' fails.*--exclude"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused_before_its_profile(
+    model: str, tmp_path: Path, search: dict[str, Any], message: str
+) -> None:
+    settings = ProfileSettings(model, formats=("int5-g32", "bf16"), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        wanted = SearchSettings(**({"budget": "6bpw"} | search))
+        run_search(settings, wanted, tmp_path / "run", Reporter(quiet=True))
+    assert not (tmp_path / "run" / "profile.safetensors").exists()
+
+
+def test_a_run_folder_that_cannot_be_is_refused_at_once(model: str, tmp_path: Path) -> None:
+    said, file = Said(), tmp_path / "file"
+    file.touch()
+    reporter = Reporter(quiet=True, listener=said)
+    for place in (file, file / "run"):
+        with pytest.raises(ValueError, match="file is a file, not a folder"):
+            run_profile(ProfileSettings(model), place, reporter)
+        with pytest.raises(ValueError, match="file is a file, not a folder"):
+            run_search(ProfileSettings(model), SearchSettings(budget="4bpw"), place, reporter)
+    assert said.lines == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("import nothing_of_this_name", "ModuleNotFoundError"), ("def make(:", "SyntaxError")],
+)
+def test_a_model_file_with_a_mistake_is_named(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "bad.py").write_text(code)
+    with pytest.raises(ValueError, match=rf"bad.py cannot be imported \({message}: .*Run python"):
+        prepare(ProfileSettings(f"{tmp_path / 'bad.py'}:make"), Reporter(quiet=True))
 
 
 def test_refused_commands_leave_a_finished_run_as_it_was(model: str, tmp_path: Path) -> None:

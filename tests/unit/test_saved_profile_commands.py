@@ -85,6 +85,21 @@ def test_limits_on_formats_are_kept(profile: Path, tmp_path: Path) -> None:
             assert bits <= 4 or ".mlp." not in module
 
 
+def test_a_run_folder_stands_for_its_profile(profile: Path) -> None:
+    assert run("frontier", profile.parent) == run("frontier", profile)
+    for options in ([], ["--budget", "3.5bpw"]):
+        assert run("solve", profile.parent, *options) == run("solve", profile, *options)
+
+
+def test_names_that_match_nothing_come_with_one_that_does(profile: Path) -> None:
+    for option in ("--formats", "--pin"):
+        value = {"--formats": "int4", "--pin": "*=int4"}[option]
+        with pytest.raises(ValueError, match="Did you mean 'int4-g64-asym' or 'int4-"):
+            run("solve", profile, option, value)
+    with pytest.raises(ValueError, match=r"One is called 'model\.layers\.0"):
+        run("solve", profile, "--pin", "QQQ=int4-g64-asym")
+
+
 def test_a_group_that_matches_nothing_is_refused(profile: Path) -> None:
     with pytest.raises(ValueError, match=r"--group 'gate,up' matches nothing"):
         run("solve", profile, "--group", "gate,up")
