@@ -44,7 +44,11 @@ MetricOption = Annotated[
     str, typer.Option(help="Sensitivity metric; see `bitplan metrics`.", rich_help_panel=_PRICES)
 ]
 RoundingOption = Annotated[
-    str, typer.Option(help="Rounding method whose errors are priced.", rich_help_panel=_PRICES)
+    str,
+    typer.Option(
+        help="Rounding method whose errors are priced; rtn rounds to nearest, with clipping.",
+        rich_help_panel=_PRICES,
+    ),
 ]
 CalibrationOption = Annotated[
     str,
@@ -240,17 +244,11 @@ ResumeOption = Annotated[
 ]
 EvalTextOption = Annotated[
     str,
-    typer.Option("--eval", "--text", help=_HELD_OUT_HELP, rich_help_panel=_SEARCH),
+    typer.Option("--eval", help=_HELD_OUT_HELP, rich_help_panel=_SEARCH),
 ]
 EvalTokensOption = Annotated[
     int,
-    typer.Option(
-        "--eval-tokens",
-        "--tokens",
-        min=2,
-        help="Held-out tokens to measure on.",
-        rich_help_panel=_SEARCH,
-    ),
+    typer.Option(min=2, help="Held-out tokens to measure on.", rich_help_panel=_SEARCH),
 ]
 RefineOption = Annotated[
     int | None,
