@@ -31,7 +31,11 @@ def export(
     target: Annotated[str, _TARGET],
     path: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")],
     plan_only: Annotated[
-        bool, typer.Option(help="Write the tool's own configuration, and no weights.")
+        bool,
+        typer.Option(
+            help="Write the tool's own configuration, and no weights: only the model's layers are "
+            "read (of a file.py:function, the whole model)."
+        ),
     ] = False,
     snap: Annotated[
         bool,
@@ -62,7 +66,7 @@ def export(
     The plan is checked before anything is written: a unit that the target cannot run is named, with
     the rule and what to do. Where the run's profile lies beside the plan, this comes before the
     model is loaded. The codes and scales are those the plan was priced with; the tool
-    never quantizes again.
+    never quantizes again. Targets that write no weights read none; imatrix runs the model on text.
     """
     from ..exporters.export import export as write
     from ..exporters.targets import find

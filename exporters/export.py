@@ -66,7 +66,8 @@ def export(
         target: A plan, its file, a run folder or a packed folder.
         to: The target, or a runtime one is for.
         out: File or folder to write; it appears whole or not at all.
-        plan_only: Write the tool's configuration instead of a checkpoint.
+        plan_only: Write the tool's configuration instead of a checkpoint; the weights of the model
+            are not read then.
         round_up: Round formats that the runtime lacks to the next it has, instead of refusing.
         runtime: The runtime to check for; by default the plan's own, or the target's first.
         like: A file of the same model that lends what the source lacks (GGUF metadata).
@@ -94,13 +95,16 @@ def export(
         changed.update(differences)
         return rounded
 
-    if rules is not None and not round_up and model is None:
+    config = plan_only or exporter.form is None
+    if rules is not None and not round_up and model is None and not config:
         _check_early(target, rules)
-    source = open_source(target, model=model, change=change, like=like, reporter=reporter)
+    source = open_source(
+        target, model=model, change=change, like=like, weights=not config, reporter=reporter
+    )
     if rules is not None:
         check(source.everything, source.formats, rules, source.plan.model.id)
     usage = exporter.usage(out, source)
-    if plan_only or exporter.form is None:
+    if config:
         text = exporter.config(source)
         with atomic_path(out) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -179,6 +179,11 @@ def load_packed(
 def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     """The units a plan assigns, one per matrix.
 
+    Args:
+        model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
+            compared by hash.
+        plan: The plan.
+
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
     """
@@ -193,7 +198,8 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
                 f"has no such layer.{hint} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
-    actual = state_sha256(model)
+    without_weights = next(model.parameters()).is_meta
+    actual = plan.model.sha256 if without_weights else state_sha256(model)
     if actual != plan.model.sha256:
         raise ValueError(
             f"The plan was made for other weights of {plan.model.id!r} (sha256 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -217,6 +218,22 @@ def test_a_configuration_names_every_matrix_or_its_layer(
     other = tmp_path / f"other{exporter.config_suffix}"
     export(hand_made(wide, changed), name, other, plan_only=True, model=wide)
     assert out.read_text() != other.read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_reads_no_weights(
+    name: str, wide: LoadedModel, wide_folder: Path, tmp_path: Path
+) -> None:
+    exporter = target(name)
+    plan = mixed(wide, Rules.load(exporter.runtimes[0]) if exporter.runtimes else None)
+    out, other = (tmp_path / f"{stem}{exporter.config_suffix}" for stem in ("out", "other"))
+    export(plan, name, out, plan_only=True, model=wide)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(wide_folder / "config.json", tmp_path / "empty")
+    plan.model.id = str(tmp_path / "empty")
+    export(plan, name, other, plan_only=True)
+    text = other.read_text().replace(plan.model.id, wide.id)
+    assert text == out.read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
