@@ -66,7 +66,8 @@ def export(
     The plan is checked before anything is written: a unit that the target cannot run is named, with
     the rule and what to do. Where the run's profile lies beside the plan, this comes before the
     model is loaded. The codes and scales are those the plan was priced with; the tool
-    never quantizes again. Targets that write no weights read none; imatrix runs the model on text.
+    never quantizes again. A plan alone is written without loading weights; imatrix runs the model
+    on the plan's calibration text.
     """
     from ..exporters.export import export as write
     from ..exporters.targets import find
