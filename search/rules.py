@@ -94,8 +94,8 @@ class Rules(_Strict):
         whole_groups: Whether the last group of a row must be full.
         unquantized: Globs on modules that stay floats.
         fused: Last names of modules that it runs as one matrix and that must share one format.
-        storage: The tensors its files hold for a matrix of integers; empty if there is no such
-            file, or it takes the bytes of bitplan's own.
+        storage: The tensors its files hold for a matrix of integers; empty where the bytes of
+            bitplan's own count.
         candidates: The formats to profile for it by default.
         notes: What else to know before choosing it.
     """
