@@ -160,7 +160,8 @@ def search(
     plan = run_search(settings, wanted, run, Reporter(quiet))
     *_, report = write_report(run)
     print_summary(out, plan, {"report": report})
-    hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
+    same = () if plan.runtime is None else ("--for", plan.runtime)
+    hint("Another budget, at once:", "solve", run / "profile.safetensors", *same, "--budget …")
 
 
 @app.command()

@@ -47,6 +47,7 @@ def write_card(
         (name, counts[name], weights[name] / plan.weights, 8 * stored[name] / weights[name])
         for name in sorted(counts, key=lambda name: stored[name] / weights[name])
     ]
+    size = stored.total()
     environment = Environment(
         loader=PackageLoader("bitplan.exporters", "."),
         undefined=StrictUndefined,
@@ -66,6 +67,8 @@ def write_card(
         target=target,
         rules=rules,
         rows=rows,
+        size=size,
+        bpw=8 * size / plan.weights,
         base=base,
         name=Path(plan.model.id).name,
         figures=figures,
