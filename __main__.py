@@ -161,7 +161,8 @@ def search(
     plan = run_search(settings, wanted, run, Reporter(quiet))
     *_, report = write_report(run)
     print_summary(out, plan, {"report": report})
-    hint("Another budget, at once:", "solve", run / "profile.safetensors", "--budget …")
+    same = () if plan.runtime is None else ("--for", plan.runtime)
+    hint("Another budget, at once:", "solve", run / "profile.safetensors", *same, "--budget …")
 
 
 @app.command()
@@ -374,7 +375,7 @@ def frontier(
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
     limits = options.limits_of(formats, group, limited)
-    table = limits.fused(SensitivityTable.load(options.profile_file(path)))
+    table = limits.for_runtime(SensitivityTable.load(options.profile_file(path)))
     model = table.provenance.get("model")
     whole = Frontier.from_problem(
         build_problem(table, limits), ModelRef.model_validate(model) if model else None

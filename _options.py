@@ -154,8 +154,8 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Keep to what a runtime can run: autoround, gptq, llama.cpp, mlx, onnx, "
-        "transformers, vllm, ...",
+        help="Keep to what a runtime can run, and count the bytes it stores: autoround, gptq, "
+        "llama.cpp, mlx, onnx, transformers, vllm, ...",
         rich_help_panel=_LIMITS,
     ),
 ]

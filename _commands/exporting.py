@@ -29,7 +29,11 @@ def export(
     path: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")],
     plan_only: Annotated[
         bool,
-        typer.Option("--plan-only", help="Write the tool's own configuration, and no weights."),
+        typer.Option(
+            "--plan-only",
+            help="Write the tool's own configuration, and no weights: only the model's layers are "
+            "read (of a file.py:function, the whole model).",
+        ),
     ] = False,
     snap: Annotated[
         bool,
@@ -67,7 +71,8 @@ def export(
     The plan is checked before anything is written: a unit that the target cannot run is named, with
     the rule and what to do. Where the run's profile lies beside the plan, this comes before the
     model is loaded. The codes and scales are those the plan was priced with; the tool
-    never quantizes again.
+    never quantizes again. A plan alone is written without loading weights; imatrix runs the model
+    on the plan's calibration text.
     """
     from ..exporters.export import export as write
     from ..exporters.targets import find
@@ -96,11 +101,12 @@ def export(
         out.print(f"{done.path}: {whole}", markup=False, soft_wrap=True)
     else:
         out.print(
-            f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights (the "
-            f"plan says {format_bytes(done.source.plan.bytes)}). Read back: every matrix has the "
-            "plan's format.",
+            f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights. Read "
+            "back: every matrix has the plan's format.",
             markup=False,
         )
+        if note := _other_bytes(done):
+            out.print(note, markup=False)
     if usage := done.usage:
         out.print(f"Use it: {usage}", markup=False, soft_wrap=True)
     if check:
@@ -172,6 +178,19 @@ def exporters() -> None:
         f"--verify runs the tool, which pip install 'bitplan[NAME]' adds for {', '.join(tools)}. "
         f"Installed here: {', '.join(here) or 'none'}.",
         markup=False,
+    )
+
+
+def _other_bytes(done: Exported) -> str:
+    """How far the bytes in the file are from those that the plan counts; empty if they agree."""
+    plan, rules, stored = done.source.plan, done.rules, done.stored
+    if rules is None or stored is None or stored == plan.bytes:
+        return ""
+    more = stored - plan.bytes
+    return (
+        f"That is {abs(more):,} B ({abs(more) / plan.bytes:.2%}) {'more' if more > 0 else 'less'} "
+        f"than the plan's {plan.bytes:,} B, which are what {plan.runtime or 'bitplan itself'} "
+        f"stores. A plan made with --for {rules.name} counts what {rules.name} stores."
     )
 
 

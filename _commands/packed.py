@@ -24,6 +24,7 @@ def quantize(
     quiet: options.QuietOption = False,
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
+    from ..quantizers.checkpoint import FILE_NAME, planned_bytes
     from ..search.budget import format_bytes
     from ..search.materialize import quantize as write
     from ..search.plan import PLAN_FILE, Plan
@@ -32,12 +33,18 @@ def quantize(
     if plan.is_dir():
         plan /= PLAN_FILE
     write(plan, folder, reporter=Reporter(quiet))
-    whole = (folder / "model.safetensors").stat().st_size
-    planned = Plan.load(plan).bytes
+    whole, planned = (folder / FILE_NAME).stat().st_size, planned_bytes(folder)
     out.print(
         f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "
         f"{format_bytes(whole - planned)} that the plan leaves as it was"
     )
+    source = Plan.load(plan)
+    if source.bytes != planned:
+        out.print(
+            f"The plan says {format_bytes(source.bytes)} of planned weights: what "
+            f"{source.runtime} stores, not this packing.",
+            markup=False,
+        )
     hint("Next:", "eval", folder)
 
 

@@ -66,7 +66,8 @@ def export(
         target: A plan, its file, a run folder or a packed folder.
         to: The target, or a runtime one is for.
         out: File or folder to write; it appears whole or not at all.
-        plan_only: Write the tool's configuration instead of a checkpoint.
+        plan_only: Write the tool's configuration instead of a checkpoint; the weights of the model
+            are not read then.
         round_up: Round formats that the runtime lacks to the next it has, instead of refusing.
         runtime: The runtime to check for; by default the plan's own, or the target's first.
         like: A file of the same model that lends what the source lacks (GGUF metadata).
@@ -95,13 +96,16 @@ def export(
         changed.update(differences)
         return rounded
 
-    if rules is not None and not round_up and model is None:
+    config = plan_only or exporter.form is None
+    if rules is not None and not round_up and model is None and not config:
         _check_early(target, rules)
-    source = open_source(target, model=model, change=change, like=like, reporter=reporter)
+    source = open_source(
+        target, model=model, change=change, like=like, weights=not config, reporter=reporter
+    )
     if rules is not None:
         check(source.everything, source.formats, rules, source.plan.model.id)
     usage = exporter.usage(out, source)
-    if plan_only or exporter.form is None:
+    if config:
         text = exporter.config(source)
         with atomic_path(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -110,7 +114,7 @@ def export(
         if exporter.form == "folder":
             temporary.mkdir()
         exporter.write(source, temporary)
-        stored = check_written(exporter, source, temporary) if exporter.weights else None
+        stored = check_written(exporter, source, temporary, rules) if exporter.weights else None
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
             run = target if isinstance(target, Path) and target.is_dir() else None
@@ -118,8 +122,14 @@ def export(
     return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 
-def check_written(exporter: Exporter, source: Source, path: Path) -> int:
+def check_written(exporter: Exporter, source: Source, path: Path, rules: Rules | None) -> int:
     """Compare what a written checkpoint holds with the plan.
+
+    Args:
+        exporter: The target.
+        source: The plan.
+        path: What was written.
+        rules: The runtime's rules, which say how many bytes it takes; None for our own.
 
     Returns:
         Bytes of the planned matrices in it.
@@ -129,6 +139,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
             size than the plan says.
     """
     wanted, shapes, total = source.formats, source.shapes, 0
+    count = rules.stored_bytes if rules else Format.stored_bytes
     integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
     floats = wanted.keys() - integers
     for stored in exporter.read(path, source.model):
@@ -142,7 +153,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
                 continue
             raise ValueError(f"{path} quantizes {stored.name!r}, which the plan does not.")
         integers.discard(stored.name)
-        size = exporter.stored_bytes(fmt, shapes[stored.name])
+        size = count(fmt, shapes[stored.name])
         if stored.fmt != fmt or stored.nbytes != size:
             raise ValueError(
                 f"{path} holds {stored.name!r} as {stored.fmt} in {stored.nbytes:,} B, but the "
@@ -151,7 +162,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
         total += stored.nbytes
     if integers:
         raise ValueError(f"{path} does not hold {min(integers)!r} as the plan says.")
-    return total + sum(wanted[name].stored_bytes(shapes[name]) for name in floats)
+    return total + sum(count(wanted[name], shapes[name]) for name in floats)
 
 
 def size_of(path: Path) -> int:

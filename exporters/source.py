@@ -15,7 +15,7 @@ from ..quantizers.packed import PackedTensor
 from ..search.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..search.plan import PLAN_FILE, Plan
 from ..sensitivity.evaluate import Run, plan_runner
-from ..sensitivity.models import LoadedModel, check_model, load_model
+from ..sensitivity.models import LoadedModel, check_model, load_model, load_structure
 from ..sensitivity.progress import Reporter
 from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import UnitInfo
@@ -82,6 +82,7 @@ def open_source(
     model: LoadedModel | None = None,
     change: Callable[[Plan, LoadedModel], Plan] | None = None,
     like: Path | None = None,
+    weights: bool = True,
     reporter: Reporter | None = None,
 ) -> Source:
     """Open a plan, a run or a packed folder.
@@ -91,29 +92,40 @@ def open_source(
         model: The original model, when it is loaded already.
         change: What to do to the plan first; not possible with a packed folder.
         like: See :class:`Source`.
+        weights: Whether they are needed; without, only the model's layers are read, and nothing of
+            the source that takes weights can be used.
         reporter: Where progress is shown.
 
     Raises:
         ValueError: If there is no plan, or plan and model do not match.
     """
     reporter = reporter or Reporter(quiet=True)
-    if isinstance(target, Path) and is_packed(target):
-        source = _from_folder(target, like, reporter)
-        if change and change(source.plan, source.model) != source.plan:
-            raise ValueError(
-                f"{target} is packed, so its formats cannot be changed. Give its plan "
-                f"({target / PLAN_FILE}) instead."
-            )
-        return source
+    plan, layers = target, None
     if isinstance(target, Path):
-        target = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+        if is_packed(target) and weights:
+            return _unchanged(_from_folder(target, like, reporter), target, change)
+        if is_packed(target) and (target / "config.json").is_file():
+            layers = str(target)  # the original may be gone
+        plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+    assert isinstance(plan, Plan)
     if model is None:
-        original = target.original()
-        check_model(original, "cpu")
-        reporter.say(f"Loading {original}")
-        model = load_model(original, "cpu")
-    plan = change(target, model) if change else target
+        name = layers or plan.original()
+        check_model(name, "cpu")
+        reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
+        model = load_model(name, "cpu") if weights else load_structure(name)
+    plan = change(plan, model) if change else plan
     return _from_plan(plan, model, like, reporter)
+
+
+def _unchanged(
+    source: Source, folder: Path, change: Callable[[Plan, LoadedModel], Plan] | None
+) -> Source:
+    if change and change(source.plan, source.model) != source.plan:
+        raise ValueError(
+            f"{folder} is packed, so its formats cannot be changed. Give its plan "
+            f"({folder / PLAN_FILE}) instead."
+        )
+    return source
 
 
 def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Reporter) -> Source:

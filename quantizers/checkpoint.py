@@ -109,6 +109,18 @@ def read_checkpoint(
     return packed, tensors, header
 
 
+def planned_bytes(folder: Path) -> int:
+    """Bytes of the packed weights in a folder, without the other tensors.
+
+    Raises:
+        ValueError: If its header is damaged, or a later version wrote it.
+    """
+    path = folder / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        modules, _, _ = _parse_metadata(path, file.metadata() or {})
+    return sum(Format.parse(spec).stored_bytes(shape) for spec, shape in modules.values())
+
+
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous tensor."""
     plain = tensor.reshape(-1).view(torch.uint8).cpu().numpy()

@@ -19,6 +19,7 @@ from rich.text import Text
 from ..quantizers.files import atomic_path
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..search.rules import Rules, StoredTensor
 from ..sensitivity.wording import words_of
 from .canvas import drawing
 from .compare import Change, PlanDifference, Side
@@ -49,6 +50,9 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     yield Row("size", format_bytes(x), format_bytes(y), bytes_change(y - x))
     p, q = 8 * x / found.first.weights, 8 * y / found.second.weights
     yield Row("bits per weight", f"{p:.3f}", f"{q:.3f}", f"{q - p:+.3f}")
+    if _storage(a) != _storage(b):
+        first, second = (f"as {plan.runtime or 'bitplan'} stores it" for plan in (a, b))
+        yield Row("bytes", first, second, "sizes are of different files")
     first, second = _edited(found.first), _edited(found.second)
     if first or second:
         why = "predicted and measured KL are of the plan before the change"
@@ -305,6 +309,11 @@ def _edited(side: Side) -> str:
         f"changed after it was made: it says {side.plan.bytes:,} B, but its assignments take "
         f"{side.size:,} B"
     )
+
+
+def _storage(plan: Plan) -> tuple[StoredTensor, ...]:
+    """What the plan's bytes are of; empty for bitplan's own layout."""
+    return Rules.load(plan.runtime).storage if plan.runtime else ()
 
 
 def _predicted(plan: Plan) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..quantizers.format import Format
 from ..search.confidence import Confidence
+from ..search.rules import byte_count
 from ..sensitivity.wording import words_of
 from .binding import Economy
 from .data import FrontierData, size_unit
@@ -42,7 +43,7 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
         found: Its :func:`.binding.economy`.
     """
     table, formats = run.table, run.formats
-    words = words_of(run.plan.calibration)
+    words, count = words_of(run.plan.calibration), byte_count(run.plan.runtime)
     parsed = [Format.parse(name) for name in formats]
     classes: dict[tuple[tuple[int, int], ...], int] = {}
     shapes = [classes.setdefault(unit.shapes, len(classes)) for unit in table.units]
@@ -63,7 +64,7 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
             {
                 "text": " + ".join(f"{rows} × {cols}" for rows, cols in shape),
                 "weights": sum(rows * cols for rows, cols in shape),
-                "bytes": [sum(f.stored_bytes(matrix) for matrix in shape) for f in parsed],
+                "bytes": [sum(count(f, matrix) for matrix in shape) for f in parsed],
             }
             for shape in classes
         ],

@@ -31,6 +31,7 @@ from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import PROFILE_FILE, UnitInfo
 from ..sensitivity.units import as_stored, find_units, unplanned_tensors
 from .plan import PLAN_FILE, Plan
+from .rules import byte_count
 
 GENERATION_FILE = "generation_config.json"
 
@@ -179,6 +180,11 @@ def load_packed(
 def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     """The units a plan assigns, one per matrix.
 
+    Args:
+        model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
+            compared by hash.
+        plan: The plan.
+
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
     """
@@ -193,19 +199,21 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
                 f"has no such layer.{hint} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
-    actual = state_sha256(model)
+    without_weights = next(model.parameters()).is_meta
+    actual = plan.model.sha256 if without_weights else state_sha256(model)
     if actual != plan.model.sha256:
         raise ValueError(
             f"The plan was made for other weights of {plan.model.id!r} (sha256 "
             f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
         )
     planned = tuple(unit for unit in units if unit.name in plan.assignments)
-    formats = assignment_formats(plan)
-    size = sum(formats[u.name].stored_bytes(shape) for u in planned for shape in u.shapes)
+    formats, count = assignment_formats(plan), byte_count(plan.runtime)
+    size = sum(count(formats[u.name], shape) for u in planned for shape in u.shapes)
     if size != plan.bytes:
+        where = f" for {plan.runtime}" if plan.runtime else ""
         raise ValueError(
-            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B: it was changed "
-            "after it was made. Solve again."
+            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B{where}: it was "
+            "changed after it was made, or a version that counted otherwise made it. Solve again."
         )
     return planned
 

@@ -207,6 +207,36 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     return loaded
 
 
+def load_structure(name: str) -> LoadedModel:
+    """Load a model's modules without weights: names, types and shapes, on the meta device.
+
+    A model that a Python function makes is loaded whole: nothing else says what is in it.
+
+    Raises:
+        ValueError: If nothing of that name can be loaded; the message says what to change.
+    """
+    if function_reference(name) is not None:
+        return load_model(name, "cpu")
+    check_model(name, "cpu")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
+    try:
+        if gguf.suffix == ".gguf":
+            with redirect_stderr(io.StringIO()):
+                config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise ValueError(
+            f"The layers of {name!r} are not known ({type(error).__name__}: {error}). A folder "
+            "needs its config.json, of an architecture that transformers has."
+        ) from error
+    return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module))
+
+
 def check_model(name: str, device: str = "auto") -> None:
     """Find out without loading anything whether a model's name and the device are known.
 
@@ -320,11 +350,16 @@ def _from_hugging_face(name: str) -> LoadedModel:
         raise ValueError(
             f"{name!r} could not be loaded ({type(error).__name__}: {error}). {advice}"
         ) from error
-    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     revision = getattr(config, "_commit_hash", None)
     if Path(name).is_dir():
         name = str(Path(name).resolve())
-    return LoadedModel(name, module, dtype, Workload(module, tokenizer=tokenizer), revision)
+    workload = Workload(module, tokenizer=tokenizer)
+    return LoadedModel(name, module, _dtype_of(config), workload, revision)
+
+
+def _dtype_of(config: Any) -> str:
+    """Data type of a checkpoint, from its configuration."""
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +62,12 @@ def find_units(
     owners: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     shapes: dict[str, tuple[int, int]] = {}
-    elsewhere = _pointers_used_elsewhere(model)
+    elsewhere = _used_elsewhere(model)
     for name, module in model.named_modules(remove_duplicate=False):
         matrix = weight_matrix(module)
-        if matrix is None or matrix.data_ptr() in elsewhere:
+        if matrix is None or (place := _place(module.weight)) in elsewhere:
             continue
-        owner = owners.setdefault(matrix.data_ptr(), name)
+        owner = owners.setdefault(place, name)
         if owner == name:
             shapes[name] = (matrix.shape[0], matrix.shape[1])
             aliases[name] = []
@@ -105,10 +106,16 @@ def find_units(
     return tuple(units)
 
 
-def _pointers_used_elsewhere(model: nn.Module) -> set[int]:
-    """Addresses of weights that a module without a packed counterpart uses too."""
+def _place(weight: Any) -> int:
+    """What tied weights have in common: their address, or on the meta device the parameter."""
+    address: int = weight.data_ptr()
+    return address or id(weight)
+
+
+def _used_elsewhere(model: nn.Module) -> set[int]:
+    """Places of weights that a module without a packed counterpart uses too."""
     return {
-        parameter.data_ptr()
+        _place(parameter)
         for module in model.modules()
         if weight_matrix(module) is None
         for parameter in module.parameters(recurse=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from bitplan.exporters.verify import weight_error
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.search.plan import Plan
-from bitplan.search.rules import Rules
+from bitplan.search.rules import Rules, byte_count
 from bitplan.sensitivity.models import LoadedModel
 from bitplan.tests.plans import hand_made, mixed
 
@@ -63,7 +64,7 @@ def test_a_written_checkpoint_is_the_plan(
         if fmt.kind != "float":
             assert found[unit].fmt == fmt
             assert found[unit].shape == shapes[unit]
-            assert found[unit].nbytes == exporter.stored_bytes(fmt, shapes[unit])
+            assert found[unit].nbytes == byte_count(runtime)(fmt, shapes[unit])
     assert not any(s.fmt.kind != "float" for n, s in found.items() if n not in formats)
     assert (
         len({fmt.name for fmt in formats.values()}) > 1 or len(Rules.load(runtime).candidates) < 3
@@ -217,6 +218,22 @@ def test_a_configuration_names_every_matrix_or_its_layer(
     other = tmp_path / f"other{exporter.config_suffix}"
     export(hand_made(wide, changed), name, other, plan_only=True, model=wide)
     assert out.read_text() != other.read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_reads_no_weights(
+    name: str, wide: LoadedModel, wide_folder: Path, tmp_path: Path
+) -> None:
+    exporter = target(name)
+    plan = mixed(wide, Rules.load(exporter.runtimes[0]) if exporter.runtimes else None)
+    out, other = (tmp_path / f"{stem}{exporter.config_suffix}" for stem in ("out", "other"))
+    export(plan, name, out, plan_only=True, model=wide)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(wide_folder / "config.json", tmp_path / "empty")
+    plan.model.id = str(tmp_path / "empty")
+    export(plan, name, other, plan_only=True)
+    text = other.read_text().replace(plan.model.id, wide.id)
+    assert text == out.read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

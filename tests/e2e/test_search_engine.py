@@ -19,10 +19,12 @@ import numpy as np
 import pulp
 import pytest
 from optuna.trial import TrialState
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
 from bitplan.quantizers.format import Format
+from bitplan.search.frontier import Frontier
 from bitplan.search.limits import Limits
 from bitplan.search.measuring import run_eval
 from bitplan.search.plan import Plan
@@ -35,6 +37,7 @@ from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import SensitivityTable
 
 PROFILE = "profile.safetensors"
+PARTS = ("scales", "biases")  # besides the weight, of a matrix in a folder for MLX
 SMALL = ["--sequences", "32", "--length", "64", "--guard", "16", "--eval-tokens", "2048"]
 SMALL += ["--bootstrap", "20", "--device", "cpu", "--quiet"]
 REFINED = ["--budget", "3bpw", "--refine", "2"]
@@ -272,6 +275,30 @@ def test_a_plan_for_a_runtime_within_limits(tiny_folder: Path, tmp_path: Path) -
     for baseline in plan.baselines:
         if baseline.bytes <= plan.budget.bytes:
             assert plan.measured.kl <= baseline.kl
+
+
+def test_a_budget_for_a_runtime_counts_what_it_stores(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    plan = search_inside(tiny_folder, folder, "--for", "mlx", "--budget", "4.8bpw")
+    assert 4.6 < plan.bpw <= 4.8
+    smallest = Frontier.load(folder / "frontier.json").bytes[0]
+    assert all(b.bytes >= smallest for b in plan.baselines)
+    text = " ".join(inside("export", folder, "--to", "mlx", "--out", tmp_path / "mlx").split())
+    assert "Read back" in text and "stores" not in text
+    tensors = load_file(tmp_path / "mlx" / "model.safetensors")
+    parts = [f"{name}.{part}" for name in plan.assignments for part in ("weight", *PARTS)]
+    assert sum(tensors[name].nbytes for name in parts if name in tensors) == plan.bytes
+
+    text = inside("quantize", folder / "plan.json", "--out", tmp_path / "packed", "--quiet")
+    assert "what mlx stores, not this packing" in " ".join(text.split())
+    inside("frontier", folder / PROFILE, "--for", "mlx", "--out", tmp_path / "frontier.json")
+    assert Frontier.load(tmp_path / "frontier.json").bytes[0] == smallest
+
+    out = tmp_path / "plan.json"
+    few = ["--formats", "int2-g32,int3-g32,int4-g32"]  # that fit every matrix
+    inside("solve", folder / PROFILE, "--budget", "4bpw", "--out", out, *few)
+    text = " ".join(inside("export", out, "--to", "mlx", "--out", tmp_path / "other").split())
+    assert "which are what bitplan itself stores. A plan made with --for mlx counts" in text
 
 
 def test_limits_on_a_saved_profile(whole: Path, tmp_path: Path) -> None:

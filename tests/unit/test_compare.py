@@ -25,6 +25,7 @@ from bitplan.reports.compared import (
     write_comparison,
 )
 from bitplan.search.plan import Plan, plan_key
+from bitplan.search.settings import SearchSettings
 from bitplan.sensitivity.table import SensitivityTable
 from bitplan.tests.fakes import fake_run, flat_units
 
@@ -58,6 +59,28 @@ def test_turned_round_every_change_has_the_other_sign(pair: tuple[Path, Path]) -
     there, back = compare(*pair), compare(*reversed(pair))
     assert [-(c.bytes or 0) for c in there.changes] == [c.bytes for c in back.changes]
     assert [-c.bits for c in there.changes] == [c.bits for c in back.changes]
+
+
+def test_plans_for_two_runtimes_count_their_own_bytes(tmp_path: Path) -> None:
+    formats = ("int3-g32", "int4-g64", "int6-g64")
+    runs = [
+        fake_run(
+            tmp_path / name,
+            formats=formats,
+            search=SearchSettings(budget="4.8bpw", runtime=runtime),
+        )
+        for name, runtime in (("ours", None), ("theirs", "mlx"))
+    ]
+    found = compare(*runs)
+    shown = {row.name: row for row in rows(found)}
+    assert found.second.plan.runtime == "mlx"
+    assert (found.first.size, found.second.size) == tuple(
+        Plan.load(run / "plan.json").bytes for run in runs
+    )
+    assert shown["bytes"][1:3] == ("as bitplan stores it", "as mlx stores it")
+    assert "edited" not in shown
+    same = {row.name for row in rows(compare(runs[1], runs[1]))}
+    assert "bytes" not in same
 
 
 def test_a_plan_and_itself(pair: tuple[Path, Path]) -> None:

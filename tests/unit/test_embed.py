@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitplan.quantizers.format import Format
 from bitplan.reports.binding import economy
 from bitplan.reports.data import frontier_data
 from bitplan.reports.embed import MOST_STOPS, page_data
-from bitplan.reports.run import RunData
+from bitplan.reports.run import RunData, unit_bytes
 from bitplan.search.settings import SearchSettings
 from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, transformer_units
@@ -102,6 +103,20 @@ def test_confidence_survives(run: RunData, data: dict[str, Any]) -> None:
     more = unpack(found["more"], "u2").astype(np.float64)
     more[more == found["tie"]] = np.inf
     np.testing.assert_array_equal(more, run.confidence.more_sequences)
+
+
+def test_sizes_are_those_of_the_runtime(tmp_path: Path) -> None:
+    search = SearchSettings(budget="4.2bpw", runtime="mlx")
+    run = RunData.load(fake_run(tmp_path, formats=("int3-g32", "int4-g64"), search=search))
+    data = data_of(run)
+    units = unpack(data["units"]["shape"], "u2")
+    sizes = np.array([entry["bytes"] for entry in data["shapes"]])[units]
+    np.testing.assert_array_equal(sizes, run.table.bytes)
+    assert sizes[np.arange(len(units)), run.choice].sum() == run.plan.bytes
+    assert sum(unit_bytes(run, unit) for unit in run.table.units) == run.plan.bytes
+    assert run.plan.bytes > sum(
+        Format.parse(run.format_of(u)).stored_bytes(u.shapes[0]) for u in run.table.units
+    )
 
 
 def test_refused_options_are_marked(tmp_path: Path) -> None:

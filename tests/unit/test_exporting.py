@@ -194,6 +194,29 @@ def test_a_run_is_checked_before_its_model_is_loaded(wide: LoadedModel, tmp_path
         export(gone("int4-g64", "good"), "vllm", tmp_path / "out")
 
 
+def test_a_plan_alone_needs_layers_and_says_which_are_not_there(
+    wide: LoadedModel, wide_folder: Path, tmp_path: Path
+) -> None:
+    """From a packed folder whose original is gone; a module that does not exist is named."""
+    plan = hand_made(wide, dict.fromkeys(ATTENTION, "int4-g64"))
+    packed = quantize(plan, tmp_path / "packed", model=wide)
+    orphan = Plan.load(packed / "plan.json")
+    orphan.model.id = str(tmp_path / "gone")
+    orphan.save(packed / "plan.json")
+    out = tmp_path / "plan.json"
+    export(packed, "gptq", out, plan_only=True)
+    assert json.loads(out.read_text())["dynamic"]
+    (tmp_path / "empty").mkdir()
+    shutil.copy(wide_folder / "config.json", tmp_path / "empty")
+    plan.model.id = str(tmp_path / "empty")
+    plan.assignments["model.layers.9.mlp.up_proj"] = "int4-g64"
+    with pytest.raises(ValueError, match=r"the model has no such layer.*nearest"):
+        export(plan, "gptq", out, plan_only=True)
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(ValueError, match=r"(?s)The layers of .* are not known .*config\.json"):
+        export(plan, "gptq", out, plan_only=True)
+
+
 def test_an_import_without_a_model_says_so_where_one_is_needed(
     wide: LoadedModel, tmp_path: Path
 ) -> None:

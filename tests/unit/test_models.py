@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bitplan.sensitivity.models import LoadedModel, Workload, load_model, state_sha256
+from bitplan.sensitivity.models import (
+    LoadedModel,
+    Workload,
+    load_model,
+    load_structure,
+    state_sha256,
+)
+from bitplan.sensitivity.units import find_units
 
 
 def test_a_folder_loads_frozen_in_float32(tiny: LoadedModel) -> None:
@@ -20,6 +27,18 @@ def test_a_folder_loads_frozen_in_float32(tiny: LoadedModel) -> None:
     assert not any(p.requires_grad for p in tiny.module.parameters())
     logits = tiny.logits(torch.zeros(2, 5, dtype=torch.long))
     assert logits.shape == (2, 5, 512)
+
+
+def test_the_layers_are_known_without_the_weights(
+    tiny: LoadedModel, tiny_folder: Path, wide: LoadedModel, wide_gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    for name, whole in ((str(tmp_path), tiny), (str(wide_gguf), wide)):
+        found = load_structure(name)
+        assert all(p.is_meta for p in found.module.parameters())
+        assert find_units(found.module) == find_units(whole.module)
+        assert found.source_dtype == "float32"
+        assert not found.module.training
 
 
 def test_hash_depends_on_weights_only(tiny: LoadedModel, tiny_folder: Path) -> None:

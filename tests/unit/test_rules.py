@@ -33,6 +33,9 @@ zero_points = ["symmetric"]
 """
 
 
+SCALES = 'source = "s"\nstorage = [{ tensor = "scales", per = "group", bits = 16 }]'
+
+
 def made(tmp_path: Path, text: str = GOOD) -> Rules:
     path = tmp_path / "mine.toml"
     path.write_text(text, encoding="utf-8")
@@ -117,6 +120,25 @@ def test_refusals_name_the_rule(
     assert made(tmp_path).refusal(Format.parse(fmt), shape, name) == reason
 
 
+@pytest.mark.parametrize(  # counted by hand: codes, scales, zero points, the rest
+    ("name", "fmt", "shape", "nbytes"),
+    [
+        ("vllm", "int4-g32", (64, 96), 64 * 48 + 2 * 64 * 3 + 16),
+        ("vllm", "int4-gc-asym", (40, 20), 40 * 12 + 2 * 40 + 4 * 5 + 16),
+        ("autoround", "int3-g32", (32, 64), 32 * 24 + 2 * 32 * 2 + 2 * 12),
+        ("gptq", "int3-g32", (32, 64), 32 * 24 + 2 * 32 * 2 + 2 * 12 + 4 * 64),
+        ("mlx", "int5-g64", (10, 128), 10 * 80 + 4 * 10 * 2),
+        ("mlx", "int5-g64-asym", (10, 128), 10 * 80 + 8 * 10 * 2),
+        ("onnx", "int4-g32-asym", (3, 70), 3 * 48 + 2 * 3 * 3 + 3 * 2),
+        ("onnx", "int4-gc-asym", (3, 7), 11 + 2 * 3 + 2),
+        ("llama.cpp", "q4_k", (2, 512), 2 * 2 * 144),
+        ("mlx", "bf16", (3, 5), 30),
+    ],
+)
+def test_bytes_in_a_file(name: str, fmt: str, shape: tuple[int, int], nbytes: int) -> None:
+    assert Rules.load(name).stored_bytes(Format.parse(fmt), shape) == nbytes
+
+
 def test_fused_modules_are_written_as_groups(tmp_path: Path) -> None:
     assert made(tmp_path).fusion_groups == ("q,k,v",)
     assert Rules.load("vllm").fusion_groups == ("q_proj,k_proj,v_proj", "gate_proj,up_proj")
@@ -139,6 +161,12 @@ def test_an_unknown_runtime_names_the_nearest() -> None:
         ('["int4-g64", "keep"]', '["int4-g46"]', "Unknown format 'int4-g46'"),
         ('["q", "k", "v"]', '["q"]', "needs at least two names"),
         ("bits = [4]", "bits = [4", r"mine\.toml is not TOML"),
+        ('source = "s"', SCALES, "storage: no tensor has an element per weight"),
+        (
+            'source = "s"',
+            SCALES.replace("group", "row"),
+            r"storage\.0\.per: Input should be 'weight'",
+        ),
     ],
 )
 def test_damaged_rules_say_where(tmp_path: Path, old: str, new: str, says: str) -> None:

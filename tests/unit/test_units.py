@@ -37,6 +37,12 @@ def test_tied_weights_are_one_unit_counted_once() -> None:
     assert units[0].layer is None
 
 
+def test_units_are_the_same_without_weights() -> None:
+    with torch.device("meta"):
+        net = Net()
+    assert find_units(net) == find_units(Net())
+
+
 def test_include_and_exclude_are_globs_on_any_name_of_a_weight() -> None:
     assert [u.name for u in find_units(Net(), include=["head"])] == ["embed"]
     names = [u.name for u in find_units(Net(), include=["layers.*"], exclude=["*.out"])]
