@@ -28,7 +28,7 @@ from bitplan.sensitivity.units import find_units
 
 BUDGETS = {"3.28bpw": "int3-g64-asym", "4.3bpw": "int4-g64-asym"}  # and the uniform format there
 LENGTH = 128  # tokens per sequence
-MEASURED_AT_ONCE = 4096  # tokens per pass: a plan's weights are rendered once for each
+MEASURED_AT_ONCE = 8192  # tokens per pass: a plan's weights are rendered once for each
 AT_ONCE = 8  # plans per measurement: what a kill can cost
 
 Key = TypeVar("Key")

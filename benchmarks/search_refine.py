@@ -26,7 +26,7 @@ from bitplan.search.solvers import SOLVERS
 from bitplan.search.truth import Truth
 from bitplan.sensitivity.calibration import Samples
 
-STEPS = {"3.28bpw": 2, "4.3bpw": 0}
+STEPS = {"3.28bpw": 2, "4.3bpw": 1}
 BATCH_TOKENS = 1536  # larger than the default: faster, and the prices are the same
 PROFILE_PASSES = 3  # forward = 1, backward = 2
 LINEARIZE_PASSES = 6  # forward of the original and of the plan, and two backward passes
