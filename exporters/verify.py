@@ -68,10 +68,11 @@ def verify(
     if exporter.form is None or exported.stored is None:
         raise ValueError(f"{exported.path} holds a plan and no weights: there is nothing to run.")
     if python is None and not exporter.installed():
+        tool = f"'bitplan[{exporter.extra}]'" if exporter.extra else exporter.module
         raise ValueError(
             f"{exported.path} was written and matches the plan, but was not run: {exporter.module} "
-            f"is not installed here. Install it (pip install 'bitplan[{exporter.extra}]') or give "
-            "the --python of an environment that has it."
+            f"is not installed here. Install it (pip install {tool}) or give the --python of an "
+            "environment that has it."
         )
     source = exported.source
     if python is None and (most := exporter.most_tokens()):
