@@ -330,6 +330,7 @@ def solve(
 def frontier(
     path: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.safetensors.")],
     pin: options.PinOption = None,
+    runtime: options.RuntimeOption = None,
     frontier_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the whole frontier as JSON.")
     ] = None,
@@ -339,12 +340,14 @@ def frontier(
     import numpy as np
 
     from .search.frontier import Frontier
-    from .search.limits import parse_assignments
-    from .search.problem import Problem
+    from .search.limits import Limits, build_problem, parse_assignments
+    from .search.rules import Rules
     from .sensitivity.table import SensitivityTable
 
-    table = SensitivityTable.load(path)
-    whole = Frontier.from_problem(Problem.from_table(table, parse_assignments("--pin", pin or [])))
+    rules = None if runtime is None else Rules.load(runtime)
+    limits = Limits(pins=parse_assignments("--pin", pin or []), rules=rules)
+    table = limits.for_runtime(SensitivityTable.load(path))
+    whole = Frontier.from_problem(build_problem(table, limits))
     shown = Table("plan", "bytes", "bpw", "predicted KL")
     rows = [(u.name, u.bytes, u.predicted_kl) for u in whole.uniform]
     picks = np.unique(np.linspace(0, len(whole.bytes) - 1, points).astype(int))

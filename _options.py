@@ -131,7 +131,8 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Keep to what a runtime can run: vllm, llama.cpp, mlx, onnx, ...",
+        help="Keep to what a runtime can run, and count the bytes it stores: vllm, llama.cpp, mlx, "
+        "onnx, ...",
         rich_help_panel=_LIMITS,
     ),
 ]

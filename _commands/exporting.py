@@ -14,6 +14,7 @@ from .. import _options as options
 from .console import hint, out
 
 if TYPE_CHECKING:
+    from ..exporters.export import Exported
     from ..exporters.verify import Comparison
 
 app = typer.Typer()
@@ -88,11 +89,12 @@ def export(
         out.print(f"{done.path}: {whole}", markup=False, soft_wrap=True)
     else:
         out.print(
-            f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights (the "
-            f"plan says {format_bytes(done.source.plan.bytes)}). Read back: every matrix has the "
-            "plan's format.",
+            f"{done.path}: {whole}, of which {format_bytes(done.stored)} of planned weights. Read "
+            "back: every matrix has the plan's format.",
             markup=False,
         )
+        if note := _other_bytes(done):
+            out.print(note, markup=False)
     if usage := done.usage:
         out.print(f"Use it: {usage}", markup=False, soft_wrap=True)
     if check:
@@ -161,6 +163,19 @@ def exporters() -> None:
         f"--verify runs the tool, which pip install 'bitplan[NAME]' adds for {', '.join(tools)}. "
         f"Installed here: {', '.join(here) or 'none'}.",
         markup=False,
+    )
+
+
+def _other_bytes(done: Exported) -> str:
+    """How far the bytes in the file are from those that the plan counts; empty if they agree."""
+    plan, rules, stored = done.source.plan, done.rules, done.stored
+    if rules is None or stored is None or stored == plan.bytes:
+        return ""
+    more = stored - plan.bytes
+    return (
+        f"That is {abs(more):,} B ({abs(more) / plan.bytes:.2%}) {'more' if more > 0 else 'less'} "
+        f"than the plan's {plan.bytes:,} B, which are what {plan.runtime or 'bitplan itself'} "
+        f"stores. A plan made with --for {rules.name} counts what {rules.name} stores."
     )
 
 

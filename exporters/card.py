@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..quantizers.format import Format
 from ..search.rules import Rules
 from .source import Source
 
@@ -35,12 +36,13 @@ def write_card(
         The file.
     """
     plan, shapes = source.plan, source.shapes
+    count = rules.stored_bytes if rules else Format.stored_bytes
     counts = Counter(plan.assignments.values())
     weights = Counter[str]()
     stored = Counter[str]()
     for name, fmt in source.formats.items():
         weights[fmt.name] += math.prod(shapes[name])
-        stored[fmt.name] += fmt.stored_bytes(shapes[name])
+        stored[fmt.name] += count(fmt, shapes[name])
     rows = [
         (name, counts[name], weights[name] / plan.weights, 8 * stored[name] / weights[name])
         for name in sorted(counts, key=lambda name: stored[name] / weights[name])

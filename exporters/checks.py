@@ -109,10 +109,10 @@ def snap(
                 for unit in planned:
                     del new[unit.name]
             elif len({new[unit.name] for unit in planned}) > 1:
-                shape = planned[0].shapes[0]
+                cols = planned[0].shapes[0][1]
 
-                def fineness(fmt: Format, shape: tuple[int, int] = shape) -> tuple[int, int]:
-                    return fmt.bits, fmt.stored_bytes(shape)
+                def fineness(fmt: Format, cols: int = cols) -> tuple[int, int, bool]:
+                    return fmt.bits, fmt.groups(cols), not fmt.symmetric
 
                 widest = max((new[unit.name] for unit in planned), key=fineness)
                 for unit in planned:
@@ -123,18 +123,16 @@ def snap(
             "run as one with those it has. Plan all of them."
         )
     changed = {name: _name(new.get(name)) for name in formats if new.get(name) != formats[name]}
-    return (with_formats(plan, new, units, f"rounded up for {rules.name}"), changed)
+    return (_rounded(plan, new, units, rules) if changed else plan, changed)
 
 
-def with_formats(
-    plan: Plan, formats: Mapping[str, Format], units: Sequence[UnitInfo], why: str
+def _rounded(
+    plan: Plan, formats: Mapping[str, Format], units: Sequence[UnitInfo], rules: Rules
 ) -> Plan:
-    """A plan with other formats: bytes counted again, measurements and predictions dropped."""
-    if {name: fmt.name for name, fmt in formats.items()} == plan.assignments:
-        return plan
+    """The plan for a runtime: its bytes counted there, measurements and predictions dropped."""
     shapes = {unit.name: unit.shapes[0] for unit in units}
     weights = sum(rows * cols for rows, cols in (shapes[name] for name in formats))
-    size = sum(fmt.stored_bytes(shapes[name]) for name, fmt in formats.items())
+    size = sum(rules.stored_bytes(fmt, shapes[name]) for name, fmt in formats.items())
     unknown = float("nan")
     return plan.model_copy(
         update={
@@ -149,7 +147,8 @@ def with_formats(
             "measured": None,
             "baselines": [],
             "refinement": None,
-            "note": "; ".join(filter(None, (plan.note, why))),
+            "runtime": rules.name,
+            "note": "; ".join(filter(None, (plan.note, f"rounded up for {rules.name}"))),
         }
     )
 
@@ -170,7 +169,7 @@ def nearest_format(unit: UnitInfo, fmt: Format, rules: Rules) -> Format | None:
             other.symmetric != fmt.symmetric,
             other.kind != fmt.kind,
             max(groups, 1 / groups),
-            other.stored_bytes(shape),
+            rules.stored_bytes(other, shape),
         )
 
     return min(taken, key=distance, default=None)

@@ -109,7 +109,7 @@ def export(
         if exporter.form == "folder":
             temporary.mkdir()
         exporter.write(source, temporary)
-        stored = check_written(exporter, source, temporary) if exporter.weights else None
+        stored = check_written(exporter, source, temporary, rules) if exporter.weights else None
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
             run = target if isinstance(target, Path) and target.is_dir() else None
@@ -117,8 +117,14 @@ def export(
     return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 
-def check_written(exporter: Exporter, source: Source, path: Path) -> int:
+def check_written(exporter: Exporter, source: Source, path: Path, rules: Rules | None) -> int:
     """Compare what a written checkpoint holds with the plan.
+
+    Args:
+        exporter: The target.
+        source: The plan.
+        path: What was written.
+        rules: The runtime's rules, which say how many bytes it takes; None for our own.
 
     Returns:
         Bytes of the planned matrices in it.
@@ -128,6 +134,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
             size than the plan says.
     """
     wanted, shapes, total = source.formats, source.shapes, 0
+    count = rules.stored_bytes if rules else Format.stored_bytes
     integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
     floats = wanted.keys() - integers
     for stored in exporter.read(path, source.model):
@@ -141,7 +148,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
                 continue
             raise ValueError(f"{path} quantizes {stored.name!r}, which the plan does not.")
         integers.discard(stored.name)
-        size = exporter.stored_bytes(fmt, shapes[stored.name])
+        size = count(fmt, shapes[stored.name])
         if stored.fmt != fmt or stored.nbytes != size:
             raise ValueError(
                 f"{path} holds {stored.name!r} as {stored.fmt} in {stored.nbytes:,} B, but the "
@@ -150,7 +157,7 @@ def check_written(exporter: Exporter, source: Source, path: Path) -> int:
         total += stored.nbytes
     if integers:
         raise ValueError(f"{path} does not hold {min(integers)!r} as the plan says.")
-    return total + sum(wanted[name].stored_bytes(shapes[name]) for name in floats)
+    return total + sum(count(wanted[name], shapes[name]) for name in floats)
 
 
 def size_of(path: Path) -> int:

@@ -25,12 +25,6 @@ FUSED = {
 }
 
 
-def stored_bytes(fmt: Format, shape: tuple[int, int]) -> int:
-    """Bytes of a [rows, cols] matrix without ``g_idx``: zero points are always stored."""
-    (rows, cols), groups = shape, fmt.groups(shape[1])
-    return rows * cols * fmt.bits // 8 + groups * (rows * fmt.bits // 8 + 2 * rows)
-
-
 def read_layers(
     path: Path, formats: Iterable[tuple[str, Format]], offset_zeros: bool
 ) -> Iterator[Stored]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..quantizers.format import Format
 from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Plan, plan_key
+from ..search.rules import byte_count
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable
 
 WEIGHTS_FILE = "model.safetensors"  # of a packed folder
@@ -72,8 +73,12 @@ class Side:
         assignments = self.plan.assignments
         if not assignments.keys() <= self.shapes.keys():
             return self.plan.bytes
-        formats = {name: Format.parse(name) for name in set(assignments.values())}
-        return sum(formats[name].stored_bytes(self.shapes[m]) for m, name in assignments.items())
+        return sum(self.bytes_of(module) for module in assignments)
+
+    def bytes_of(self, module: str) -> int:
+        """Bytes that a module of known shape takes where the plan runs."""
+        fmt = Format.parse(self.plan.assignments[module])
+        return byte_count(self.plan.runtime)(fmt, self.shapes[module])
 
     @property
     def weights(self) -> int:
@@ -168,7 +173,6 @@ def compare(first: Path, second: Path) -> PlanDifference:
 
 
 def _changes(a: Side, b: Side, modules: Sequence[str]) -> list[Change]:
-    shapes = a.shapes
     prices = _Prices([side.table for side in (a, b) if side.table is not None])
     changes = []
     for module in modules:
@@ -176,9 +180,8 @@ def _changes(a: Side, b: Side, modules: Sequence[str]) -> list[Change]:
         if before == after:
             continue
         size = None
-        if module in shapes:
-            size = Format.parse(after).stored_bytes(shapes[module])
-            size -= Format.parse(before).stored_bytes(shapes[module])
+        if module in a.shapes:
+            size = b.bytes_of(module) - a.bytes_of(module)
         kind, layer = prices.place(module)
         kl = prices.difference(module, before, after)
         changes.append(Change(module, kind, layer, before, after, size, kl))

@@ -47,6 +47,9 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     yield Row("size", format_bytes(x), format_bytes(y), bytes_change(y - x))
     p, q = 8 * x / found.first.weights, 8 * y / found.second.weights
     yield Row("bits per weight", f"{p:.3f}", f"{q:.3f}", f"{q - p:+.3f}")
+    if a.runtime != b.runtime:
+        first, second = (f"as {plan.runtime or 'bitplan'} stores it" for plan in (a, b))
+        yield Row("bytes", first, second, "sizes are of different files")
     first, second = _edited(found.first), _edited(found.second)
     if first or second:
         why = "predicted and measured KL are of the plan before the change"

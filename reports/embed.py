@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..quantizers.format import Format
 from ..search.confidence import Confidence
+from ..search.rules import byte_count
 from .binding import Economy
 from .data import FrontierData, size_unit
 from .run import RunData
@@ -41,7 +42,7 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
         found: Its :func:`.binding.economy`.
     """
     table, formats = run.table, run.formats
-    parsed = [Format.parse(name) for name in formats]
+    parsed, count = [Format.parse(name) for name in formats], byte_count(run.plan.runtime)
     classes: dict[tuple[tuple[int, int], ...], int] = {}
     shapes = [classes.setdefault(unit.shapes, len(classes)) for unit in table.units]
     kinds = list(dict.fromkeys(u.kind for u in table.units if u.layer is not None))
@@ -59,7 +60,7 @@ def page_data(run: RunData, frontier: FrontierData, found: Economy) -> dict[str,
             {
                 "text": " + ".join(f"{rows} × {cols}" for rows, cols in shape),
                 "weights": sum(rows * cols for rows, cols in shape),
-                "bytes": [sum(f.stored_bytes(matrix) for matrix in shape) for f in parsed],
+                "bytes": [sum(count(f, matrix) for matrix in shape) for f in parsed],
             }
             for shape in classes
         ],

@@ -14,7 +14,7 @@ from ..search.confidence import CONFIDENCE_FILE, Confidence
 from ..search.frontier import Frontier
 from ..search.limits import Limits
 from ..search.plan import PLAN_FILE, Plan
-from ..search.rules import Rules
+from ..search.rules import Rules, byte_count
 from ..search.runs import JobRecord
 from ..search.settings import SearchSettings, read_settings
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo
@@ -29,7 +29,7 @@ class RunData:
     Attributes:
         plan: The plan.
         frontier: The frontier.
-        table: The prices, with the units fused that the plan's runtime fuses.
+        table: The prices, as the plan's runtime has them (``Limits.for_runtime``).
         confidence: What resampling did to this very plan; None if it was not resampled.
         settings: What the search was asked for; None where the folder does not say.
     """
@@ -70,7 +70,7 @@ class RunData:
         """
         plan = Plan.load(folder / PLAN_FILE)
         limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
-        table = limits.fused(SensitivityTable.load(folder / PROFILE_FILE))
+        table = limits.for_runtime(SensitivityTable.load(folder / PROFILE_FILE))
         return cls(
             plan=plan,
             frontier=Frontier.load(folder / FRONTIER_FILE),
@@ -105,8 +105,8 @@ class RunData:
 
 def unit_bytes(run: RunData, unit: UnitInfo) -> int:
     """Bytes the plan stores a unit in."""
-    fmt = Format.parse(run.format_of(unit))
-    return sum(fmt.stored_bytes(shape) for shape in unit.shapes)
+    fmt, count = Format.parse(run.format_of(unit)), byte_count(run.plan.runtime)
+    return sum(count(fmt, shape) for shape in unit.shapes)
 
 
 def _confidence_of(folder: Path, plan: Plan, table: SensitivityTable) -> Confidence | None:

@@ -136,7 +136,8 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         before_text = f" (original {number(original)})" if original is not None else ""
         lines.append(("perplexity", number(measured.ppl) + before_text))
     if plan.runtime:
-        lines.append(("runtime", f"keeps to what {plan.runtime} can run"))
+        text = f"keeps to what {plan.runtime} can run, and counts the bytes it stores"
+        lines.append(("runtime", text))
     if plan.note:
         lines.append(("solver note", plan.note))
     return lines

@@ -62,7 +62,7 @@ class Goal:
 
     def problem(self, table: SensitivityTable) -> Problem:
         """The problem over weights, and caches if they share the budget."""
-        problem = build_problem(self.limits.fused(table), self.limits)
+        problem = build_problem(self.limits.for_runtime(table), self.limits)
         if self.search.solver not in SEVERAL_LIMITS:
             problem.require_bytes_only(self.search.solver)
         if self.search.vram is not None and self.search.solver not in MIXED_ROWS:

@@ -94,9 +94,8 @@ def run_search(
             kept = guarded(loaded.model, settings, loaded.samples, search.guard)
         with job.stage("profile"):
             profiled = profile_stage(loaded, run, reporter)
-        held_out = HeldOut(
-            loaded.model, limits.fused(profiled).units, settings.rounding, samples, run, reporter
-        )
+        units = limits.for_runtime(profiled).units
+        held_out = HeldOut(loaded.model, units, settings.rounding, samples, run, reporter)
         return _Search(settings, goal, profiled, held_out, kept, run, job, reporter).finish()
 
 
@@ -131,7 +130,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
             f"The calibration text {settings.calibration!r} here is not that of the search. Give "
             "every worker the same file; the built-in prose differs between versions of Python."
         )
-    table = search.limits().fused(loaded.blank_table())
+    table = search.limits().for_runtime(loaded.blank_table())
     with TemporaryDirectory() as folder:
         truth = Truth(loaded.model, table, inside, apart, Path(folder), settings.seed, reporter)
         return work(storage, job["study"], truth.oracle(search.search_tokens))
@@ -164,7 +163,7 @@ class _Search:
         reporter: Reporter,
     ) -> None:
         self.settings, self.search, self.goal = settings, goal.search, goal
-        self.table = goal.limits.fused(profiled)
+        self.table = goal.limits.for_runtime(profiled)
         self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
         self.units = len(self.table.units)
         self._kept = kept

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..kernels.latency import Device
 from ..quantizers.format import Format
 from ..sensitivity.fusion import fuse
-from ..sensitivity.table import SensitivityTable, UnitInfo
+from ..sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
 from .costs import (
     LatencyTable,
     bit_operations,
@@ -117,21 +117,24 @@ class Limits:
             max_ms=self.max_ms,
         )
 
-    def fused(self, table: SensitivityTable) -> SensitivityTable:
-        """The table with the units fused that the runtime runs as one matrix."""
-        return table.merged(self.rules.fusion_groups) if self.rules else table
+    def for_runtime(self, table: SensitivityTable) -> SensitivityTable:
+        """The table as the runtime has it: units fused that it runs as one, the bytes it stores."""
+        if self.rules is None:
+            return table
+        fused = table.merged(self.rules.fusion_groups)
+        return replace(fused, bytes=_bytes_for(fused, self.rules))
 
 
 def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
     """Turn a table and limits into arrays; format indices stay those of the table.
 
     Raises:
-        ValueError: If a glob matches nothing, a format is unknown, the runtime fuses units that
-            the table has apart, a time is missing, or a unit is left without a format.
+        ValueError: If a glob matches nothing, a format is unknown, the table is not as the runtime
+            has it (``Limits.for_runtime``), a time is missing, or a unit is left without a format.
     """
     problem = Problem.from_table(table, limits.pins, limits.formats)
     if limits.rules:
-        _check_fused(table, limits.rules)
+        _check_for_runtime(table, limits.rules)
     refusals = list(_refusals(table, limits))
     allowed = problem.allowed.copy()
     for refusal in refusals:
@@ -196,15 +199,25 @@ def _bits(table: SensitivityTable, name: str) -> int:
     return Format.parse(table.formats[format_index(table, name)] if name == "keep" else name).bits
 
 
-def _check_fused(table: SensitivityTable, rules: Rules) -> None:
+def _bytes_for(table: SensitivityTable, rules: Rules) -> NDArray[np.int64]:
+    """int64 [U, F], what every unit takes in a file for the runtime."""
+    return stored_bytes(table.units, [Format.parse(n) for n in table.formats], rules.stored_bytes)
+
+
+def _check_for_runtime(table: SensitivityTable, rules: Rules) -> None:
     for group in rules.fusion_groups:
         for unit, members in fuse(table.units, group):
             if len(members) > 1:
                 raise ValueError(
                     f"{rules.name} runs {unit.name!r} as one matrix with one format, but the table "
-                    f"has {len(members)} units for it. Take Limits.fused(table), or profile with "
-                    f"--group '{group}'."
+                    f"has {len(members)} units for it. Take Limits.for_runtime(table), or profile "
+                    f"with --group '{group}'."
                 )
+    if not np.array_equal(table.bytes, _bytes_for(table, rules)):
+        raise ValueError(
+            f"The table does not count the bytes that {rules.name} stores. Take "
+            "Limits.for_runtime(table)."
+        )
 
 
 def _refused(table: SensitivityTable, rules: Rules) -> NDArray[np.bool_]:

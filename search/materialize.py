@@ -31,6 +31,7 @@ from ..sensitivity.rendering import Renderer
 from ..sensitivity.table import PROFILE_FILE, UnitInfo
 from ..sensitivity.units import as_stored, find_units, unplanned_tensors
 from .plan import PLAN_FILE, Plan
+from .rules import byte_count
 
 GENERATION_FILE = "generation_config.json"
 
@@ -199,12 +200,13 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
             f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
         )
     planned = tuple(unit for unit in units if unit.name in plan.assignments)
-    formats = assignment_formats(plan)
-    size = sum(formats[u.name].stored_bytes(shape) for u in planned for shape in u.shapes)
+    formats, count = assignment_formats(plan), byte_count(plan.runtime)
+    size = sum(count(formats[u.name], shape) for u in planned for shape in u.shapes)
     if size != plan.bytes:
+        where = f" for {plan.runtime}" if plan.runtime else ""
         raise ValueError(
-            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B: it was changed "
-            "after it was made. Solve again."
+            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B{where}: it was "
+            "changed after it was made, or a version that counted otherwise made it. Solve again."
         )
     return planned
 

@@ -132,7 +132,8 @@ class Plan(_Strict):
 
     Attributes:
         assignments: Canonical module name -> format name; fused modules appear one by one.
-        bytes: Exact serialized bytes of the assigned weights.
+        bytes: Exact serialized bytes of the assigned weights: in a file for ``runtime``, or without
+            one in bitplan's own packed folder.
         weights: Number of weights assigned; ``bpw = 8 * bytes / weights``.
         predicted_kl: Predicted KL increase, nats per token; NaN if nothing predicted it, as for a
             plan read from another tool's file, and so for the next three.
@@ -141,7 +142,7 @@ class Plan(_Strict):
         resident_bytes: Bytes of the assigned weights as a device holds them, padding included; set
             when a memory was the budget.
         latency: Time of the plan; None if no device or table of times was given.
-        runtime: The runtime whose rules the plan keeps; None for none.
+        runtime: The runtime whose rules the plan keeps and whose bytes it counts; None for none.
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Literal, Self
@@ -36,6 +39,46 @@ class Integers(_Strict):
     zero_points: tuple[Literal["symmetric", "asymmetric"], ...] = Field(min_length=1)
 
 
+class StoredTensor(_Strict):
+    """A tensor that a runtime's files hold for every matrix in an integer format.
+
+    Elements are packed LSB-first along a row or a column, and each such line is filled up to whole
+    words; a short last group of weights is filled up before. With whole rows as groups (``gc``)
+    there is one element per row and group, so these are packed along the column in any case.
+
+    Attributes:
+        tensor: The last part of its name.
+        per: What it has one element of: a ``weight``, a ``group``, a ``column`` or the ``matrix``.
+        bits: Bits of an element; None for those of a code.
+        along: What elements are packed along.
+        word: Bits that a line is filled up to a multiple of.
+        only: The formats that have it, by their zero points; None for all.
+    """
+
+    tensor: str
+    per: Literal["weight", "group", "column", "matrix"]
+    bits: PositiveInt | None = None
+    along: Literal["row", "column"] = "row"
+    word: PositiveInt = 1
+    only: Literal["symmetric", "asymmetric"] | None = None
+
+    def nbytes(self, fmt: Format, shape: tuple[int, int]) -> int:
+        """Bytes of the tensor of a [rows, cols] matrix; 0 if the format has none."""
+        if self.only not in (None, "symmetric" if fmt.symmetric else "asymmetric"):
+            return 0
+        rows, cols = shape
+        lines, length = {
+            "weight": (rows, fmt.groups(cols) * fmt.group_size if fmt.group_size > 0 else cols),
+            "group": (rows, fmt.groups(cols)),
+            "column": (1, cols),
+            "matrix": (1, 1),
+        }[self.per]
+        if self.along == "column" or (self.per == "group" and fmt.group_size == PER_CHANNEL):
+            lines, length = length, lines
+        words = math.ceil(length * (self.bits or fmt.bits) / self.word)
+        return math.ceil(lines * words * self.word / 8)
+
+
 class Rules(_Strict):
     """The limits of one runtime.
 
@@ -51,6 +94,8 @@ class Rules(_Strict):
         whole_groups: Whether the last group of a row must be full.
         unquantized: Globs on modules that stay floats.
         fused: Last names of modules that it runs as one matrix and that must share one format.
+        storage: The tensors its files hold for a matrix of integers; empty if there is no such
+            file, or it takes the bytes of bitplan's own.
         candidates: The formats to profile for it by default.
         notes: What else to know before choosing it.
     """
@@ -66,6 +111,7 @@ class Rules(_Strict):
     whole_groups: bool = False
     unquantized: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
+    storage: tuple[StoredTensor, ...] = ()
     candidates: tuple[str, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
 
@@ -74,6 +120,8 @@ class Rules(_Strict):
         for names in self.fused:
             if len(names) < 2:
                 raise ValueError(f"fused: {list(names)} needs at least two names")
+        if self.storage and not any(stored.per == "weight" for stored in self.storage):
+            raise ValueError("storage: no tensor has an element per weight")
         for name in self.candidates:
             if name != "keep" and (reason := self._format_refusal(Format.parse(name))):
                 raise ValueError(f"candidates: {name} is refused ({reason})")
@@ -114,6 +162,12 @@ class Rules(_Strict):
             for bits, group, zero_point in product(s.bits, s.groups, s.zero_points)
         )
         return tuple(map(Format.parse, dict.fromkeys((*integers, *self.blocks, *self.floats))))
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
+        """Bytes of a [rows, cols] matrix in a file for this runtime."""
+        if fmt.kind != "int" or not self.storage:
+            return fmt.stored_bytes(shape)
+        return sum(stored.nbytes(fmt, shape) for stored in self.storage)
 
     def must_stay_float(self, name: str) -> bool:
         """Whether a module of this name cannot be quantized."""
@@ -168,6 +222,19 @@ class Rules(_Strict):
         if not any(zero_point in s.zero_points for s in with_group):
             return f"zero_points: at {fmt.bits} bits and {group} it takes no {zero_point} format"
         return None
+
+
+@cache
+def byte_count(runtime: str | None) -> Callable[[Format, tuple[int, int]], int]:
+    """What counts the bytes of a matrix [rows, cols] in a format.
+
+    Args:
+        runtime: The runtime that it is stored for; None for bitplan's own packed folders.
+
+    Raises:
+        ValueError: If there are no rules for the runtime.
+    """
+    return Format.stored_bytes if runtime is None else Rules.load(runtime).stored_bytes
 
 
 def names() -> list[str]:

@@ -81,7 +81,7 @@ def solve(
     max_bytes = parsed.resolve(table.weights, outside_bytes(table, parsed))
     if limits is None:
         limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})
-    table = limits.fused(table)
+    table = limits.for_runtime(table)
     problem = build_problem(table, limits)
     if fastest:
         if max_kl is None or not limits.timed:
@@ -119,7 +119,7 @@ def write_program(table: Path, budget: str, limits: Limits, path: Path) -> None:
         ValueError: As :func:`solve`, or for another suffix.
     """
     parsed = Budget.parse(budget)
-    fused = limits.fused(SensitivityTable.load(table))
+    fused = limits.for_runtime(SensitivityTable.load(table))
     max_bytes = parsed.resolve(fused.weights, outside_bytes(fused, parsed))
     write_ilp(build_problem(fused, limits), max_bytes, path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class SensitivityTable:
     Attributes:
         units: The U units.
         formats: Canonical names of the F candidate formats.
-        bytes: int64 [U, F], ``Format.stored_bytes`` summed over a unit's matrices.
+        bytes: int64 [U, F], ``Format.stored_bytes`` summed over a unit's matrices; of a table for
+            a runtime (``Limits.for_runtime``), the bytes in that runtime's files.
         kl: float64 [U, F], predicted KL increase in nats per token; NaN = not allowed.
         stderr: float64 [U, F], standard error of ``kl`` (0 where the metric is deterministic).
         scores: float32 [N, U, F] per-sequence scores ``s`` with ``kl = mean(s**2)``, in
@@ -240,12 +241,23 @@ class SensitivityTable:
             )
 
 
-def stored_bytes(units: Sequence[UnitInfo], formats: Sequence[Format]) -> NDArray[np.int64]:
-    """Exact bytes of every unit in every format: int64 [U, F]."""
-    return np.array(
-        [[sum(fmt.stored_bytes(s) for s in unit.shapes) for fmt in formats] for unit in units],
-        dtype=np.int64,
-    )
+def stored_bytes(
+    units: Sequence[UnitInfo],
+    formats: Sequence[Format],
+    count: Callable[[Format, tuple[int, int]], int] = Format.stored_bytes,
+) -> NDArray[np.int64]:
+    """Exact bytes of every unit in every format: int64 [U, F].
+
+    Args:
+        units: The units; those of the same shapes are counted once.
+        formats: The formats.
+        count: Counts the bytes of a matrix [rows, cols] in a format.
+    """
+    rows = {
+        shapes: [sum(count(fmt, shape) for shape in shapes) for fmt in formats]
+        for shapes in {unit.shapes for unit in units}
+    }
+    return np.array([rows[unit.shapes] for unit in units], dtype=np.int64)
 
 
 def _ratio(value: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -169,6 +169,7 @@ def fake_run(
     """
     table = fake_table(units or transformer_units(3), formats)
     limits = search.limits() if search else Limits()
+    seen = limits.for_runtime(table)
     if search:
         budget = search.budget or budget
         asked = {"profile": asdict(ProfileSettings("tiny")), "search": asdict(search)}
@@ -177,7 +178,7 @@ def fake_run(
                 with job.stage(name):
                     pass
     plan = solve(table, budget, limits=limits, command=f"bitplan search tiny --budget {budget}")
-    frontier = Frontier.from_problem(build_problem(table, limits), plan.model)
+    frontier = Frontier.from_problem(build_problem(seen, limits), plan.model)
     if measured:
         plan = measure(plan, frontier)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from itertools import cycle
 
 from bitplan.quantizers.format import Format
 from bitplan.search.plan import BudgetRef, ModelRef, Plan
-from bitplan.search.rules import Rules
+from bitplan.search.rules import Rules, byte_count
 from bitplan.sensitivity.fusion import fuse
 from bitplan.sensitivity.models import LoadedModel, state_sha256
 from bitplan.sensitivity.units import find_units
@@ -16,7 +16,8 @@ from bitplan.sensitivity.units import find_units
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:
     """A plan with these formats, its bytes counted."""
     shapes = {unit.name: unit.shapes[0] for unit in find_units(model.module)}
-    size = sum(Format.parse(fmt).stored_bytes(shapes[name]) for name, fmt in formats.items())
+    count = byte_count(runtime)
+    size = sum(count(Format.parse(fmt), shapes[name]) for name, fmt in formats.items())
     weights = sum(shapes[name][0] * shapes[name][1] for name in formats)
     return Plan(
         model=ModelRef(id=model.id, sha256=state_sha256(model.module)),

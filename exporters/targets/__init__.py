@@ -102,10 +102,6 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Bytes the target's layout takes for a [rows, cols] matrix; ours unless it differs."""
-        return fmt.stored_bytes(shape)
-
     def recognizes(self, path: Path) -> bool:
         """Whether a file or folder is this target's, so that ``bitplan import`` can read it."""
         return False

@@ -62,10 +62,6 @@ class AutoRound(Exporter):
 
         write_folder(source, out, pack, {"quantization_config": _config(source, packing)})
 
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Zero points are always stored."""
-        return gptq.stored_bytes(fmt, shape)
-
     def recognizes(self, path: Path) -> bool:
         """A folder whose quantization_config says so."""
         return method_of(path) in {"auto-round", "intel/auto-round"}

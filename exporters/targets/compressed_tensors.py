@@ -51,12 +51,6 @@ class CompressedTensors(Exporter):
         """Write ``pack-quantized`` tensors and a ``quantization_config`` with exact names."""
         write_folder(source, out, to_compressed_tensors, {"quantization_config": _config(source)})
 
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Codes in 32-bit words per row, float16 scales, the shape as two int64."""
-        (rows, cols), groups = shape, fmt.groups(shape[1])
-        zero = 0 if fmt.symmetric else groups * _words(rows, fmt.bits)
-        return 4 * (rows * _words(cols, fmt.bits) + zero) + 2 * rows * groups + 16
-
     def recognizes(self, path: Path) -> bool:
         """A folder whose quantization_config says so."""
         return method_of(path) == "compressed-tensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+from ...search.rules import byte_count
 from ..source import Source
 from . import EXPORTERS, Exporter
 
@@ -22,11 +23,11 @@ class Csv(Exporter):
         table.writerow(
             ["module", "format", "bits", "group_size", "symmetric", "rows", "cols", "bytes"]
         )
-        formats, shapes = source.formats, source.shapes
+        formats, shapes, count = source.formats, source.shapes, byte_count(source.plan.runtime)
         for unit in source.units:
             fmt, (rows, cols) = formats[unit.name], shapes[unit.name]
             group = "" if fmt.kind == "float" else cols if fmt.group_size == 0 else fmt.group_size
-            size = fmt.stored_bytes((rows, cols))
+            size = count(fmt, (rows, cols))
             table.writerow(
                 [unit.name, fmt.name, fmt.bits, group, int(fmt.symmetric), rows, cols, size]
             )

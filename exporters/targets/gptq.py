@@ -54,10 +54,6 @@ class Gptq(Exporter):
         write_folder(source, out, pack, {"quantization_config": config})
         (out / "quantize_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Zero points are always stored, and the group of every column."""
-        return gptq.stored_bytes(fmt, shape) + 4 * shape[1]
-
     def recognizes(self, path: Path) -> bool:
         """A folder whose quantization_config says so."""
         return method_of(path) == "gptq"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ...search.rules import byte_count
 from ..source import Source
 from . import EXPORTERS, Exporter
 
@@ -18,12 +19,13 @@ class Json(Exporter):
     def config(self, source: Source) -> str:
         """One object per module."""
         plan, shapes = source.plan, source.shapes
+        count = byte_count(plan.runtime)
         modules: dict[str, dict[str, Any]] = {}
         for name, fmt in source.formats.items():
             entry: dict[str, Any] = {"format": fmt.name, "bits": fmt.bits, "shape": shapes[name]}
             if fmt.kind == "int":
                 entry |= {"group_size": fmt.group_size or shapes[name][1], "sym": fmt.symmetric}
-            modules[name] = entry | {"bytes": fmt.stored_bytes(shapes[name])}
+            modules[name] = entry | {"bytes": count(fmt, shapes[name])}
         data = {
             "model": plan.model.model_dump(),
             "bytes": plan.bytes,

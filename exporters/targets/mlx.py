@@ -31,7 +31,7 @@ class Mlx(Exporter):
 
     MLX stores a bias per group where we store a zero point: w = q * scale + bias. Of a symmetric
     format float16 holds it exactly. Of an asymmetric one only float32 does, and the scales must
-    have the same dtype: 8 bytes per group, where the plan has 2 and the zero point.
+    have the same dtype.
     """
 
     runtimes = ("mlx",)
@@ -59,12 +59,6 @@ class Mlx(Exporter):
         config = _config(source)
         entries = {"quantization": config, "quantization_config": config}
         write_folder(source, out, to_mlx, entries | _rotations(source))
-
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Codes, and a scale and a bias per group: float16 if symmetric, else float32."""
-        rows, cols = shape
-        pair = 4 if fmt.symmetric else 8
-        return rows * cols * fmt.bits // 8 + pair * rows * fmt.groups(cols)
 
     def recognizes(self, path: Path) -> bool:
         """A folder whose config.json has a section ``quantization`` with bits."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...quantizers.format import Format
 from ...search.materialize import save_hugging_face_files
 from ...sensitivity.evaluate import Run
 from ...sensitivity.models import Batch, LoadedModel
@@ -58,16 +57,6 @@ class Onnx(Exporter):
         beside = f"{FILE}.data" if size > LARGEST else None
         onnx_ir.save(graph, out / FILE, external_data=beside)
         save_hugging_face_files(source.model, out)
-
-    def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
-        """Whole groups, float16 scales; zero points packed by row, or as one tensor."""
-        rows, cols = shape
-        groups, bits = fmt.groups(cols), fmt.bits
-        if fmt.group_size > 0:
-            codes, zero = rows * groups * fmt.group_size * bits // 8, rows * -(-groups * bits // 8)
-        else:
-            codes, zero = -(-rows * cols * bits // 8), -(-rows * bits // 8)
-        return codes + 2 * rows * groups + (0 if fmt.symmetric else zero)
 
     def recognizes(self, path: Path) -> bool:
         """An .onnx file, or a folder with a model.onnx."""

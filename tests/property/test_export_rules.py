@@ -13,7 +13,7 @@ from bitplan.exporters.checks import snap, violations
 from bitplan.quantizers.format import Format
 from bitplan.search import rules
 from bitplan.search.limits import Limits, build_problem
-from bitplan.search.rules import Rules
+from bitplan.search.rules import Rules, byte_count
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
 from bitplan.tests.fakes import fake_table
@@ -24,12 +24,19 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def random_units(generator: np.random.Generator) -> tuple[UnitInfo, ...]:
-    """Two layers with an embedding; some matrices have rows that few formats fit."""
-    units = []
+    """Two layers with an embedding; some inputs have a width that few formats fit.
+
+    Matrices that a runtime may fuse (q, k, v and gate, up) read the same input.
+    """
+    units: list[UnitInfo] = []
+    width: dict[tuple[int | None, str], int] = {}
     for unit in units_of(2, embedding=True):
         rows, cols = unit.shapes[0]
         if generator.random() < 0.2:
             cols = int(generator.choice([96, 256, 512, 640]))
+        last = unit.name.rpartition(".")[2]
+        reads = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
+        cols = width.setdefault((unit.layer, reads), cols)
         units.append(replace(unit, shapes=((rows, cols),)))
     return tuple(units)
 
@@ -57,7 +64,7 @@ def test_a_plan_for_a_runtime_never_breaks_its_rules(name: str, seed: int) -> No
     found = Rules.load(name)
     apart = random_table(generator, found)
     limits = Limits(rules=found)
-    table = limits.fused(apart)
+    table = limits.for_runtime(apart)
     problem = build_problem(table, limits)
     open_ = np.isfinite(problem.loss)
     least = np.where(open_, table.bytes, np.iinfo(np.int64).max).min(1).sum()
@@ -95,4 +102,6 @@ def test_snapped_plans_keep_the_rules_and_no_unit_loses_bits(name: str, seed: in
     assert all(fmt.bits >= before[n].bits for n, fmt in after.items())
     assert set(changed) == {n for n in before if after.get(n) != before[n]}
     shapes = {unit.name: unit.shapes[0] for unit in units}
-    assert rounded.bytes == sum(fmt.stored_bytes(shapes[n]) for n, fmt in after.items())
+    count = byte_count(name if changed else None)
+    assert rounded.bytes == sum(count(fmt, shapes[n]) for n, fmt in after.items())
+    assert rounded.runtime == (name if changed else None)

@@ -87,7 +87,7 @@ def random_case(seed: int) -> Case:
         max_ms=float(generator.uniform(0.2, 1) * len(table.units)) if timed else None,
         rules=Rules.load(name) if name else None,
     )
-    table = limits.fused(table)
+    table = limits.for_runtime(table)
     least, most = (int(f(table.bytes, axis=1).sum()) for f in (np.min, np.max))
     return Case(table, limits, int(generator.integers(least, most + 1)))
 

@@ -153,12 +153,12 @@ def test_rules_restrict_and_the_error_offers_what_the_runtime_takes() -> None:
     formats = ("int2-g64", "int4-g64", "int8-gc", "bf16")
     rules = Rules.load("vllm")
     limits = Limits(rules=rules)
-    problem = build_problem(limits.fused(table(formats)), limits)
+    problem = build_problem(limits.for_runtime(table(formats)), limits)
     assert taken(problem, "model.embed_tokens") == ["bf16"]
     qkv = "model.layers.0.self_attn.{q_proj,k_proj,v_proj}"
     assert taken(problem, qkv) == ["int4-g64", "int8-gc", "bf16"]
     with pytest.raises(ValueError) as error:
-        build_problem(limits.fused(table(formats[:3])), limits)
+        build_problem(limits.for_runtime(table(formats[:3])), limits)
     assert str(error.value) == (
         "Unit 'model.embed_tokens' is left without a format: the profile leaves int2-g64, "
         "int4-g64, int8-gc, --for vllm refuses int2-g64, int4-g64, int8-gc (bits: it takes 4, 8, "

@@ -263,7 +263,7 @@ def test_targets_runtimes_and_notes_are_named(run: RunData) -> None:
     more = {"budget": budget, "runtime": "vllm", "note": "5 plans measured."}
     plan = run.plan.model_copy(update=more)
     assert fact(plan, "bits per weight").endswith(" (target KL <= 0.1)")
-    assert fact(plan, "runtime") == "keeps to what vllm can run"
+    assert fact(plan, "runtime") == "keeps to what vllm can run, and counts the bytes it stores"
     assert fact(plan, "solver note") == "5 plans measured."
 
 
