@@ -75,9 +75,11 @@ def verify(
             "environment that has it."
         )
     source = exported.source
-    if python is None and (most := exporter.most_tokens()):
-        tokens = min(tokens, most)
+    most, asked = exporter.most_tokens() if python is None else None, tokens
+    tokens = min(tokens, most or tokens)
     samples = evaluation_samples(source.model, text, tokens, min(128, tokens))
+    why = f", not {asked:,}: the tool answers one at a time" if tokens < asked else ""
+    source.reporter.say(f"Comparing logits on {tokens:,} tokens{why}")
     if python is None:
         run = exporter.logits(exported.path)
     else:

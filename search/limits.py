@@ -146,7 +146,7 @@ def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
         problem,
         loss=np.where(allowed, problem.loss, np.inf),
         constraints=tuple(_constraints(table, limits, allowed)),
-        floor=_floor(table, limits.rules) if limits.rules else "",
+        floor=_floor(table, limits.rules, allowed) if limits.rules else "",
     )
 
 
@@ -241,8 +241,14 @@ def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def _floor(table: SensitivityTable, rules: Rules) -> str:
-    """The units that a runtime keeps as floats, which no budget makes smaller; empty if none."""
+def _floor(table: SensitivityTable, rules: Rules, allowed: NDArray[np.bool_]) -> str:
+    """Why a runtime has no smaller plan, and what to do; empty if no rule is in the way."""
+    priced = [name for f, name in enumerate(table.formats) if allowed[:, f].any()]
+    if all(Format.parse(name).kind == "float" for name in priced):
+        return (
+            f"{rules.name} runs none of the profile's formats but {', '.join(priced)}. Search, or "
+            f"profile, with --for {rules.name}, so that the formats it has are measured."
+        )
     held, globs = [], []
     for unit in table.units:
         names = (*unit.modules, *unit.aliases)

@@ -38,7 +38,7 @@ class CompressedTensors(Exporter):
 
     runtimes: ClassVar[tuple[str, ...]] = ("transformers",)
     extra: ClassVar[str | None] = "compressed-tensors"
-    module = "compressed_tensors"
+    module: ClassVar[str | None] = "compressed_tensors"
     form: ClassVar[Literal["folder", "file"] | None] = "folder"
     noise = "none: the logits are equal bit for bit"
     max_kl = 1e-6

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bitplan.exporters.export import export
 from bitplan.exporters.onnx_modules import QuantizedLinear
 from bitplan.exporters.targets import EXPORTERS
-from bitplan.exporters.targets.onnx import openvino_logits
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods.rtn import rtn
 from bitplan.quantizers.packed import PackedTensor
@@ -158,7 +157,7 @@ def test_every_format_runs_in_openvino(graph: tuple[Path, Run]) -> None:
     needs("openvino")
     images = torch.randn(3, 3, 12, 12)
     path, ours = graph
-    assert worst_branch(ours(images), openvino_logits(path)(images)) < 1e-5
+    assert worst_branch(ours(images), EXPORTERS.get("openvino")().logits(path)(images)) < 1e-5
 
 
 def test_the_graph_keeps_no_dense_copy_and_no_path_of_this_machine(
@@ -201,7 +200,7 @@ def test_output_channels_with_formats_of_their_own_run(tmp_path: Path) -> None:
     ours = (x @ torch.cat([block.dequantize() for block in blocks]).T)[:, None]
     assert error(ours, EXPORTERS.get("onnx")().logits(tmp_path)(x)) < 1e-5
     if find_spec("openvino"):
-        assert error(ours, openvino_logits(tmp_path)(x)) < 1e-5
+        assert error(ours, EXPORTERS.get("openvino")().logits(tmp_path)(x)) < 1e-5
 
 
 def test_swapped_scales_are_seen_in_onnx_runtime(graph: tuple[Path, Run], tmp_path: Path) -> None:
@@ -231,4 +230,4 @@ def test_a_language_model_runs_in_both(wide: LoadedModel, tmp_path: Path) -> Non
     assert error(ours, EXPORTERS.get("onnx")().logits(done.path)(IDS)) < 1e-5
     assert done.stored and done.size < done.stored + 1.1 * 4 * 512 * 256 + 1e6
     if find_spec("openvino"):
-        assert error(ours, openvino_logits(done.path)(IDS)) < 1e-5
+        assert error(ours, EXPORTERS.get("openvino")().logits(done.path)(IDS)) < 1e-5
