@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .source import Source
 
 CONFIG = "config.json"
 FILE = "model.safetensors"
+SHARD = 2_000_000_000  # bytes of tensors per file, and so the most that is held to be written
 
 
 def write_folder(
@@ -29,7 +30,7 @@ def write_folder(
     pack: Callable[[PackedTensor], Mapping[str, Tensor]],
     entries: Mapping[str, Any],
 ) -> None:
-    """Write model.safetensors, config.json and the tokenizer.
+    """Write the weights, config.json and the tokenizer.
 
     Args:
         source: Plan and weights of a causal language model of transformers.
@@ -46,16 +47,59 @@ def write_folder(
             f"{source.plan.model.id} is no causal language model of transformers, and these "
             "folders hold no other. `--to onnx` takes any module."
         )
-    tensors: dict[str, Tensor] = {}
-    for name, packed in source.each():
-        parts = packed.tensors if packed.fmt.kind == "float" else pack(packed)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    tensors |= dict(source.others())
-    save_file(tensors, out / FILE, {"format": "pt"})
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        for name, packed in source.each():
+            parts = packed.tensors if packed.fmt.kind == "float" else pack(packed)
+            yield {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        for name, tensor in source.others():
+            yield {name: tensor}
+
+    save_tensors(tensors(), out)
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
     config["dtype"] = source.model.source_dtype
     text = json.dumps(config | dict(entries), indent=1, ensure_ascii=False)
     (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
+    """Write tensors as they come, so that no more than one file of them is in memory.
+
+    Up to ``SHARD`` bytes become ``model.safetensors``; more become several files
+    (``model-00001-of-00003.safetensors``) with an index, as on the Hub.
+
+    Args:
+        tensors: Tensors by name; those that come together stay in one file.
+        folder: An existing folder.
+    """
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(held, folder / str(len(files)), {"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    for together in tensors:
+        more = sum(tensor.nbytes for tensor in together.values())
+        if held and size + more > SHARD:
+            flush()
+            size = 0
+        held |= together
+        size += more
+        total += more
+    flush()
+    if len(files) == 1:
+        (folder / "0").rename(folder / FILE)
+        return
+    places: dict[str, str] = {}
+    for i, names in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / str(i)).rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{FILE}.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def linear_names(source: Source, also: Sequence[str] = ()) -> list[str]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitplan.exporters import folder
 from bitplan.exporters.export import export
 from bitplan.exporters.gptq import name_pattern
 from bitplan.exporters.importing import import_plan
+from bitplan.exporters.targets import find
+from bitplan.exporters.verify import weight_error
 from bitplan.search.materialize import quantize
 from bitplan.sensitivity.models import LoadedModel, Workload
 from bitplan.sensitivity.units import find_units
@@ -127,6 +133,60 @@ def test_an_export_replaces_an_export_and_nothing_else(wide: LoadedModel, tmp_pa
     packed = quantize(plan, tmp_path / "packed", wide)
     with pytest.raises(ValueError, match="not an exported model"):
         export(plan, "mlx", packed, model=wide)
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "autoround", "gptq", "mlx"])
+def test_large_folders_are_several_files(
+    to: str, wide: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = hand_made(wide, dict.fromkeys(layers(wide), "int4-g32"))
+    export(plan, to, tmp_path / "whole", model=wide)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    monkeypatch.setattr(folder, "SHARD", 200_000)
+    out = tmp_path / "out"
+    done = export(plan, to, out, model=wide)  # which reads it back
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    count = len(files)
+    assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert count > 3
+    assert not any(path.suffix == "" for path in out.iterdir())
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors = load_file(out / file)
+        assert {index["weight_map"][name] for name in tensors} == {file}
+        modules = {name.rpartition(".")[0] for name in tensors}
+        assert sum(t.nbytes for t in tensors.values()) <= 200_000 or len(modules) == 1
+        found |= tensors
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    assert index["weight_map"].keys() == found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    parts: dict[str, set[str]] = {}
+    for name, file in index["weight_map"].items():
+        parts.setdefault(name.rpartition(".")[0], set()).add(file)
+    assert all(len(where) == 1 for where in parts.values())
+    assert weight_error(find(to)[1], done.source, out) == 0.0
+
+
+def test_no_more_than_a_file_of_tensors_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "SHARD", 10_000)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def tensors() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal most
+        for i in range(40):
+            made = torch.full((600,), float(i))
+            alive.append(weakref.ref(made))
+            most = max(most, sum(t.nbytes for ref in alive if (t := ref()) is not None))
+            yield {f"{i}.weight": made}
+
+    folder.save_tensors(tensors(), tmp_path)
+    # A full file, the matrix that no longer fits, and the one the generator makes.
+    assert 2400 < most <= 10_000 + 2 * 2400
+    assert len(list(tmp_path.glob("*.safetensors"))) == 10
 
 
 def test_mlx_finds_the_rotations_where_it_looks(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from bitplan.search.rules import Rules
 from bitplan.sensitivity.evaluate import Run
 from bitplan.sensitivity.models import LoadedModel, Workload
 from bitplan.sensitivity.units import find_units
-from bitplan.tests.plans import hand_made
+from bitplan.tests.plans import hand_made, mixed
 
 # Target, its runtime, the largest relative error of the logits. Zero: equal bit for bit.
 FOLDERS = [
@@ -87,6 +87,24 @@ def test_two_swapped_scales_are_seen_in_the_logits(
     file.unlink()
     right = export(plan, name, tmp_path / "right", runtime=runtime, model=wide)
     assert error(exporter.logits(right.path)(IDS), wrong) > 1e-5
+
+
+@pytest.mark.parametrize(("name", "runtime", "most"), FOLDERS)
+def test_a_folder_of_several_files_runs(
+    name: str,
+    runtime: str,
+    most: float,
+    wide: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exporter = EXPORTERS.get(name)()
+    needs(str(exporter.module))
+    monkeypatch.setattr("bitplan.exporters.folder.SHARD", 200_000)
+    plan = mixed(wide, Rules.load(runtime))
+    done = export(plan, name, tmp_path / "out", model=wide)
+    assert len(list(done.path.glob("*.safetensors"))) > 3
+    assert error(done.source.logits(IDS), exporter.logits(done.path)(IDS)) <= most
 
 
 class Branch(nn.Module):

@@ -170,14 +170,16 @@ def test_rules_restrict_and_the_error_offers_what_the_runtime_takes() -> None:
 
 def test_a_tied_embedding_is_refused_by_either_name() -> None:
     rules = Rules.load("vllm").model_copy(update={"unquantized": ("lm_head",), "fused": ()})
-    problem = build_problem(table(), Limits(rules=rules))
+    limits = Limits(rules=rules)
+    problem = build_problem(limits.for_runtime(table()), limits)
     assert taken(problem, "model.embed_tokens") == ["bf16"]
 
 
 def test_every_matrix_of_a_fused_unit_must_be_allowed() -> None:
     units = (UnitInfo("m.{a,b}", ("m.a", "m.b"), ((32, 64), (33, 64)), "{a,b}", 0),)
-    rules = Rules.load("vllm")
-    problem = build_problem(fake_table(units, ("int4-g32", "bf16")), Limits(rules=rules))
+    limits = Limits(rules=Rules.load("vllm"))
+    priced = limits.for_runtime(fake_table(units, ("int4-g32", "bf16")))
+    problem = build_problem(priced, limits)
     assert taken(problem, "m.{a,b}") == ["bf16"]
 
 
@@ -189,6 +191,17 @@ def test_units_a_runtime_fuses_must_be_one() -> None:
         r"with one format, but the table has 3 units .*--group 'q_proj,k_proj,v_proj'",
     ):
         build_problem(table(), limits)
+
+
+def test_bytes_of_another_layout_are_refused() -> None:
+    limits = Limits(rules=Rules.load("mlx"))
+    plain = fake_table(transformer_units(1), ("int4-g64", "int4-g64-asym", "bf16"))
+    with pytest.raises(ValueError, match="does not count the bytes that mlx stores"):
+        build_problem(plain, limits)
+    problem = build_problem(limits.for_runtime(plain), limits)
+    u, weights = problem.units.index("model.layers.0.mlp.up_proj"), 1536 * 576
+    # A scale and a bias per group of 64: float16 if symmetric, else float32.
+    assert (8 * problem.bytes[u] / weights).tolist() == [4.5, 5.0, 16.0]
 
 
 def test_bops_are_weights_times_bits_times_sixteen() -> None:
@@ -312,7 +325,7 @@ def test_a_budget_below_what_a_runtime_leaves_unquantized_names_the_rule() -> No
     )
     assert "--exclude '*embed*', so that the budget counts only" in str(error.value)
     without = fake_table(transformer_units(3), ("int4-g32", "int8-g64", "bf16"))
-    assert solve(without, "4.5bpw", limits=Limits(rules=Rules.load("vllm"))).bpw <= 4.5
+    assert solve(without, "4.6bpw", limits=Limits(rules=Rules.load("vllm"))).bpw <= 4.6
     with pytest.raises(ValueError, match="Raise the budget or allow a format with fewer bits"):
         solve(without, "2bpw", limits=Limits(rules=Rules.load("vllm")))
     foreign = fake_table(transformer_units(3), ("int3-g64", "int4-g64-asym", "bf16"))
