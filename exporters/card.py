@@ -21,7 +21,12 @@ FIGURES = {  # of a run folder
 
 
 def write_card(
-    source: Source, target: str, rules: Rules | None, folder: Path, run: Path | None = None
+    source: Source,
+    target: str,
+    rules: Rules | None,
+    folder: Path,
+    run: Path | None = None,
+    layout: str | None = None,
 ) -> Path:
     """Write README.md: what the model is, how its bits are spread, how it was made.
 
@@ -31,6 +36,7 @@ def write_card(
         rules: What the plan was checked against.
         folder: Where to write.
         run: A run folder, whose figures are taken along.
+        layout: The target whose files these are; by default the target itself.
 
     Returns:
         The file.
@@ -64,6 +70,7 @@ def write_card(
     text = environment.get_template("card.md").render(
         plan=plan,
         target=target,
+        layout=layout or target,
         rules=rules,
         rows=rows,
         base=base,

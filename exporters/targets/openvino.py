@@ -17,6 +17,7 @@ from .onnx import FILE, Onnx, as_logits, feed
 class OpenVino(Onnx):
     """The same graphs, run in OpenVINO."""
 
+    layout = "onnx"
     extra = "openvino"
     module = "openvino"
 

