@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +72,29 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
     parser.add_argument("--profile", type=Path, help="take this one instead of making one")
     parser.add_argument("--targets", help="only these, comma-separated; nothing is written")
+    parser.add_argument("--kept", action="store_true", help="only write down the rows there are")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
-    model = load_model("smollm2", "cpu")
     profile = options.profile or profiled(options.work / "exports")
     where = options.work / "exported"
     rows: list[Row] = []
     for name, runtime in cases(options.targets):
         for budget in BUDGETS:
             python = pythons.get(shown_name(name)) or pythons.get(runtime)
-            new = partial(row, name, runtime, budget, profile, model, where, text, python)
-            rows.append(kept(where / f"{name}-{runtime}-{budget}.row.json", new))
+            file = where / f"{name}-{runtime}-{budget}.row.json"
+            if options.kept and not file.is_file():
+                rows.append(empty(name, runtime, budget) | {"note": "not run"})
+                continue
+            new = partial(row, name, runtime, budget, profile, where, text, python)
+            rows.append(kept(file, new))
     if options.targets:
         return
-    arithmetic = list(arithmetic_of_llama_cpp(where, profile, model, text))
+    arithmetic = list(arithmetic_of_llama_cpp(where, profile, text))
     tables = {"llama.cpp's arithmetic": arithmetic}
     if options.llama_bin:
         tables["Perplexity in llama.cpp at equal size"] = list(
-            perplexities(options.llama_bin, options.work, profile, model, text, options.chunks)
+            perplexities(options.llama_bin, options.work, profile, text, options.chunks)
         )
     uniform = [found["kl"] for found in arithmetic if found["file"] in UNIFORM]
     noisy = [name for name in EXPORTERS.names() if EXPORTERS.get(name).noise]
@@ -146,7 +150,7 @@ def judged(row: Row, uniform: list[float]) -> Row:
     if row["kl"] is not None:
         fits = row["kl"] <= limit and abs(row["stored_over_plan"] - 1) <= MOST_BYTES
         reached = "yes" if fits else "no"
-    elif row["bpw"] is None:
+    elif row["bpw"] is None and row["note"] != "not run":
         reached = "no such plan"
     note = row.pop("note")
     return row | {"kl_limit": limit, "reached": reached, "note": note}
@@ -174,27 +178,37 @@ def profiled(run: Path) -> Path:
     return run / PROFILE_FILE
 
 
+@cache
+def smollm2() -> LoadedModel:
+    """The model, loaded when the first row needs it."""
+    return load_model("smollm2", "cpu")
+
+
+def empty(name: str, runtime: str, budget: str) -> Row:
+    """A row without figures."""
+    keys = ("bpw", "plan_mb", "stored_over_plan", "unquantized_mb", "other_mb", "weight_error")
+    figures = dict.fromkeys((*keys, "kl", "logit_error", "same_top1", "tool", "note"))
+    return {"target": shown_name(name), "runtime": runtime, "budget": budget} | figures
+
+
 def row(
     name: str,
     runtime: str,
     budget: str,
     profile: Path,
-    model: LoadedModel,
     folder: Path,
     text: Path,
     python: str | None,
 ) -> Row:
     """Solve, export, read back, run."""
-    result: Row = {"target": shown_name(name), "runtime": runtime, "budget": budget}
-    keys = ("bpw", "plan_mb", "stored_over_plan", "unquantized_mb", "other_mb", "weight_error")
-    result |= dict.fromkeys((*keys, "kl", "logit_error", "same_top1", "tool", "note"))
+    result = empty(name, runtime, budget)
     exporter = EXPORTERS.get(name)()
     try:
         plan = solve(profile, budget, limits=Limits(rules=Rules.load(runtime)))
     except ValueError as error:
         return result | {"note": str(error).split(". ")[0]}
     out = folder / f"{name}-{runtime}-{budget}{exporter.suffix}"
-    done = export(plan, shown_name(name), out, runtime=runtime, model=model)
+    done = export(plan, shown_name(name), out, runtime=runtime, model=smollm2())
     assert done.stored is not None
     tensors = tensor_bytes(out)
     result |= {
@@ -243,9 +257,7 @@ def tensor_bytes(path: Path) -> int:
     return total
 
 
-def arithmetic_of_llama_cpp(
-    folder: Path, profile: Path, model: LoadedModel, text: Path
-) -> Iterator[Row]:
+def arithmetic_of_llama_cpp(folder: Path, profile: Path, text: Path) -> Iterator[Row]:
     """What of a GGUF file's KL is llama.cpp's rounding of activations.
 
     Uniform plans show the rounding without any choice of ours; the mixed file with its weights as
@@ -255,16 +267,16 @@ def arithmetic_of_llama_cpp(
     if not gguf.installed():
         return
     rules = Rules.load("llama.cpp")
-    samples = evaluation_samples(model, str(text), TOKENS, 128)
 
     def made(what: str, pins: dict[str, str], budget: str, as_float: bool) -> Row:
         plan = solve(profile, budget, limits=Limits(rules=rules, pins=pins))
         file = folder / "arithmetic.gguf"
         file.unlink(missing_ok=True)
-        done = export(plan, "gguf", file, model=model)
+        done = export(plan, "gguf", file, model=smollm2())
         if as_float:
             as_floats(file, folder / "arithmetic-F32.gguf")
             file = folder / "arithmetic-F32.gguf"
+        samples = evaluation_samples(smollm2(), str(text), TOKENS, 128)
         found = compare(done.source.logits, gguf.logits(file), samples.batches, gguf.max_kl)
         return {"file": what, "plan_bpw": plan.bpw} | figures(found)
 
@@ -275,7 +287,7 @@ def arithmetic_of_llama_cpp(
 
 
 def perplexities(
-    programs: Path, work: Path, profile: Path, model: LoadedModel, text: Path, chunks: int
+    programs: Path, work: Path, profile: Path, text: Path, chunks: int
 ) -> Iterator[dict[str, Any]]:
     """llama.cpp's own quantizations, and plans of ours of the same size."""
     plain = work / "smollm2-F32.gguf"
@@ -294,10 +306,11 @@ def perplexities(
             if tensor.name.startswith("blk.") and len(tensor.shape) == 2
         )
         yield measured(programs, theirs, text, chunks) | {"file": f"llama.cpp {kind}"}
-        limits = Limits(rules=Rules.load("llama.cpp"), bans=LOSSLESS)
-        plan: Plan = solve(profile, f"{size}B", limits=limits)
         ours = work / f"bitplan-{kind}.gguf"
-        export(plan, find("gguf")[0], ours, model=model)
+        if not ours.is_file():
+            limits = Limits(rules=Rules.load("llama.cpp"), bans=LOSSLESS)
+            plan: Plan = solve(profile, f"{size}B", limits=limits)
+            export(plan, find("gguf")[0], ours, model=smollm2())
         yield measured(programs, ours, text, chunks) | {"file": "bitplan, same size"}
 
 
