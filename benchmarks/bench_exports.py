@@ -3,7 +3,8 @@
 Plans come from one profile of the linear layers, solved for every runtime. A target whose tool is
 not installed here runs in the environment that ``--python TARGET=INTERPRETER`` names, or is written
 and read back only. With ``--llama-bin``, a folder of llama.cpp's programs, it also compares the
-perplexity of our files with that of llama.cpp's own quantizations of the same size.
+perplexity of our files with that of llama.cpp's own quantizations of the same size. Every row is
+kept in ``WORK/exported/*.row.json`` when it is done, so a killed benchmark goes on.
 Writes ``results/exports.{json,md}``.
 """
 
@@ -13,15 +14,19 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from bitplan.benchmarks.common import write_results
 from bitplan.exporters import gguf_file
 from bitplan.exporters.export import Exported, export
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
-from bitplan.exporters.verify import compare, verify, weight_error
+from bitplan.exporters.verify import Comparison, compare, verify, weight_error
 from bitplan.quantizers.files import write_json
 from bitplan.search.job import run_profile
 from bitplan.search.limits import Limits
@@ -40,6 +45,21 @@ OWN = ("IQ4_XS", "Q3_K_M")  # llama.cpp's, to compare with at equal size
 # The weights of the default model come from Q4_1, so that type would reproduce them.
 LOSSLESS = {"*": ("q4_1", "q5_1")}
 TOKENS = 512
+MOST_KL = 1e-4  # nats per token
+MOST_BYTES = 0.01  # of the plan's
+# Plans without a choice, whose KL in llama.cpp is its arithmetic: pins, by what they are called.
+UNIFORM = {
+    "every matrix Q8_0": {"*": "int8-g32"},
+    "every matrix Q4_0": {"*": "int4-g32"},
+    "Q4_K where rows are whole blocks, else Q4_0": {"*": "int4-g32", "*down_proj": "q4_k"},
+}
+# A process of any environment that says which version of a module's distribution it has.
+VERSION = (
+    "import sys; from importlib.metadata import packages_distributions as d, version as v; "
+    "name = d()[sys.argv[1]][0]; print(name, v(name))"
+)
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -52,53 +72,97 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, for perplexity")
     parser.add_argument("--profile", type=Path, help="take this one instead of making one")
     parser.add_argument("--targets", help="only these, comma-separated; nothing is written")
+    parser.add_argument("--kept", action="store_true", help="only write down the rows there are")
     options = parser.parse_args()
     text = options.data / "wikitext-2" / "test.txt"
     pythons = dict(word.split("=", 1) for word in options.python)
-    model = load_model("smollm2", "cpu")
     profile = options.profile or profiled(options.work / "exports")
-    rows: list[dict[str, Any]] = []
-    wanted = options.targets.split(",") if options.targets else EXPORTERS.names()
-    for budget in BUDGETS:
-        for name in wanted:
-            exporter = EXPORTERS.get(name)()
-            for runtime in exporter.runtimes if exporter.form else ():
-                if runtime in RUNTIMES:
-                    python = pythons.get(runtime) or pythons.get(shown_name(name))
-                    where = options.work / "exported"
-                    kept = where / f"{name}-{runtime}-{budget}.row.json"
-                    if not kept.is_file():  # so that a killed benchmark goes on
-                        new = row(name, runtime, budget, profile, model, where, text, python)
-                        write_json(kept, new)
-                        print(new, flush=True)
-                    rows.append(json.loads(kept.read_text()))
+    where = options.work / "exported"
+    rows: list[Row] = []
+    for name, runtime in cases(options.targets):
+        for budget in BUDGETS:
+            python = pythons.get(shown_name(name)) or pythons.get(runtime)
+            file = where / f"{name}-{runtime}-{budget}.row.json"
+            if options.kept and not file.is_file():
+                rows.append(empty(name, runtime, budget) | {"note": "not run"})
+                continue
+            new = partial(row, name, runtime, budget, profile, where, text, python)
+            rows.append(kept(file, new))
     if options.targets:
         return
-    rows += list(arithmetic_of_llama_cpp(options.work, profile, model, text))
-    tables = {}
+    arithmetic = list(arithmetic_of_llama_cpp(where, profile, text))
+    tables = {"llama.cpp's arithmetic": arithmetic}
     if options.llama_bin:
-        pairs = list(
-            perplexities(options.llama_bin, options.work, profile, model, text, options.chunks)
+        tables["Perplexity in llama.cpp at equal size"] = list(
+            perplexities(options.llama_bin, options.work, profile, text, options.chunks)
         )
-        tables["Perplexity in llama.cpp at equal size"] = pairs
+    uniform = [found["kl"] for found in arithmetic if found["file"] in UNIFORM]
     noisy = [name for name in EXPORTERS.names() if EXPORTERS.get(name).noise]
     write_results(
         "exports",
         "Exports: SmolLM2-135M in the foreign tools",
-        rows=rows,
+        rows=[judged(found, uniform) for found in rows],
         tables=tables,
         notes=[
-            f"KL is that of the tool's logits from our dequantized model's, on {TOKENS} tokens of "
-            "WikiText-2; weight_error compares the weights the file means with ours, largest "
-            "difference over largest weight. stored_over_plan is the size of the planned matrices "
-            "in the file over the plan's bytes; rest_mb is all else in it: embedding, norms, "
-            "tokenizer. An empty kl means that the tool was not there.",
+            f"kl is that of the tool's logits from our dequantized model's, on {TOKENS} tokens of "
+            f"WikiText-2, and kl_limit {MOST_KL:g} or, for llama.cpp, the most that a uniform plan "
+            "measures there, where no choice of ours plays a part. weight_error compares the "
+            "weights the file means with ours, largest difference over largest weight. "
+            "stored_over_plan is the size of the planned matrices in the file over the plan's "
+            "bytes; unquantized_mb are the tensors that the plan leaves as they are, other_mb is "
+            "all that is no tensor: tokenizer, configuration, graph. reached means kl within its "
+            f"limit and stored_over_plan within {MOST_BYTES:.0%} of 1.",
+            "llama.cpp rounds activations to 8 bits before it multiplies with a quantized matrix, "
+            "and not before it multiplies with float32: the same weights as F32 show everything "
+            "else.",
             "Perplexity is llama.cpp's, on the same chunks of 512 tokens of WikiText-2. The "
             "default model comes as Q4_1, which would give its weights back exactly: our plans of "
             "that table may not use it or Q5_1.",
             *(f"{shown_name(name)}: {EXPORTERS.get(name).noise}." for name in noisy),
         ],
+        command=recorded(options),
     )
+
+
+def cases(only: str | None) -> Iterator[tuple[str, str]]:
+    """Targets with a checkpoint, and the runtimes of ours that read it."""
+    for name in only.split(",") if only else EXPORTERS.names():
+        exporter = EXPORTERS.get(name)
+        for runtime in exporter.runtimes if exporter.form else ():
+            if runtime in RUNTIMES:
+                yield name, runtime
+
+
+def kept(path: Path, make: Callable[[], Row]) -> Row:
+    """A row, from its file if it was made before."""
+    if not path.is_file():
+        made = make()
+        print(made, flush=True)
+        write_json(path, made)
+    found: Row = json.loads(path.read_text())
+    return found
+
+
+def judged(row: Row, uniform: list[float]) -> Row:
+    """A row with what its KL may be and whether it reached that."""
+    limit = max([MOST_KL, *uniform]) if row["target"] == "gguf" else MOST_KL
+    reached = "not run"
+    if row["kl"] is not None:
+        fits = row["kl"] <= limit and abs(row["stored_over_plan"] - 1) <= MOST_BYTES
+        reached = "yes" if fits else "no"
+    elif row["bpw"] is None and row["note"] != "not run":
+        reached = "no such plan"
+    note = row.pop("note")
+    return row | {"kl_limit": limit, "reached": reached, "note": note}
+
+
+def recorded(options: argparse.Namespace) -> str:
+    """The command, without this machine's paths."""
+    words = ["python benchmarks/bench_exports.py --data DATA --work WORK"]
+    words += ["--profile PROFILE"] if options.profile else []
+    words += [f"--llama-bin DIR --chunks {options.chunks}"] if options.llama_bin else []
+    words += [f"--python {word.split('=')[0]}=INTERPRETER" for word in options.python]
+    return " ".join(words)
 
 
 def profiled(run: Path) -> Path:
@@ -114,90 +178,116 @@ def profiled(run: Path) -> Path:
     return run / PROFILE_FILE
 
 
+@cache
+def smollm2() -> LoadedModel:
+    """The model, loaded when the first row needs it."""
+    return load_model("smollm2", "cpu")
+
+
+def empty(name: str, runtime: str, budget: str) -> Row:
+    """A row without figures."""
+    keys = ("bpw", "plan_mb", "stored_over_plan", "unquantized_mb", "other_mb", "weight_error")
+    figures = dict.fromkeys((*keys, "kl", "logit_error", "same_top1", "tool", "note"))
+    return {"target": shown_name(name), "runtime": runtime, "budget": budget} | figures
+
+
 def row(
     name: str,
     runtime: str,
     budget: str,
     profile: Path,
-    model: LoadedModel,
     folder: Path,
     text: Path,
     python: str | None,
-) -> dict[str, Any]:
+) -> Row:
     """Solve, export, read back, run."""
-    result: dict[str, Any] = {"target": shown_name(name), "runtime": runtime, "budget": budget}
-    keys = ("bpw", "plan_mb", "stored_over_plan", "rest_mb", "weight_error")
-    result |= dict.fromkeys((*keys, "kl", "logit_error", "same_top1", "note"))
+    result = empty(name, runtime, budget)
     exporter = EXPORTERS.get(name)()
     try:
         plan = solve(profile, budget, limits=Limits(rules=Rules.load(runtime)))
     except ValueError as error:
         return result | {"note": str(error).split(". ")[0]}
     out = folder / f"{name}-{runtime}-{budget}{exporter.suffix}"
-    done = export(plan, shown_name(name), out, runtime=runtime, model=model)
+    done = export(plan, shown_name(name), out, runtime=runtime, model=smollm2())
     assert done.stored is not None
+    tensors = tensor_bytes(out)
     result |= {
         "bpw": plan.bpw,
         "plan_mb": plan.bytes / 1e6,
         "stored_over_plan": done.stored / plan.bytes,
-        "rest_mb": (done.size - done.stored) / 1e6,
+        "unquantized_mb": (tensors - done.stored) / 1e6,
+        "other_mb": (done.size - tensors) / 1e6,
         "weight_error": weight_error(exporter, done.source, out),
     }
     if python is None and not exporter.installed():
-        return result | {"note": f"{exporter.module} not installed"}
+        return result | {"note": f"not run: {exporter.module} is not installed"}
     return result | compared(done, exporter, text, python)
 
 
-def compared(done: Exported, exporter: Exporter, text: Path, python: str | None) -> dict[str, Any]:
+def compared(done: Exported, exporter: Exporter, text: Path, python: str | None) -> Row:
     """The tool's logits against ours."""
     try:
         found = verify(done, str(text), TOKENS, python)
     except (ValueError, ImportError, RuntimeError) as error:
-        return {"note": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {"note": f"not run: {type(error).__name__}: {str(error)[:200]}"}
+    words = [python or sys.executable, "-c", VERSION, str(exporter.module)]
+    tool = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    return figures(found) | {"tool": tool}
+
+
+def figures(found: Comparison) -> Row:
+    """What a comparison is reported by."""
     return {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
 
 
-def arithmetic_of_llama_cpp(
-    work: Path, profile: Path, model: LoadedModel, text: Path
-) -> Iterator[dict[str, Any]]:
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors in an exported file or folder."""
+    if path.suffix == ".gguf":
+        return sum(int(tensor.n_bytes) for tensor in gguf_file.open_reader(path).tensors)
+    if (path / "model.onnx").is_file():
+        import onnx_ir
+
+        graph = onnx_ir.load(path / "model.onnx").graph
+        values = [value.const_value for value in graph.initializers.values()]
+        return sum(tensor.nbytes for tensor in values if tensor is not None)
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    return total
+
+
+def arithmetic_of_llama_cpp(folder: Path, profile: Path, text: Path) -> Iterator[Row]:
     """What of a GGUF file's KL is llama.cpp's rounding of activations.
 
-    A uniform plan in its widest type shows the rounding alone; a mixed file with its weights as
-    float32, which it does not round activations for, shows everything else.
+    Uniform plans show the rounding without any choice of ours; the mixed file with its weights as
+    float32, which llama.cpp does not round activations for, shows everything else.
     """
     gguf = find("gguf")[1]
     if not gguf.installed():
         return
-    limits = Limits(rules=Rules.load("llama.cpp"), formats=("int8-g32",))
-    uniform = export(
-        solve(profile, "9bpw", limits=limits),
-        "gguf",
-        work / "exported/uniform-q8_0.gguf",
-        model=model,
-    )
-    mixed = export(
-        solve(profile, BUDGETS[0], limits=Limits(rules=Rules.load("llama.cpp"))),
-        "gguf",
-        work / "exported/mixed.gguf",
-        model=model,
-    )
-    plain = work / "exported/mixed-F32.gguf"
-    as_floats(mixed.path, plain)
-    samples = evaluation_samples(model, str(text), TOKENS, 128)
-    for what, done, path in (
-        ("every matrix Q8_0", uniform, uniform.path),
-        ("the mixed file, its weights as F32", mixed, plain),
-    ):
-        found = compare(done.source.logits, gguf.logits(path), samples.batches, gguf.max_kl)
-        row = dict.fromkeys(("bpw", "plan_mb", "stored_over_plan", "rest_mb", "weight_error"))
-        figures = {"kl": found.kl, "logit_error": found.relative, "same_top1": found.top1}
-        where = {"target": "gguf", "runtime": "llama.cpp", "budget": None}
-        yield where | row | figures | {"note": what}
-        print(what, figures, flush=True)
+    rules = Rules.load("llama.cpp")
+
+    def made(what: str, pins: dict[str, str], budget: str, as_float: bool) -> Row:
+        plan = solve(profile, budget, limits=Limits(rules=rules, pins=pins))
+        file = folder / "arithmetic.gguf"
+        file.unlink(missing_ok=True)
+        done = export(plan, "gguf", file, model=smollm2())
+        if as_float:
+            as_floats(file, folder / "arithmetic-F32.gguf")
+            file = folder / "arithmetic-F32.gguf"
+        samples = evaluation_samples(smollm2(), str(text), TOKENS, 128)
+        found = compare(done.source.logits, gguf.logits(file), samples.batches, gguf.max_kl)
+        return {"file": what, "plan_bpw": plan.bpw} | figures(found)
+
+    for i, (what, pins) in enumerate(UNIFORM.items()):
+        yield kept(folder / f"uniform-{i}.row.json", partial(made, what, pins, "9bpw", False))
+    what = f"the mixed file of {BUDGETS[0]}, its weights as F32"
+    yield kept(folder / "mixed-F32.row.json", partial(made, what, {}, BUDGETS[0], True))
 
 
 def perplexities(
-    programs: Path, work: Path, profile: Path, model: LoadedModel, text: Path, chunks: int
+    programs: Path, work: Path, profile: Path, text: Path, chunks: int
 ) -> Iterator[dict[str, Any]]:
     """llama.cpp's own quantizations, and plans of ours of the same size."""
     plain = work / "smollm2-F32.gguf"
@@ -216,10 +306,11 @@ def perplexities(
             if tensor.name.startswith("blk.") and len(tensor.shape) == 2
         )
         yield measured(programs, theirs, text, chunks) | {"file": f"llama.cpp {kind}"}
-        limits = Limits(rules=Rules.load("llama.cpp"), bans=LOSSLESS)
-        plan: Plan = solve(profile, f"{size}B", limits=limits)
         ours = work / f"bitplan-{kind}.gguf"
-        export(plan, find("gguf")[0], ours, model=model)
+        if not ours.is_file():
+            limits = Limits(rules=Rules.load("llama.cpp"), bans=LOSSLESS)
+            plan: Plan = solve(profile, f"{size}B", limits=limits)
+            export(plan, find("gguf")[0], ours, model=smollm2())
         yield measured(programs, ours, text, chunks) | {"file": "bitplan, same size"}
 
 

@@ -22,7 +22,12 @@ FIGURES = {  # of a run folder
 
 
 def write_card(
-    source: Source, target: str, rules: Rules | None, folder: Path, run: Path | None = None
+    source: Source,
+    target: str,
+    rules: Rules | None,
+    folder: Path,
+    run: Path | None = None,
+    layout: str | None = None,
 ) -> Path:
     """Write README.md: what the model is, how its bits are spread, how it was made.
 
@@ -32,6 +37,7 @@ def write_card(
         rules: What the plan was checked against.
         folder: Where to write.
         run: A run folder, whose figures are taken along.
+        layout: The target whose files these are; by default the target itself.
 
     Returns:
         The file.
@@ -67,6 +73,7 @@ def write_card(
         plan=plan,
         words=words_of(plan.calibration),
         target=target,
+        layout=layout or target,
         rules=rules,
         rows=rows,
         size=size,

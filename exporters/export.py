@@ -118,7 +118,7 @@ def export(
         if exporter.form == "folder":
             source.plan.save(temporary / PLAN_FILE)
             run = target if isinstance(target, Path) and target.is_dir() else None
-            write_card(source, name, rules, temporary, run)
+            write_card(source, name, rules, temporary, run, exporter.layout)
     return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
 
 

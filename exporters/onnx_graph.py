@@ -59,9 +59,10 @@ def build(model: LoadedModel, module: nn.Module) -> ir.Model:
                 verbose=False,
             )
         except Exception as error:
+            why = error.__cause__ or error
             raise ValueError(
-                f"torch.onnx cannot export {model.id}: {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}"
+                f"torch.onnx cannot export {model.id}: {type(why).__name__}: "
+                f"{str(why).splitlines()[0]}"
             ) from error
         assert program is not None
         graph: ir.Model = program.model

@@ -196,13 +196,19 @@ class QuantizedConv2d(nn.Module):
         super().__init__()
         packed_before = isinstance(like, PackedConv2d)
         self.kernel = like.kernel_shape if packed_before else tuple(like.weight.shape)
-        self.weight, self.bias = dense_weight(name, packed), like.bias
+        self.dense, self.bias = dense_weight(name, packed), like.bias
         self.options = (like.stride, like.padding, like.dilation, like.groups)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernels; vision models of transformers ask for their dtype."""
+        dense: Tensor = self.dense()
+        return dense.reshape(self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [batch, in, height, width] to [batch, out, height, width]."""
-        weight = self.weight().reshape(self.kernel)
-        if isinstance(self.weight, Unpacked) and self.options[-1] > 1:
+        weight = self.weight
+        if isinstance(self.dense, Unpacked) and self.options[-1] > 1:
             # OpenVINO multiplies what normalizes the outputs of a convolution with groups into the
             # weights before this reshape, where they have another rank. A bound is in its way.
             weight = weight.clamp(min=-torch.finfo(torch.float32).max)

@@ -68,15 +68,18 @@ def verify(
     if exporter.form is None or exported.stored is None:
         raise ValueError(f"{exported.path} holds a plan and no weights: there is nothing to run.")
     if python is None and not exporter.installed():
+        tool = f"'bitplan[{exporter.extra}]'" if exporter.extra else exporter.module
         raise ValueError(
             f"{exported.path} was written and matches the plan, but was not run: {exporter.module} "
-            f"is not installed here. Install it (pip install 'bitplan[{exporter.extra}]') or give "
-            "the --python of an environment that has it."
+            f"is not installed here. Install it (pip install {tool}) or give the --python of an "
+            "environment that has it."
         )
     source = exported.source
-    if python is None and (most := exporter.most_tokens()):
-        tokens = min(tokens, most)
+    most, asked = exporter.most_tokens() if python is None else None, tokens
+    tokens = min(tokens, most or tokens)
     samples = evaluation_samples(source.model, text, tokens, min(128, tokens))
+    why = f", not {asked:,}: the tool is slow here" if tokens < asked else ""
+    source.reporter.say(f"Comparing logits on {tokens:,} tokens{why}")
     if python is None:
         run = exporter.logits(exported.path)
     else:
@@ -117,14 +120,14 @@ def compare(ours: Run, theirs: Run, batches: Sequence[Batch], max_kl: float) -> 
     same = tokens = 0
     with torch.no_grad():
         for batch in batches:
-            a, b = ours(batch).float(), theirs(batch).float()
+            a, b = ours(batch).double(), theirs(batch).double()  # KLs of 1e-9 are told from 0
             p, q = a.log_softmax(-1), b.log_softmax(-1)
-            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            kl += float((p.exp() * (p - q)).sum(-1).sum())
             likely = (p > np.log(1e-4)) & (q > np.log(1e-4))
             error = max(error, float((p - q)[likely].abs().max()) if likely.any() else 0.0)
             centred = a - a.mean(-1, keepdim=True)
-            distance += float((b - b.mean(-1, keepdim=True) - centred).double().square().sum())
-            norm += float(centred.double().square().sum())
+            distance += float((b - b.mean(-1, keepdim=True) - centred).square().sum())
+            norm += float(centred.square().sum())
             same += int((a.argmax(-1) == b.argmax(-1)).sum())
             tokens += a.shape[0] * a.shape[1]
     relative = (distance / norm) ** 0.5 if norm else 0.0

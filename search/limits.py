@@ -260,40 +260,51 @@ def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
 
 
 def _floor(table: SensitivityTable, rules: Rules, refused: NDArray[np.bool_]) -> str:
-    """The units that a runtime keeps as floats, which no budget makes smaller; empty if none.
+    """Why a runtime has no smaller plan, and what to do; empty if no rule is in the way.
 
     ``refused`` is bool [U, F], what it does not run.
     """
-    held, globs = [], []
+    held: dict[str, str] = {}  # unit -> the glob that keeps it as floats
     for unit in table.units:
         names = (*unit.modules, *unit.aliases)
         if found := [g for g in rules.unquantized if any(fnmatchcase(n, g) for n in names)]:
-            held.append(unit.name)
-            globs.append(found[0])
-    if not held:
-        return _stuck(table, rules, refused)
+            held[unit.name] = found[0]
+    others = np.array([unit.name not in held for unit in table.units])
+    if (stuck := _stuck(table, rules, refused, others)) or not held:
+        return stuck
     more = f" and {len(held) - 1:,} more" if len(held) > 1 else ""
-    excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(globs))
+    excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(held.values()))
     return (
-        f"{rules.name} keeps {held[0]!r}{more} at 16 bits or more (its rule `unquantized`). "
-        f"Search, or profile, with {excludes}, so that the budget counts only what is quantized; "
-        "or raise the budget."
+        f"{rules.name} keeps {next(iter(held))!r}{more} at 16 bits or more (its rule "
+        f"`unquantized`). Search, or profile, with {excludes}, so that the budget counts only what "
+        "is quantized; or raise the budget."
     )
 
 
-def _stuck(table: SensitivityTable, rules: Rules, refused: NDArray[np.bool_]) -> str:
-    """Why most weights have no format but floats that the runtime runs; empty if they have."""
+def _stuck(
+    table: SensitivityTable,
+    rules: Rules,
+    refused: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+) -> str:
+    """Why most weights have no format but floats that the runtime runs; empty if they have.
+
+    ``others`` is bool [U], the units that it does not keep as floats anyway.
+    """
     formats = [Format.parse(name) for name in table.formats]
     floats = np.array([fmt.kind == "float" for fmt in formats])
-    units = [table.units[u] for u in np.flatnonzero((refused | floats).all(axis=1))]
-    if floats.all() or 2 * sum(unit.weights for unit in units) <= table.weights:
+    weights = np.array([unit.weights for unit in table.units])
+    stuck = others & (refused | floats).all(axis=1)
+    if floats.all() or 2 * weights[stuck].sum() <= weights[others].sum():
         return ""
-    reasons = (_reason(units[0], fmt, rules) for fmt in formats if fmt.kind != "float")
+    unit = table.units[int(stuck.argmax())]
+    reasons = (_reason(unit, fmt, rules) for fmt in formats if fmt.kind != "float")
     return (
-        f"{rules.name} runs {len(units):,} of {len(table.units):,} units in no smaller format of "
-        f"the profile: {units[0].name!r} fails its rules ({next(filter(None, reasons))}). Profile "
-        f"in formats it takes ({', '.join(rules.candidates)}), leave such units out with "
-        "--exclude, or raise the budget."
+        f"{rules.name} runs {stuck.sum():,} of {others.sum():,} units in no smaller format of the "
+        f"profile: {unit.name!r} fails its rules ({next(filter(None, reasons))}). Search, or "
+        f"profile, with --for {rules.name}, so that the formats it has are measured "
+        f"({', '.join(rules.candidates)}), leave such units out with --exclude, or raise the "
+        "budget."
     )
 
 

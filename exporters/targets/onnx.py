@@ -23,26 +23,26 @@ LARGEST = 1 << 30  # bytes of weights kept in the graph's own file; protobuf end
 
 @EXPORTERS.register("onnx")
 class Onnx(Exporter):
-    """Any module for ONNX Runtime and OpenVINO.
+    """Any module for ONNX Runtime.
 
     Linear layers become ``MatMulNBits``; convolutions, and linear layers with one scale per row,
     ``DequantizeLinear``. What half precision holds exactly is stored so.
     """
 
     runtimes = ("onnx",)
-    extra = "onnx"
-    module = "onnxruntime"
+    extra: ClassVar[str | None] = "onnx"
+    module: ClassVar[str | None] = "onnxruntime"
     form: ClassVar[Literal["folder", "file"] | None] = "folder"
     needs = ("onnx", "onnxscript")
     noise = "float32 rounding of the logits"
     max_kl = 1e-6
 
     def usage(self, path: Path, source: Source) -> str:
-        """How both runtimes read it without rounding activations."""
+        """How ONNX Runtime reads it without rounding activations."""
         option = "session.qdq_matmulnbits_accuracy_level"
         return (
             f"onnxruntime.InferenceSession('{path / FILE}', options), with {option} = 0 to keep "
-            "activations as they are; OpenVINO with DYNAMIC_QUANTIZATION_GROUP_SIZE = 0"
+            "activations as they are"
         )
 
     def write(self, source: Source, out: Path) -> None:
@@ -111,21 +111,6 @@ class Onnx(Exporter):
             return as_logits(logits)
 
         return run
-
-
-def openvino_logits(path: Path) -> Run:
-    """Load the same graph with OpenVINO on the CPU, activations left in float32."""
-    import openvino
-
-    core = openvino.Core()
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    compiled = core.compile_model(core.read_model(path / FILE), "CPU", exact)
-    names = [port.get_any_name() for port in compiled.inputs]
-
-    def run(batch: Batch) -> Tensor:
-        return as_logits(compiled(feed(names, batch))["logits"])
-
-    return run
 
 
 def feed(names: list[str], batch: Batch) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bitplan.exporters.export import export
 from bitplan.exporters.onnx_modules import QuantizedLinear
 from bitplan.exporters.targets import EXPORTERS
-from bitplan.exporters.targets.onnx import openvino_logits
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods.rtn import rtn
 from bitplan.quantizers.packed import PackedTensor
@@ -176,7 +175,7 @@ def test_every_format_runs_in_openvino(graph: tuple[Path, Run]) -> None:
     needs("openvino")
     images = torch.randn(3, 3, 12, 12)
     path, ours = graph
-    assert worst_branch(ours(images), openvino_logits(path)(images)) < 1e-5
+    assert worst_branch(ours(images), EXPORTERS.get("openvino")().logits(path)(images)) < 1e-5
 
 
 def test_the_graph_keeps_no_dense_copy_and_no_path_of_this_machine(
@@ -219,7 +218,29 @@ def test_output_channels_with_formats_of_their_own_run(tmp_path: Path) -> None:
     ours = (x @ torch.cat([block.dequantize() for block in blocks]).T)[:, None]
     assert error(ours, EXPORTERS.get("onnx")().logits(tmp_path)(x)) < 1e-5
     if find_spec("openvino"):
-        assert error(ours, openvino_logits(tmp_path)(x)) < 1e-5
+        assert error(ours, EXPORTERS.get("openvino")().logits(tmp_path)(x)) < 1e-5
+
+
+def test_a_vision_transformer_runs_in_both(tmp_path: Path) -> None:
+    needs("onnxscript")
+    needs("onnxruntime")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "image_size": 16, "patch_size": 4}
+    config = ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=7)
+    module = ViTForImageClassification(config).eval().requires_grad_(False)
+    images = torch.randn(5, 3, 16, 16)
+    model = LoadedModel("vit", module, "float32", Workload(module, calibration=[images[:2]]))
+    formats = ["int8-gc", "int4-gc-asym", "int4-g32-asym", "int8-g64", "int2-g32-asym"]
+    names = [unit.name for unit in find_units(module)]  # patches first, then whole layers
+    plan = hand_made(model, dict(zip(names, cycle(formats), strict=False)), "onnx")
+    done = export(plan, "onnx", tmp_path / "out", model=model)
+    ours = done.source.logits(images)
+    assert error(module(images).logits[:, None], ours) > 1e-3  # it is the plan that is compared
+    assert error(ours, EXPORTERS.get("onnx")().logits(done.path)(images)) < 1e-5
+    if find_spec("openvino"):
+        assert error(ours, EXPORTERS.get("openvino")().logits(done.path)(images)) < 1e-5
 
 
 def test_swapped_scales_are_seen_in_onnx_runtime(graph: tuple[Path, Run], tmp_path: Path) -> None:
@@ -249,4 +270,4 @@ def test_a_language_model_runs_in_both(wide: LoadedModel, tmp_path: Path) -> Non
     assert error(ours, EXPORTERS.get("onnx")().logits(done.path)(IDS)) < 1e-5
     assert done.stored and done.size < done.stored + 1.1 * 4 * 512 * 256 + 1e6
     if find_spec("openvino"):
-        assert error(ours, openvino_logits(done.path)(IDS)) < 1e-5
+        assert error(ours, EXPORTERS.get("openvino")().logits(done.path)(IDS)) < 1e-5

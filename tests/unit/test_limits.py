@@ -328,3 +328,6 @@ def test_a_budget_below_what_a_runtime_leaves_unquantized_names_the_rule() -> No
     assert solve(without, "4.6bpw", limits=Limits(rules=Rules.load("vllm"))).bpw <= 4.6
     with pytest.raises(ValueError, match="Raise the budget or allow a format with fewer bits"):
         solve(without, "2bpw", limits=Limits(rules=Rules.load("vllm")))
+    foreign = fake_table(transformer_units(3), ("int3-g64", "int4-g64-asym", "bf16"))
+    with pytest.raises(ValueError, match=r"llama\.cpp runs \d+ of \d+ units in no smaller format"):
+        solve(foreign, "4.5bpw", limits=Limits(rules=Rules.load("llama.cpp")))
