@@ -227,8 +227,15 @@ def test_a_vision_transformer_runs_in_both(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "image_size": 16, "patch_size": 4}
-    config = ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=7)
+    config = ViTConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    config.num_labels = 7
     module = ViTForImageClassification(config).eval().requires_grad_(False)
     images = torch.randn(5, 3, 16, 16)
     model = LoadedModel("vit", module, "float32", Workload(module, calibration=[images[:2]]))
