@@ -68,9 +68,10 @@ def equal_work(lab: Lab) -> Part:
         f"Equal work: tokens through the model, forward = 1, backward = 2. Refinement spent "
         f"{total:,}: the profile ({PROFILE_PASSES} x {lab.settings.sequences} x {LENGTH}), every "
         f"linearization ({LINEARIZE_PASSES} x as many) and every measured candidate. The searches "
-        f"measure true KL on all {oracle.sequences} sequences and know nothing but bytes. One "
-        "pass of the original over the measured sequences is not counted, for any of them. Seed "
-        "0; rows are the same search stopped earlier."
+        f"measure true KL on {oracle.sequences} sequences (TPE on all of them in every trial, the "
+        "evolutionary search on fewer first) and know nothing but bytes. One pass of the original "
+        "over the measured sequences is not counted, for any of them. Seed 0; rows are the same "
+        "search stopped earlier."
     )
     return Part(
         {TABLE: rows},
