@@ -313,7 +313,7 @@ def solve(
     options.check_json(plan_file)
     if program is not None:
         check_file(program, (".lp", ".mps"), "--program", "plan.lp")
-    path = options.profile_file(path)
+    path = options.profile_file(path, runtime)
     limited = options.limit_options(
         pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
     )
@@ -375,7 +375,7 @@ def frontier(
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
     limits = options.limits_of(formats, group, limited)
-    table = limits.for_runtime(SensitivityTable.load(options.profile_file(path)))
+    table = limits.for_runtime(SensitivityTable.load(options.profile_file(path, runtime)))
     model = table.provenance.get("model")
     whole = Frontier.from_problem(
         build_problem(table, limits), ModelRef.model_validate(model) if model else None

@@ -154,8 +154,8 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Keep to what a runtime can run, and count the bytes it stores: autoround, gptq, "
-        "llama.cpp, mlx, onnx, transformers, vllm, ...",
+        help="Keep to what a runtime can run, and count the bytes its files take where bitplan "
+        "writes them: autoround, gptq, llama.cpp, mlx, onnx, transformers, vllm, ...",
         rich_help_panel=_LIMITS,
     ),
 ]
@@ -391,11 +391,17 @@ def check_json(path: Path | None, option: str = "--out", example: str = "plan.js
         check_file(path, (".json",), option, example)
 
 
-def profile_file(path: Path) -> Path:
-    """The profile of a run folder, or the file itself."""
+def profile_file(path: Path, runtime: str | None) -> Path:
+    """The profile of a run folder, or the file itself; says if the run was for another runtime."""
+    from .search.plan import PLAN_FILE, Plan
     from .sensitivity.table import PROFILE_FILE
 
-    return path / PROFILE_FILE if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    before = Plan.load(path / PLAN_FILE).runtime if (path / PLAN_FILE).is_file() else None
+    if before not in (None, runtime):
+        typer.echo(f"{path} was searched for {before}: --for {before} keeps to it.", err=True)
+    return path / PROFILE_FILE
 
 
 def run_name(model: str) -> str:

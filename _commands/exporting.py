@@ -80,8 +80,11 @@ def export(
     from ..search.budget import format_bytes
     from ..sensitivity.progress import Reporter
 
-    if check and (plan_only or find(target)[1].form is None):
-        raise ValueError(f"--verify compares weights, and {target} gets the plan alone here.")
+    if check and (plan_only or not find(target)[1].weights):
+        raise ValueError(
+            f"--verify compares weights, and {target} gets none here. Leave out --verify"
+            + (" or --plan-only." if plan_only and find(target)[1].weights else ".")
+        )
     done = write(
         plan,
         target,
@@ -161,12 +164,13 @@ def exporters() -> None:
         "--to", "what", "writes", "plan", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     runtimes, tools, here = [], [], []
+    known = [shown_name(key) for key in EXPORTERS.names()]
     for key in EXPORTERS.names():
         exporter, name = EXPORTERS.get(key)(), shown_name(key)
         what = plain((exporter.__doc__ or "").split("\n")[0])
         form = exporter.suffix or exporter.form or ""
         shown.add_row(name, escape(what), form, exporter.config_suffix or "")
-        others = [runtime for runtime in exporter.runtimes if runtime != name]
+        others = [runtime for runtime in exporter.runtimes if runtime not in known]
         if others:
             runtimes.append(f"{', '.join(others)} ({name})")
         if exporter.extra:

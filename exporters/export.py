@@ -175,8 +175,8 @@ def _rules(name: str, exporter: Exporter, asked: str | None, planned: str | None
     if asked is not None and asked not in exporter.runtimes:
         Rules.load(asked)  # raises if there is no such runtime at all
         raise ValueError(
-            f"{name} files are not for {asked}. They can be checked for "
-            f"{', '.join(exporter.runtimes) or 'no runtime'}."
+            f"{name} files are checked for {', '.join(exporter.runtimes) or 'no runtime'}, not for "
+            f"{asked}: that is `--to {asked}`."
         )
     if not exporter.runtimes:
         return None

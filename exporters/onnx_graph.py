@@ -62,7 +62,7 @@ def build(model: LoadedModel, module: nn.Module) -> ir.Model:
             why = error.__cause__ or error
             raise ValueError(
                 f"torch.onnx cannot export {model.id}: {type(why).__name__}: "
-                f"{str(why).splitlines()[0]}"
+                f"{(str(why) or str(error)).splitlines()[0]}"
             ) from error
         assert program is not None
         graph: ir.Model = program.model

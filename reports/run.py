@@ -77,13 +77,34 @@ class RunData:
             )
         limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
         table = limits.for_runtime(SensitivityTable.load(folder / PROFILE_FILE))
-        return cls(
+        run = cls(
             plan=plan,
             frontier=Frontier.load(folder / FRONTIER_FILE),
             table=table,
             confidence=_confidence_of(folder, plan, table),
             settings=_settings_of(folder, plan),
         )
+        run.check_bytes()
+        return run
+
+    def check_bytes(self) -> None:
+        """Raise if the plan counts other bytes than the formats it gives take.
+
+        Raises:
+            ValueError: Says how many each.
+        """
+        count = byte_count(self.plan.runtime)
+        size = sum(
+            count(Format.parse(self.format_of(unit)), shape)
+            for unit in self.table.units
+            for shape in unit.shapes
+        )
+        if size != self.plan.bytes:
+            raise _different(
+                PLAN_FILE,
+                f"it says {self.plan.bytes:,} B where its formats take {size:,} B (a version that "
+                "counted otherwise made it, or it was edited)",
+            )
 
     def format_of(self, unit: UnitInfo) -> str:
         """The format the plan gives to a unit: its modules share one."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..search.budget import Budget, format_bytes
 from ..search.plan import Plan
+from ..search.rules import Rules
 from ..sensitivity.wording import words_of
 from .words import UNIFORM, number, with_error
 from .words import gap as gap_in_words
@@ -19,10 +20,11 @@ OF_MEMORY = " of memory"  # ends the text of a budget that --vram gave
 class Comparison(NamedTuple):
     """One plan of the comparison table; measured numbers are None where not measured.
 
-    KL is in nats per token.  ``bytes`` are what the budget limits, a KV cache included; ``bpw`` is
-    of the weights alone, NaN where those are not known apart; ``ms`` is the time where one was
-    asked for.  ``misfit`` says in words why a plan is no choice (``over budget``), nothing if it is
-    one; ``difference`` is its measured KL minus that of the plan in question, paired over samples.
+    KL is in nats per token or sample.  ``bytes`` are what the budget limits, a KV cache included;
+    ``bpw`` is of the weights alone, NaN where those are not known apart; ``ms`` is the time where
+    one was asked for.  ``misfit`` says in words why a plan is no choice (``over budget``), nothing
+    if it is one; ``difference`` is its measured KL minus that of the plan in question, paired over
+    samples.
     """
 
     name: str
@@ -149,8 +151,9 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         before_text = f" (original {number(original)})" if original is not None else ""
         lines.append(("perplexity", number(measured.ppl) + before_text))
     if plan.runtime:
-        text = f"keeps to what {plan.runtime} can run, and counts the bytes it stores"
-        lines.append(("runtime", text))
+        text = f"keeps to what {plan.runtime} can run"
+        known = Rules.load(plan.runtime).counted
+        lines.append(("runtime", f"{text}, and counts the bytes it stores" if known else text))
     if plan.note:
         lines.append(("solver note", plan.note))
     return lines

@@ -58,8 +58,8 @@ def print_summary(console: Console, plan: Plan, files: Mapping[str, Path]) -> No
 def uniform_table(plan: Plan) -> Table:
     """The plan and every baseline measured on the same tokens, by size.
 
-    KL is in nats per token; ``difference`` is the KL above the plan's, paired over sequences.
-    Bits per weight are left out where sizes hold more than weights.
+    KL is in nats per token or sample; ``difference`` is the KL above the plan's, paired over
+    sequences.  Bits per weight are left out where sizes hold more than weights.
     """
     words = words_of(plan.calibration)
     title = f"Measured on the same {words.many}" + (", with KV cache" if plan.kv_cache else "")

@@ -163,6 +163,11 @@ class Rules(_Strict):
         )
         return tuple(map(Format.parse, dict.fromkeys((*integers, *self.blocks, *self.floats))))
 
+    @property
+    def counted(self) -> bool:
+        """Whether it is known how many bytes its files take: else those of bitplan count."""
+        return bool(self.storage or self.blocks)
+
     def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
         """Bytes of a [rows, cols] matrix in a file for this runtime."""
         if fmt.kind != "int" or not self.storage:

@@ -22,7 +22,7 @@ from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
-from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
+from bitplan.search.plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
 from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
@@ -201,6 +201,22 @@ def with_cache(plan: Plan, bits: dict[int, int], rest: int = 0) -> Plan:
     )
     budget = BudgetRef(text="30MB of memory", bytes=30_000_000 - rest)
     return plan.model_copy(update={"kv_cache": cache, "budget": budget})
+
+
+def test_a_plan_that_counts_other_bytes_is_refused(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path)
+    plan = Plan.load(folder / PLAN_FILE)
+    plan.model_copy(update={"bytes": plan.bytes - 16}).save(folder / PLAN_FILE)
+    with pytest.raises(ValueError, match=f"{plan.bytes - 16:,} B where its formats take"):
+        RunData.load(folder)
+
+
+def test_facts_say_whose_bytes_are_counted(run: RunData) -> None:
+    def runtime(name: str) -> str:
+        return dict(facts(run.plan.model_copy(update={"runtime": name}), []))["runtime"]
+
+    assert runtime("mlx").endswith("and counts the bytes it stores")
+    assert runtime("torchao") == "keeps to what torchao can run"  # it packs by itself
 
 
 def test_facts_of_a_plan_with_a_cache(run: RunData) -> None:
