@@ -114,7 +114,8 @@ def main() -> None:
             f"limit and stored_over_plan within {MOST_BYTES:.0%} of 1.",
             "llama.cpp rounds activations to 8 bits before it multiplies with a quantized matrix, "
             "and not before it multiplies with float32: the same weights as F32 show everything "
-            "else.",
+            "else. With types of 256 weights (Q4_K, IQ4_XS, ...) it rounds 256 activations by one "
+            "scale, with types of 32 (Q4_0, Q8_0) 32: the plans here have both.",
             "Perplexity is llama.cpp's, on the same chunks of 512 tokens of WikiText-2. The "
             "default model comes as Q4_1, which would give its weights back exactly: our plans of "
             "that table may not use it or Q5_1.",
@@ -162,6 +163,7 @@ def recorded(options: argparse.Namespace) -> str:
     words += ["--profile PROFILE"] if options.profile else []
     words += [f"--llama-bin DIR --chunks {options.chunks}"] if options.llama_bin else []
     words += [f"--python {word.split('=')[0]}=INTERPRETER" for word in options.python]
+    words += ["--kept"] if options.kept else []
     return " ".join(words)
 
 
