@@ -392,16 +392,29 @@ def check_json(path: Path | None, option: str = "--out", example: str = "plan.js
 
 
 def profile_file(path: Path, runtime: str | None) -> Path:
-    """The profile of a run folder, or the file itself; says if the run was for another runtime."""
-    from .search.plan import PLAN_FILE, Plan
-    from .sensitivity.table import PROFILE_FILE
+    """The profile of a run folder, or the file itself.
 
-    if not path.is_dir():
-        return path
-    before = Plan.load(path / PLAN_FILE).runtime if (path / PLAN_FILE).is_file() else None
+    Says if the run was for another runtime, and if the profile lacks formats that suit this one.
+    """
+    from .search.plan import PLAN_FILE, Plan
+    from .search.rules import Rules
+    from .sensitivity.table import PROFILE_FILE, SensitivityTable
+
+    file = path / PROFILE_FILE if path.is_dir() else path
+    plan = path / PLAN_FILE
+    before = Plan.load(plan).runtime if plan.is_file() else None
     if before not in (None, runtime):
         typer.echo(f"{path} was searched for {before}: --for {before} keeps to it.", err=True)
-    return path / PROFILE_FILE
+    if runtime is not None and file.is_file():
+        wanted = set(Rules.load(runtime).candidates) - {"keep"}
+        lacking = wanted - set(SensitivityTable.load(file).formats)
+        if 2 * len(lacking) > len(wanted):
+            typer.echo(
+                f"The profile lacks {len(lacking)} of the {len(wanted)} formats that suit "
+                f"{runtime}: a search or profile with --for {runtime} finds better plans.",
+                err=True,
+            )
+    return file
 
 
 def run_name(model: str) -> str:

@@ -130,3 +130,17 @@ def test_where_a_plan_goes_is_checked_before_anything_is_read(
 def test_a_folder_that_cannot_be_written_is_found_out_first() -> None:
     with pytest.raises(ValueError, match=r"/proc/plan.json cannot be written: no file can be made"):
         run("solve", "no-profile-here.safetensors", "--out", "/proc/plan.json")
+
+
+def test_what_a_profile_lacks_for_a_runtime_is_said(profile: Path) -> None:
+    said = run("solve", profile, "--budget", "6bpw", "--for", "mlx")
+    assert "formats that suit mlx: a search or profile with --for mlx finds better plans" in said
+    assert "lacks" not in run("solve", profile, "--budget", "6bpw")
+
+
+def test_a_run_for_a_runtime_says_so_when_it_is_left_out(profile: Path) -> None:
+    plan = Plan.load(profile.parent / "plan.json")
+    plan.model_copy(update={"runtime": "mlx"}).save(profile.parent / "plan.json")
+    said = run("frontier", profile.parent)
+    assert "was searched for mlx: --for mlx keeps to it" in said
+    assert "was searched for" not in run("frontier", profile.parent, "--for", "mlx")
