@@ -307,27 +307,28 @@ def solve(
     """Answer a what-if in a moment: another budget, limits or formats from a saved profile."""
     from .quantizers.files import check_file
     from .reports.terminal import print_summary
+    from .search.budget import Budget
     from .search.solve import solve as run_solver
     from .search.solve import write_program
 
     options.check_json(plan_file)
     if program is not None:
         check_file(program, (".lp", ".mps"), "--program", "plan.lp")
-    path = options.profile_file(path, runtime)
     limited = options.limit_options(
         pin, ban, at_least, at_most, runtime, max_bops, latency, latency_device, max_ms
     )
     limits = options.limits_of(formats, group, limited, batch)
-    budget = budget or (None if fastest else "4.3bpw")
+    if program is not None and fastest:
+        raise ValueError("--program writes what --budget asks for, not --fastest.")
+    asked = None if fastest and budget is None else Budget.parse(budget or "4.3bpw")
+    table = options.load_profile(path, runtime)
     files = {}
-    if program is not None:
-        if fastest:
-            raise ValueError("--program writes what --budget asks for, not --fastest.")
-        write_program(path, budget or "4.3bpw", limits, program)
+    if program is not None and asked is not None:
+        write_program(table, asked, limits, program)
         files["program"] = program
     plan = run_solver(
-        path,
-        budget,
+        table,
+        asked,
         solver=solver if max_kl is None else "bisection",
         limits=limits,
         max_kl=max_kl,
@@ -369,13 +370,12 @@ def frontier(
     from .search.frontier import Frontier
     from .search.limits import build_problem
     from .search.plan import ModelRef
-    from .sensitivity.table import SensitivityTable
     from .sensitivity.wording import words_of
 
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
     limits = options.limits_of(formats, group, limited)
-    table = limits.for_runtime(SensitivityTable.load(options.profile_file(path, runtime)))
+    table = limits.for_runtime(options.load_profile(path, runtime))
     model = table.provenance.get("model")
     whole = Frontier.from_problem(
         build_problem(table, limits), ModelRef.model_validate(model) if model else None

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from .search.limits import Limits
     from .search.settings import ProfileSettings
+    from .sensitivity.table import SensitivityTable
 
 _GOAL, _LIMITS = "Goal (one of them)", "Limits"  # panels of --help
 _PRICES, _SEARCH = "Candidates and prices", "Search and validation"
@@ -391,8 +392,8 @@ def check_json(path: Path | None, option: str = "--out", example: str = "plan.js
         check_file(path, (".json",), option, example)
 
 
-def profile_file(path: Path, runtime: str | None) -> Path:
-    """The profile of a run folder, or the file itself.
+def load_profile(path: Path, runtime: str | None) -> SensitivityTable:
+    """The profile in a run folder or a file.
 
     Says if the run was for another runtime, and if the profile lacks formats that suit this one.
     """
@@ -400,21 +401,21 @@ def profile_file(path: Path, runtime: str | None) -> Path:
     from .search.rules import Rules
     from .sensitivity.table import PROFILE_FILE, SensitivityTable
 
-    file = path / PROFILE_FILE if path.is_dir() else path
+    table = SensitivityTable.load(path / PROFILE_FILE if path.is_dir() else path)
     plan = path / PLAN_FILE
     before = Plan.load(plan).runtime if plan.is_file() else None
     if before not in (None, runtime):
         typer.echo(f"{path} was searched for {before}: --for {before} keeps to it.", err=True)
-    if runtime is not None and file.is_file():
+    if runtime is not None:
         wanted = set(Rules.load(runtime).candidates) - {"keep"}
-        lacking = wanted - set(SensitivityTable.load(file).formats)
+        lacking = wanted - set(table.formats)
         if 2 * len(lacking) > len(wanted):
             typer.echo(
                 f"The profile lacks {len(lacking)} of the {len(wanted)} formats that suit "
                 f"{runtime}: a search or profile with --for {runtime} finds better plans.",
                 err=True,
             )
-    return file
+    return table
 
 
 def run_name(model: str) -> str:

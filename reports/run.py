@@ -53,6 +53,13 @@ class RunData:
             for module in unit.modules:
                 if module not in self.plan.assignments:
                     raise _different("plan.json", f"it has no format for {module!r}")
+        size = sum(unit_bytes(self, unit) for unit in self.table.units)
+        if size != self.plan.bytes:
+            raise _different(
+                PLAN_FILE,
+                f"it says {self.plan.bytes:,} B where its formats take {size:,} B (a version that "
+                "counted otherwise made it, or it was edited)",
+            )
         frontier = self.frontier
         if frontier.model is not None and frontier.model.sha256 != model:
             raise _different("frontier.json", f"it is for the model {frontier.model.sha256}")
@@ -75,36 +82,14 @@ class RunData:
                 f"{folder} is no run: it lacks {' and '.join(absent)}. Give a folder that "
                 "`bitplan search` wrote; `bitplan jobs` lists them."
             )
-        limits = Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
-        table = limits.for_runtime(SensitivityTable.load(folder / PROFILE_FILE))
-        run = cls(
+        table = _limits_of(plan).for_runtime(SensitivityTable.load(folder / PROFILE_FILE))
+        return cls(
             plan=plan,
             frontier=Frontier.load(folder / FRONTIER_FILE),
             table=table,
             confidence=_confidence_of(folder, plan, table),
             settings=_settings_of(folder, plan),
         )
-        run.check_bytes()
-        return run
-
-    def check_bytes(self) -> None:
-        """Raise if the plan counts other bytes than the formats it gives take.
-
-        Raises:
-            ValueError: Says how many each.
-        """
-        count = byte_count(self.plan.runtime)
-        size = sum(
-            count(Format.parse(self.format_of(unit)), shape)
-            for unit in self.table.units
-            for shape in unit.shapes
-        )
-        if size != self.plan.bytes:
-            raise _different(
-                PLAN_FILE,
-                f"it says {self.plan.bytes:,} B where its formats take {size:,} B (a version that "
-                "counted otherwise made it, or it was edited)",
-            )
 
     def format_of(self, unit: UnitInfo) -> str:
         """The format the plan gives to a unit: its modules share one."""
@@ -115,7 +100,7 @@ class RunData:
         """The limits of the search; of a run that does not say, those of its runtime."""
         if self.settings is not None:
             return self.settings.limits()
-        return Limits(rules=Rules.load(self.plan.runtime) if self.plan.runtime else None)
+        return _limits_of(self.plan)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -128,6 +113,11 @@ class RunData:
         """intp [U], the plan as indices of :attr:`formats`."""
         index = {name: f for f, name in enumerate(self.formats)}
         return np.array([index[self.format_of(unit)] for unit in self.table.units], dtype=np.intp)
+
+
+def _limits_of(plan: Plan) -> Limits:
+    """The limits of the runtime that a plan is for."""
+    return Limits(rules=Rules.load(plan.runtime) if plan.runtime else None)
 
 
 def unit_bytes(run: RunData, unit: UnitInfo) -> int:

@@ -95,10 +95,9 @@ def run_search(
         if search.refine or goal.measures:  # is there enough text to keep some of it apart?
             kept = guarded(loaded.model, settings, loaded.samples, search.guard)
         with job.stage("profile"):
-            profiled = profile_stage(loaded, run, reporter)
-        units = limits.for_runtime(profiled).units
-        held_out = HeldOut(loaded.model, units, settings.rounding, samples, run, reporter)
-        return _Search(settings, goal, profiled, held_out, kept, run, job, reporter).finish()
+            table = limits.for_runtime(profile_stage(loaded, run, reporter))
+        held_out = HeldOut(loaded.model, table.units, settings.rounding, samples, run, reporter)
+        return _Search(settings, goal, table, held_out, kept, run, job, reporter).finish()
 
 
 def run_worker(storage: str, study: str | None, device: str, reporter: Reporter) -> int:
@@ -158,7 +157,7 @@ class _Search:
         self,
         settings: ProfileSettings,
         goal: Goal,
-        profiled: SensitivityTable,
+        table: SensitivityTable,
         held_out: HeldOut,
         kept: tuple[Samples, Samples] | None,
         run: Path,
@@ -166,7 +165,7 @@ class _Search:
         reporter: Reporter,
     ) -> None:
         self.settings, self.search, self.goal = settings, goal.search, goal
-        self.table = goal.limits.for_runtime(profiled)
+        self.table = table
         self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
         self.units = len(self.table.units)
         self.words = words_of(self.table.provenance["calibration"])

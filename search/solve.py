@@ -112,16 +112,15 @@ def solve(
     )
 
 
-def write_program(table: Path, budget: str, limits: Limits, path: Path) -> None:
+def write_program(table: SensitivityTable, budget: Budget, limits: Limits, path: Path) -> None:
     """Write the integer program of a profile and a budget as ``.lp`` or ``.mps``.
 
     Raises:
         ValueError: As :func:`solve`, or for another suffix.
     """
-    parsed = Budget.parse(budget)
-    fused = limits.for_runtime(SensitivityTable.load(table))
-    max_bytes = parsed.resolve(fused.weights, outside_bytes(fused, parsed))
-    write_ilp(build_problem(fused, limits), max_bytes, path)
+    table = limits.for_runtime(table)
+    max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
+    write_ilp(build_problem(table, limits), max_bytes, path)
 
 
 def warn_of_spare_bytes(problem: Problem, max_bytes: int) -> None:
