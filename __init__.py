@@ -13,11 +13,11 @@ _EXPORTS = {
     "Frontier": ".search.frontier",
     "Plan": ".search.plan",
     "SensitivityTable": ".sensitivity.table",
-    "apply": ".search.materialize",
-    "load": ".search.materialize",
-    "Workload": ".sensitivity.models",
-    "profile": ".sensitivity.profile",
-    "quantize": ".search.materialize",
+    "apply": ".jobs.materialize",
+    "load": ".jobs.materialize",
+    "Workload": ".models.workload",
+    "profile": ".sensitivity.estimate",
+    "quantize": ".jobs.materialize",
     "solve": ".search.solve",
 }
 __all__ = [
@@ -36,16 +36,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .jobs.materialize import apply as apply
+    from .jobs.materialize import load as load
+    from .jobs.materialize import quantize as quantize
+    from .models.workload import Workload as Workload
     from .quantizers.format import Format as Format
     from .search.budget import Budget as Budget
     from .search.frontier import Frontier as Frontier
-    from .search.materialize import apply as apply
-    from .search.materialize import load as load
-    from .search.materialize import quantize as quantize
     from .search.plan import Plan as Plan
     from .search.solve import solve as solve
-    from .sensitivity.models import Workload as Workload
-    from .sensitivity.profile import profile as profile
+    from .sensitivity.estimate import profile as profile
     from .sensitivity.table import SensitivityTable as SensitivityTable
 
 

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from . import _options as options
-from ._commands import exporting, kernels, listing, packed, reporting
+from ._commands import exporting, kernels, listing, options, packed, reporting
 from ._commands.console import hint, out
 
 # Threads that wait by spinning make torch many times slower when other programs use the cores.
@@ -103,12 +102,12 @@ def search(
 
     After an interruption the same command, or --resume RUN, goes on where it stopped.
     """
+    from ._base.progress import Reporter
+    from .jobs.record import JobRecord
+    from .jobs.search import run_search
+    from .jobs.settings import SearchSettings, read_settings
     from .reports.html import write_report
     from .reports.terminal import print_summary
-    from .search.job import run_search
-    from .search.runs import JobRecord
-    from .search.settings import SearchSettings, read_settings
-    from .sensitivity.progress import Reporter
 
     if resume is not None:
         options.check_alone(context_, "resume", "quiet")
@@ -181,8 +180,8 @@ def worker(
     The storage tells the worker everything: model, text, budget. A worker that is killed loses
     nothing: another one runs its trial again.
     """
-    from .search.job import run_worker
-    from .sensitivity.progress import Reporter
+    from ._base.progress import Reporter
+    from .jobs.search import run_worker
 
     done = run_worker(storage, study, device, Reporter(quiet))
     out.print(f"The study is complete; this worker ran {done} of its trials.")
@@ -195,8 +194,8 @@ def jobs(
     ] = Path("runs"),
 ) -> None:
     """List the runs in a folder: what they do, how far they are, what they found."""
+    from .jobs.record import list_jobs
     from .reports.terminal import jobs_table
-    from .search.runs import list_jobs
 
     if not folder.is_dir() and folder != Path("runs"):
         raise ValueError(f"There is no folder {folder}. Give the one that holds the runs.")
@@ -228,9 +227,9 @@ def profile(
     quiet: options.QuietOption = False,
 ) -> None:
     """Price every layer in every format and save the table; `bitplan solve` reads it."""
-    from .search.job import run_profile
-    from .sensitivity.progress import Reporter
-    from .sensitivity.wording import words_of
+    from ._base.progress import Reporter
+    from .jobs.search import run_profile
+    from .models.wording import words_of
 
     run = run or Path("runs") / options.run_name(model)
     settings = options.profile_settings(
@@ -305,7 +304,7 @@ def solve(
     ] = None,
 ) -> None:
     """Answer a what-if in a moment: another budget, limits or formats from a saved profile."""
-    from .quantizers.files import check_file
+    from ._base.files import check_file
     from .reports.terminal import print_summary
     from .search.budget import Budget
     from .search.solve import solve as run_solver
@@ -367,10 +366,10 @@ def frontier(
     """
     import numpy as np
 
+    from .models.wording import words_of
     from .search.frontier import Frontier
     from .search.limits import build_problem
     from .search.plan import ModelRef
-    from .sensitivity.wording import words_of
 
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)

@@ -11,11 +11,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .. import _options as options
+from . import options
 from .console import hint, out
 
 if TYPE_CHECKING:
-    from ..kernels.bench import Row
+    from ..kernels.lab.bench import Row
     from ..kernels.latency import Device
 
 app = typer.Typer()
@@ -76,10 +76,10 @@ def bench(
     """
     import torch
 
-    from ..kernels import bench as measuring
-    from ..quantizers.files import check_file, write_json
-    from ..sensitivity.models import find_device
-    from ..sensitivity.progress import Reporter
+    from .._base.files import check_file, write_json
+    from .._base.progress import Reporter
+    from ..kernels.lab import bench as measuring
+    from ..models.load import find_device
 
     where = find_device(device)
     options.check_json(json_file, "--json", "timings.json")
@@ -242,7 +242,7 @@ def _note(rows: list[Row]) -> str:
 
 def _fit_table(device: Device, rows: list[Row]) -> Table:
     """How far the fitted model is from the timings it was fitted to."""
-    from ..kernels.bench import errors_of
+    from ..kernels.lab.bench import errors_of
 
     table = Table("m", "median error", "largest", title=f"Latency model {device.name}")
     errors = dict(enumerate(map(abs, errors_of(device, rows))))

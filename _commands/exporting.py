@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .. import _options as options
+from . import options
 from .console import hint, out
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def export(
     never quantizes again. A plan alone is written without loading weights; imatrix runs the model
     on the plan's calibration text.
     """
+    from .._base.progress import Reporter
     from ..exporters.export import export as write
     from ..exporters.targets import find
     from ..exporters.verify import verify, weight_error
     from ..search.budget import format_bytes
-    from ..sensitivity.progress import Reporter
 
     if check and (plan_only or not find(target)[1].weights):
         raise ValueError(
@@ -141,8 +141,8 @@ def import_(
     quiet: options.QuietOption = False,
 ) -> None:
     """Read another tool's choice of bits per layer as a plan, to measure and compare it."""
+    from .._base.progress import Reporter
     from ..exporters.importing import import_plan
-    from ..sensitivity.progress import Reporter
 
     options.check_json(plan_file)
     plan = import_plan(path, model, Reporter(quiet))
@@ -199,7 +199,7 @@ def _other_bytes(done: Exported) -> str:
 
 
 def _comparison_table(done: Exported, comparison: Comparison) -> Table:
-    from ..sensitivity.wording import words_of
+    from ..models.wording import words_of
 
     words = words_of(done.source.plan.calibration)
     shown = Table("", "value", title=f"{done.target} against our dequantized model")

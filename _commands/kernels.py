@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .. import _options as options
-from . import bench
+from . import bench, options
 from .console import out
 
 app = typer.Typer()
@@ -61,10 +60,10 @@ def check(
     time, they do not give it. Exits with 1 if a kernel fails. Needs Triton, which comes with
     pip install 'bitplan\[kernels]'.
     """
-    from ..kernels import check as static
+    from .._base.files import write_json
+    from .._base.progress import Reporter
     from ..kernels.gemm import require_triton
-    from ..quantizers.files import write_json
-    from ..sensitivity.progress import Reporter
+    from ..kernels.lab import check as static
 
     options.check_json(json_file, "--json", "counters.json")
     cases = static.parse_cases(arch, bits, group, zero, dtype, tokens, cell)

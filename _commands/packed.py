@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import _options as options
+from . import options
 from .console import hint, out
 
 app = typer.Typer()
@@ -24,11 +24,11 @@ def quantize(
     quiet: options.QuietOption = False,
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
+    from .._base.progress import Reporter
+    from ..jobs.materialize import quantize as write
     from ..quantizers.checkpoint import FILE_NAME, planned_bytes
     from ..search.budget import format_bytes
-    from ..search.materialize import quantize as write
     from ..search.plan import PLAN_FILE, Plan
-    from ..sensitivity.progress import Reporter
 
     if plan.is_dir():
         plan /= PLAN_FILE
@@ -65,9 +65,9 @@ def evaluate(
     quiet: options.QuietOption = False,
 ) -> None:
     """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
-    from ..search.measuring import run_eval
-    from ..sensitivity.progress import Reporter
-    from ..sensitivity.wording import words_of
+    from .._base.progress import Reporter
+    from ..jobs.held_out import run_eval
+    from ..models.wording import words_of
 
     plan, result, ppl_original = run_eval(target, text, tokens, device, Reporter(quiet))
     words = words_of(plan.calibration)
@@ -94,7 +94,7 @@ def generate(
     device: options.DeviceOption = "auto",
 ) -> None:
     """Generate text with a packed model (greedy), token by token as it comes."""
-    from ..search.materialize import load_packed
+    from ..jobs.materialize import load_packed
     from .streaming import TimedStreamer
 
     if not prompt:

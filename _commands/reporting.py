@@ -78,7 +78,7 @@ def compare(
 
     Changes are B minus A. Measured KL is paired where both runs kept figures of the same text.
     """
-    from ..quantizers.files import check_file
+    from .._base.files import check_file
     from ..reports.compare import compare as compare_plans
     from ..reports.compared import SUFFIXES, print_comparison, write_comparison
 
@@ -107,7 +107,7 @@ def _serve(folder: Path, port: int, browser: bool) -> None:
 
 def _study(run: Path, port: int) -> None:
     from ..reports.study import dashboard_command, is_installed
-    from ..search.storage import shown
+    from ..search.blackbox.storage import shown
 
     command = dashboard_command(run, port or PORT)
     if not is_installed():

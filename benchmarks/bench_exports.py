@@ -22,21 +22,22 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import write_results
-from bitplan.exporters import gguf_file
 from bitplan.exporters.export import Exported, export
+from bitplan.exporters.layouts import gguf as gguf_file
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
 from bitplan.exporters.verify import Comparison, compare, verify, weight_error
-from bitplan.quantizers.files import write_json
-from bitplan.search.job import run_profile
+from bitplan.jobs.search import run_profile
+from bitplan.jobs.settings import ProfileSettings
+from bitplan.models.load import load_model, smollm2_path
+from bitplan.models.samples import evaluation_samples
+from bitplan.models.workload import LoadedModel
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.limits import Limits
 from bitplan.search.plan import Plan
-from bitplan.search.rules import Rules
-from bitplan.search.settings import ProfileSettings
 from bitplan.search.solve import solve
-from bitplan.sensitivity.calibration import evaluation_samples
-from bitplan.sensitivity.models import LoadedModel, load_model, smollm2_path
-from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import PROFILE_FILE
 
 RUNTIMES = ("llama.cpp", "transformers", "vllm-cpu", "mlx", "onnx", "autoround", "gptq")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import RESULTS, write_results
 from bitplan.benchmarks.kernels_cpu import cpu_kernels
 from bitplan.benchmarks.kernels_gpu import gpu_kernels
 from bitplan.benchmarks.kernels_latency import latency_model
 from bitplan.benchmarks.search_lab import Part
-from bitplan.quantizers.files import write_json
-from bitplan.sensitivity.progress import Reporter
 
 PARTS: dict[str, Callable[[Path, Reporter], Part]] = {
     "cpu": cpu_kernels,

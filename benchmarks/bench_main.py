@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import write_results
+from bitplan.models.find import find_units
+from bitplan.models.load import load_model
+from bitplan.models.measure import Measurement, measure, plan_runner
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import Samples, calibration_samples, evaluation_samples
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.search.plan import Plan
 from bitplan.search.solve import solve
-from bitplan.sensitivity.calibration import Samples, calibration_samples, evaluation_samples
-from bitplan.sensitivity.evaluate import Measurement, measure, plan_runner
-from bitplan.sensitivity.models import LoadedModel, load_model
-from bitplan.sensitivity.profile import DEFAULT_FORMATS, profile
-from bitplan.sensitivity.progress import Reporter
-from bitplan.sensitivity.rendering import Renderer
+from bitplan.sensitivity.estimate import DEFAULT_FORMATS, profile
 from bitplan.sensitivity.table import SensitivityTable
-from bitplan.sensitivity.units import find_units
 
 LAYERS = ["model.layers.*"]
 BUDGETS = {"4.3bpw": "int4-g64-asym", "3.28bpw": "int3-g64-asym"}

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import RESULTS, write_results
 from bitplan.benchmarks.search_fused import fused
 from bitplan.benchmarks.search_heldout import heldout
@@ -22,8 +24,6 @@ from bitplan.benchmarks.search_refine import refinement
 from bitplan.benchmarks.search_rivals import rivals
 from bitplan.benchmarks.search_scale import scale
 from bitplan.benchmarks.search_work import TABLE, draw_work, equal_work
-from bitplan.quantizers.files import write_json
-from bitplan.sensitivity.progress import Reporter
 
 ON_MODEL: dict[str, Callable[[Lab], Part]] = {
     "rivals": rivals,

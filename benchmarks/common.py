@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bitplan.quantizers.files import atomic_path, write_json
+from bitplan._base.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("bitplan", "torch", "transformers", "numpy", "scipy", "pulp", "optuna", "matplotlib")

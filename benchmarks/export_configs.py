@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitplan.exporters.source import open_source
 from bitplan.exporters.targets import find
-from bitplan.search.rules import Rules
-from bitplan.sensitivity.models import LoadedModel, Workload
+from bitplan.models.workload import LoadedModel, Workload
+from bitplan.quantizers.runtimes import Rules
 from bitplan.tests.plans import mixed
 
 IDS = torch.arange(32).view(1, 32)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.search_lab import Part, target
+from bitplan.jobs.materialize import is_packed, load_packed
 from bitplan.kernels import cpu, native
 from bitplan.kernels.cpu import CpuWeight
+from bitplan.models.load import load_model
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.materialize import is_packed, load_packed
-from bitplan.sensitivity.models import LoadedModel, load_model
-from bitplan.sensitivity.progress import Reporter
 
 SHAPES = ((2048, 2048), (192, 576), (576, 576), (1536, 576), (576, 1536))
 SPECS = (*(f"int{bits}-g64-asym" for bits in range(1, 9)), "int4-g32-asym", "int4-g128-asym")
@@ -33,7 +34,7 @@ _IMPORTS = (
     "import torch, accelerate, safetensors, bitplan;"
     "from transformers import AutoModelForCausalLM;"
     "from transformers.models.llama import modeling_llama;"
-    "from bitplan.search import materialize;"
+    "from bitplan.jobs import materialize;"
 )
 _PEAK = "print(*[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])"
 

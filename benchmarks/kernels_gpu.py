@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.search_lab import Part, Row, target
 from bitplan.kernels.blocks import Block
-from bitplan.kernels.check import ARCHS, Check, check, controls, parse_cases
+from bitplan.kernels.lab.check import ARCHS, Check, check, controls, parse_cases
 from bitplan.kernels.packing import PlanePack, resident_bytes
 from bitplan.kernels.planes import ORDERS
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.sensitivity.progress import Reporter
 
 WIDTHS = "1,2,3,4,5,6,7,8,2+3+4"
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import RESULTS
 from bitplan.benchmarks.search_lab import Part, Row, target
-from bitplan.kernels.fitting import (
+from bitplan.kernels.lab.fitting import (
     NO_DECODE,
     SIMPLE_WIDTHS,
     TWO_CLASSES,
@@ -31,7 +32,6 @@ from bitplan.kernels.fitting import (
 )
 from bitplan.kernels.latency import DENSE, WIDTHS, Device, Kernel, Number, Widths
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.progress import Reporter
 
 DATA = Path(os.environ.get("BITPLAN_DATA", RESULTS.parents[2] / "shared" / "data"))
 SIDE = 8192

@@ -6,10 +6,10 @@ import numpy as np
 
 from bitplan.benchmarks.search_lab import BUDGETS, LENGTH, Lab, Part, Row, ratio, target
 from bitplan.benchmarks.search_rivals import LIKE, table_of
+from bitplan.models.measure import standard_error
 from bitplan.search.oracle import Choice
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.evaluate import standard_error
 
 GROUPS = ("q_proj,k_proj,v_proj", "gate_proj,up_proj")
 RIVAL = "output_fisher"

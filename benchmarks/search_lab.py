@@ -12,19 +12,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bitplan.quantizers.files import write_json
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
+from bitplan.models.find import find_units
+from bitplan.models.identity import state_sha256
+from bitplan.models.load import load_model
+from bitplan.models.measure import Measurement, measure, plan_runner, standard_error
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import Samples, calibration_samples, evaluation_samples
 from bitplan.quantizers.format import resolve_formats
 from bitplan.search.budget import Budget
 from bitplan.search.oracle import Choice
-from bitplan.sensitivity.calibration import Samples, calibration_samples, evaluation_samples
-from bitplan.sensitivity.evaluate import Measurement, measure, plan_runner, standard_error
+from bitplan.sensitivity.estimate import DEFAULT_FORMATS
 from bitplan.sensitivity.metrics import Task
-from bitplan.sensitivity.models import load_model, state_sha256
-from bitplan.sensitivity.profile import DEFAULT_FORMATS
-from bitplan.sensitivity.progress import Reporter
-from bitplan.sensitivity.rendering import Renderer
 from bitplan.sensitivity.table import stored_bytes
-from bitplan.sensitivity.units import find_units
 
 BUDGETS = {"3.28bpw": "int3-g64-asym", "4.3bpw": "int4-g64-asym"}  # and the uniform format there
 LENGTH = 128  # tokens per sequence

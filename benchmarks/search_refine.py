@@ -19,12 +19,12 @@ from bitplan.benchmarks.search_lab import (
     target,
 )
 from bitplan.benchmarks.search_rivals import table_of
+from bitplan.jobs.truth import Truth
+from bitplan.models.samples import Samples
 from bitplan.search.oracle import Choice
 from bitplan.search.problem import Problem
 from bitplan.search.refine import LocalPrices, Step, refine
 from bitplan.search.solvers import SOLVERS
-from bitplan.search.truth import Truth
-from bitplan.sensitivity.calibration import Samples
 
 STEPS = {"3.28bpw": 2, "4.3bpw": 1}
 BATCH_TOKENS = 1536  # larger than the default: faster, and the prices are the same

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from bitplan.benchmarks.search_lab import BUDGETS, LENGTH, Lab, Part, Row, ratio, target
+from bitplan.models.measure import Measurement, standard_error
 from bitplan.search.problem import Problem, Solution
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.evaluate import Measurement, standard_error
+from bitplan.sensitivity.errors import squared_errors
+from bitplan.sensitivity.estimate import _prices, provenance
 from bitplan.sensitivity.metrics import METRICS, Scores, Task
 from bitplan.sensitivity.metrics._gradient_scores import gradient_scores
 from bitplan.sensitivity.metrics.output_fisher import output_squared
@@ -28,8 +30,6 @@ from bitplan.sensitivity.probes import (
     label_upstream,
     squared,
 )
-from bitplan.sensitivity.profile import _prices, provenance
-from bitplan.sensitivity.rendering import squared_errors
 from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 

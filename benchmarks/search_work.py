@@ -20,11 +20,11 @@ from bitplan.benchmarks.search_refine import (
     truth_of,
 )
 from bitplan.benchmarks.search_rivals import table_of
+from bitplan.models.measure import standard_error
 from bitplan.reports.canvas import GREEN, INK, RED, drawing
 from bitplan.search.oracle import Choice, Oracle
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.evaluate import standard_error
 
 BUDGET = "3.28bpw"
 STEPS = 1  # of the refinement

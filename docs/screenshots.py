@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from bitplan.jobs.record import JobRecord, list_jobs
 from bitplan.reports.compare import compare
 from bitplan.reports.compared import write_comparison
 from bitplan.reports.html import write_report
 from bitplan.reports.serve import make_server
-from bitplan.search.runs import JobRecord, list_jobs
 from bitplan.search.solve import solve
 from bitplan.tests.browser import Browser, chromium, missing
 

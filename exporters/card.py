@@ -10,9 +10,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..models.wording import words_of
 from ..quantizers.format import Format
-from ..search.rules import Rules
-from ..sensitivity.wording import words_of
+from ..quantizers.runtimes import Rules
 from .source import Source
 
 FIGURES = {  # of a run folder

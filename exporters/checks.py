@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..models.fusion import fuse
+from ..models.units import UnitInfo
 from ..quantizers.format import Format
+from ..quantizers.runtimes import Rules
 from ..search.plan import Plan
-from ..search.rules import Rules
-from ..sensitivity.fusion import fuse
-from ..sensitivity.table import UnitInfo
 
 
 @dataclass(frozen=True, slots=True)

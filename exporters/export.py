@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..quantizers.files import atomic_path, check_place
+from .._base.files import atomic_path, check_place
+from .._base.progress import Reporter
+from ..jobs.materialize import assignment_formats, is_packed
+from ..jobs.record import JOB_FILE
+from ..models.find import find_units
+from ..models.units import UnitInfo
+from ..models.workload import LoadedModel
 from ..quantizers.format import Format
-from ..search.materialize import assignment_formats, is_packed
+from ..quantizers.runtimes import Rules
 from ..search.plan import PLAN_FILE, Plan
-from ..search.rules import Rules
-from ..search.runs import JOB_FILE
-from ..sensitivity.models import LoadedModel
-from ..sensitivity.progress import Reporter
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo
-from ..sensitivity.units import find_units
+from ..sensitivity.table import PROFILE_FILE, SensitivityTable
 from .card import write_card
 from .checks import check, snap
 from .source import Source, open_source

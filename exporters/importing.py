@@ -7,10 +7,12 @@ from importlib.metadata import version
 from math import nan
 from pathlib import Path
 
+from .._base.progress import Reporter
+from ..models.find import find_units
+from ..models.identity import state_sha256
+from ..models.load import load_model
+from ..models.workload import LoadedModel
 from ..search.plan import PLAN_FILE, BudgetRef, ModelRef, Plan
-from ..sensitivity.models import LoadedModel, load_model, state_sha256
-from ..sensitivity.progress import Reporter
-from ..sensitivity.units import find_units
 from .targets import EXPORTERS, Exporter, Stored, shown_name
 
 

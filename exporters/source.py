@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._base.progress import Reporter
+from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
+from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.load import check_model, load_model, load_structure
+from ..models.measure import Run, plan_runner
+from ..models.rendering import Renderer
+from ..models.units import UnitInfo
+from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from ..search.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..search.plan import PLAN_FILE, Plan
-from ..sensitivity.evaluate import Run, plan_runner
-from ..sensitivity.models import LoadedModel, check_model, load_model, load_structure
-from ..sensitivity.progress import Reporter
-from ..sensitivity.rendering import Renderer
-from ..sensitivity.table import UnitInfo
-from ..sensitivity.units import as_stored, find_units, unplanned_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
     def packed(name: str) -> PackedTensor:
         fitted = Renderer(model.module, units, plan.rounding)  # new: it keeps the grids it fits
         fmt = formats[name]
-        return PackedTensor.pack(fitted.weight(name), fmt, fitted.grid(name, fmt))
+        return fitted.store.packed(name, fmt)
 
     run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
     everything = find_units(model.module)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sensitivity.calibration import Samples, evaluation_samples
-from ..sensitivity.evaluate import Run
-from ..sensitivity.models import Batch
+from ..models.measure import Run
+from ..models.samples import Samples, evaluation_samples
+from ..models.workload import Batch
 from .export import Exported
 from .source import Source
 from .targets import EXPORTERS, Exporter, find

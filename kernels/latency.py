@@ -32,7 +32,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..quantizers.files import atomic_path, read_toml
+from .._base.files import atomic_path, read_toml
 from ..quantizers.format import Format
 
 FOLDER = Path(__file__).resolve().parent / "devices"

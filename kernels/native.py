@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantizers.files import atomic_path
+from .._base.files import atomic_path
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("cpu_decode.h"))

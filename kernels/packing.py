@@ -17,15 +17,7 @@ from torch import Tensor
 
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from .blocks import (
-    UNIT,
-    UNIT_BYTES,
-    Block,
-    Part,
-    PlaneClass,
-    ZeroKind,
-    read_zeros,
-)
+from .blocks import UNIT, UNIT_BYTES, Block, Part, PlaneClass, ZeroKind, read_zeros
 from .planes import CELLS, Cell, Order, unpack_cells
 
 _FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

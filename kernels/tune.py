@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..quantizers.files import write_json
+from .._base.files import write_json
 from .native import cache_folder
 from .packing import PlanePack
 from .triton_launch import Extras, Launch, multiply, natural_warps

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
-from ..quantizers.files import atomic_path
+from .._base.files import atomic_path
 
 # After Okabe and Ito's palette, told apart with every kind of colour vision; darker for text.
 LIGHT_BLUE, RED, GREEN, INK = "#8CC5EC", "#C85200", "#007A5A", "#222222"

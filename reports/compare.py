@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..quantizers.format import Format
+from ..quantizers.runtimes import byte_count
 from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Plan, plan_key
-from ..search.rules import byte_count
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable
 
 WEIGHTS_FILE = "model.safetensors"  # of a packed folder

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..quantizers.files import atomic_path
+from .._base.files import atomic_path
+from ..models.wording import words_of
+from ..quantizers.runtimes import Rules, StoredTensor
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from ..search.rules import Rules, StoredTensor
-from ..sensitivity.wording import words_of
 from .canvas import drawing
 from .compare import Change, PlanDifference, Side
 from .html import render

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..sensitivity.table import SensitivityTable, UnitInfo
-from ..sensitivity.wording import words_of
+from ..models.units import UnitInfo
+from ..models.wording import words_of
+from ..sensitivity.table import SensitivityTable
 from .run import RunData, unit_bytes
 
 BOUND_SAMPLES = 512

@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
+from ..models.wording import words_of
 from ..quantizers.format import Format
+from ..quantizers.runtimes import byte_count
 from ..search.confidence import Confidence
-from ..search.rules import byte_count
-from ..sensitivity.wording import words_of
 from .binding import Economy
 from .data import FrontierData, size_unit
 from .run import RunData

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..quantizers.files import atomic_path
-from ..sensitivity.wording import words_of
+from .._base.files import atomic_path
+from ..models.wording import words_of
 from .binding import economy, limit_rows
 from .data import (
     allocation_data,

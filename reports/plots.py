@@ -27,15 +27,7 @@ from .canvas import (
     marker_box,
     place_labels,
 )
-from .data import (
-    MIXED,
-    FrontierData,
-    Point,
-    PredictionData,
-    SensitivityData,
-    UnitGrid,
-    size_unit,
-)
+from .data import MIXED, FrontierData, Point, PredictionData, SensitivityData, UnitGrid, size_unit
 from .panels import (
     MAX_BARS,
     annotate_cells,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..models.wording import words_of
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from ..sensitivity.wording import words_of
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
 from .summary import Comparison, best_uniform, describe_rival, facts, only_format
 from .words import UNIFORM, number, with_error

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..jobs.record import JobRecord
+from ..jobs.settings import SearchSettings, read_settings
+from ..models.units import UnitInfo
 from ..quantizers.format import Format
+from ..quantizers.runtimes import Rules, byte_count
 from ..search.confidence import CONFIDENCE_FILE, Confidence
 from ..search.frontier import Frontier
 from ..search.limits import Limits
 from ..search.plan import PLAN_FILE, Plan
-from ..search.rules import Rules, byte_count
-from ..search.runs import JobRecord
-from ..search.settings import SearchSettings, read_settings
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable, UnitInfo
+from ..sensitivity.table import PROFILE_FILE, SensitivityTable
 
 FRONTIER_FILE = "frontier.json"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from ..search.runs import JOB_FILE, REPORT_FILES, JobInfo, JobRecord, list_jobs, read_log
+from ..jobs.record import JOB_FILE, REPORT_FILES, JobInfo, JobRecord, list_jobs, read_log
 from .compare import compare
 from .compared import render_comparison
 from .html import render

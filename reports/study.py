@@ -6,8 +6,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from ..search.runs import JobRecord
-from ..search.settings import read_settings
+from ..jobs.record import JobRecord
+from ..jobs.settings import read_settings
 
 STUDY_FILE = "job.sqlite"
 PROGRAM = "optuna-dashboard"

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..models.wording import words_of
+from ..quantizers.runtimes import Rules
 from ..search.budget import Budget, format_bytes
 from ..search.plan import Plan
-from ..search.rules import Rules
-from ..sensitivity.wording import words_of
 from .words import UNIFORM, number, with_error
 from .words import gap as gap_in_words
 

@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .._registry import Registry
+from .._base.progress import clock
+from .._base.registry import Registry
+from ..jobs.record import JobInfo
+from ..models.wording import words_of
 from ..quantizers.format import Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from ..search.runs import JobInfo
-from ..sensitivity.profile import DEFAULT_FORMATS
-from ..sensitivity.progress import clock
-from ..sensitivity.wording import words_of
+from ..sensitivity.estimate import DEFAULT_FORMATS
 from .summary import comparison, facts
 from .words import UNIFORM, number, plain, with_error
 

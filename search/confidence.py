@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..quantizers.files import read_json_text, write_json
+from .._base.files import read_json_text, write_json
 from .hull import lower_hull
 from .problem import Problem
 from .solvers.certified import certified

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
 
+from .._base.files import read_json_text
 from ..kernels.latency import Device
-from ..quantizers.files import read_json_text
+from ..models.units import module_kinds
 from ..quantizers.format import Format
-from ..sensitivity.fusion import module_kinds
 from ..sensitivity.table import SensitivityTable
 from .matching import Names
 from .problem import Constraint

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from ..quantizers.files import atomic_path, read_json_text
+from .._base.files import atomic_path, read_json_text
 from .hull import lower_hull
 from .plan import ModelRef
 from .problem import Problem

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantizers.files import read_json_text, write_json
+from .._base.files import read_json_text, write_json
 from .budget import format_bytes
 from .problem import Problem
 

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.latency import Device
+from ..models.fusion import fuse
+from ..models.units import UnitInfo
 from ..quantizers.format import Format
-from ..sensitivity.fusion import fuse
-from ..sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from ..quantizers.runtimes import Rules
+from ..sensitivity.table import SensitivityTable, stored_bytes
 from .costs import (
     LatencyTable,
     bit_operations,
@@ -25,7 +27,6 @@ from .costs import (
 from .matching import format_index, nearest, unit_names
 from .plan import Latency
 from .problem import Constraint, Problem
-from .rules import Rules
 
 _BARE = re.compile(r"int([1-8])")
 

@@ -10,9 +10,9 @@ from fnmatch import translate
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.units import UnitInfo, module_kinds
 from ..quantizers.format import resolve_formats
-from ..sensitivity.fusion import module_kinds
-from ..sensitivity.table import SensitivityTable, UnitInfo
+from ..sensitivity.table import SensitivityTable
 
 
 class Names:

@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ..quantizers.files import read_json_text, write_json
+from .._base.files import read_json_text, write_json
 from ..quantizers.format import Format
 
 SCHEMA = 1

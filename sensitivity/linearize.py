@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..models.rendering import Renderer, Rows
+from ..models.samples import Samples
+from ..models.units import UnitInfo
+from ..models.workload import Batch, LoadedModel, samples_in
 from ..quantizers.format import Format
-from .calibration import Samples
-from .models import Batch, LoadedModel, samples_in
+from .errors import map_errors
 from .probes import (
     Factors,
     Part,
@@ -24,8 +27,6 @@ from .probes import (
     squared,
     stream,
 )
-from .rendering import Renderer, Rows, map_errors
-from .table import UnitInfo
 
 
 @dataclass(frozen=True, slots=True)

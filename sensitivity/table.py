@@ -13,39 +13,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..quantizers.files import atomic_path, write_json
+from .._base.files import atomic_path, write_json
+from ..models.fusion import fuse
+from ..models.units import UnitInfo
 from ..quantizers.format import Format
-from .fusion import fuse
 from .shrinkage import Shrinkage
 
 SCHEMA = 1
 PROFILE_FILE = "profile.safetensors"  # its name in a run folder
-
-
-@dataclass(frozen=True, slots=True)
-class UnitInfo:
-    """The torch-free description of a unit: one or more matrices that share one format.
-
-    Attributes:
-        name: Unique name; the module's name, or ``parent.{a,b}`` for a fused group.
-        modules: Canonical module names, one per distinct weight matrix.
-        shapes: ``(rows, cols)`` of each matrix, rows = output features.
-        kind: Matrix type, the part of the name shared across layers (``mlp.up_proj``).
-        layer: Index of the layer the unit belongs to, or None outside the repeated stack.
-        aliases: Other module names tied to the same weight (``lm_head``), stored once.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    kind: str
-    layer: int | None = None
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def weights(self) -> int:
-        """Number of weights, counted once when tied."""
-        return sum(rows * cols for rows, cols in self.shapes)
 
 
 @dataclass(frozen=True, slots=True)

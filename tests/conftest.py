@@ -14,8 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may look for 
 import pytest
 import torch
 
-from bitplan.sensitivity.calibration import builtin_prose
-from bitplan.sensitivity.models import LoadedModel, load_model
+from bitplan.models.load import load_model
+from bitplan.models.samples import builtin_prose
+from bitplan.models.workload import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BITPLAN_DATA", ROOT.parent / "shared" / "data"))

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from bitplan.jobs.record import Job
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
+from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.search.confidence import Confidence
 from bitplan.search.frontier import Frontier
 from bitplan.search.limits import Limits, build_problem
 from bitplan.search.plan import Baseline, Measured, Plan
-from bitplan.search.runs import Job
-from bitplan.search.settings import ProfileSettings, SearchSettings
 from bitplan.search.solve import solve
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+from bitplan.sensitivity.table import SensitivityTable
 
 FORMATS = tuple(f"int{bits}-g{group}-asym" for group in (64, 128) for bits in (2, 3, 4, 5, 6, 8))
 _MATRICES = {  # SmolLM2-135M, per layer

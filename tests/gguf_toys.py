@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitplan.sensitivity.models import LoadedModel
+from bitplan.models.workload import LoadedModel
 
 
 def write_llama_gguf(model: LoadedModel, folder: Path, path: Path) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
+from bitplan.models.find import find_units
+from bitplan.models.fusion import fuse
+from bitplan.models.identity import state_sha256
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
+from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.plan import BudgetRef, ModelRef, Plan
-from bitplan.search.rules import Rules, byte_count
-from bitplan.sensitivity.fusion import fuse
-from bitplan.sensitivity.models import LoadedModel, state_sha256
-from bitplan.sensitivity.units import find_units
 
 
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:

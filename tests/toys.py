@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bitplan.models.find import find_units
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import samples_from_batches
+from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import samples_from_batches
 from bitplan.sensitivity.metrics import Task
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
 
 FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int3-g32", "int8-gc")))
 

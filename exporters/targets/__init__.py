@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..._registry import Registry
+from ..._base.registry import Registry
+from ...models.measure import Run
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import LoadedModel
 from ..source import Source
 
 

@@ -11,13 +11,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ...models.measure import Run
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
 from ...quantizers.packed import PackedTensor
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import LoadedModel
-from .. import gptq
-from .._packing import to_gptq
-from ..folder import (
+from ..configs import gptq
+from ..configs.folder import (
     TensorFiles,
     linear_names,
     method_of,
@@ -25,6 +24,7 @@ from ..folder import (
     transformers_logits,
     write_folder,
 )
+from ..layouts.packing import to_gptq
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ...models.measure import Run
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import LoadedModel
-from .._packing import from_compressed_tensors, to_compressed_tensors
-from ..folder import (
+from ..configs.folder import (
     TensorFiles,
     linear_names,
     method_of,
@@ -21,7 +20,8 @@ from ..folder import (
     transformers_logits,
     write_folder,
 )
-from ..gptq import most_used
+from ..configs.gptq import most_used
+from ..layouts.packing import from_compressed_tensors, to_compressed_tensors
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 

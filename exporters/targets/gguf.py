@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...models.measure import Run
+from ...models.workload import Batch, LoadedModel
 from ...quantizers.format import Format
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import Batch, LoadedModel
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -37,7 +37,7 @@ class Gguf(Exporter):
 
     def config(self, source: Source) -> str:
         """One anchored pattern per matrix for ``--tensor-type-file``; the first match counts."""
-        from ..gguf_file import TYPE_OF_FORMAT, architecture_of, tensor_names
+        from ..layouts.gguf import TYPE_OF_FORMAT, architecture_of, tensor_names
 
         formats = source.formats
         modules = [unit.name for unit in source.everything]
@@ -60,7 +60,7 @@ class Gguf(Exporter):
 
     def write(self, source: Source, out: Path) -> None:
         """Copy the GGUF the model came from, or ``--like``, with our blocks in it."""
-        from .. import gguf_file as files
+        from ..layouts import gguf as files
 
         base = files.base_file(source.model, source.plan.model.id, source.like)
         reader = files.open_reader(base)
@@ -120,7 +120,7 @@ class Gguf(Exporter):
 
     def read(self, path: Path, model: LoadedModel | None = None) -> Iterator[Stored]:
         """All matrices in a block format or float; types without a format by the nearest one."""
-        from .. import gguf_file as files
+        from ..layouts import gguf as files
 
         reader = files.open_reader(path)
         names = files.module_names(reader, model)

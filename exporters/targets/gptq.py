@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ...models.measure import Run
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import LoadedModel
-from .. import gptq
-from .._packing import to_gptq
-from ..folder import linear_names, method_of, read_config, write_folder
+from ..configs import gptq
+from ..configs.folder import linear_names, method_of, read_config, write_folder
+from ..layouts.packing import to_gptq
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 

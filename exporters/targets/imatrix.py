@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from ...kernels.linear import PackedLinear
-from ...sensitivity.calibration import BUILTIN, calibration_samples
+from ...models.rendering import Renderer
+from ...models.samples import BUILTIN, calibration_samples
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
-from ...sensitivity.rendering import Renderer
 from ..source import Source
 from . import EXPORTERS, Exporter
 
@@ -37,7 +37,7 @@ class Imatrix(Exporter):
         """
         import gguf
 
-        from ..gguf_file import architecture_of, tensor_names
+        from ..layouts.gguf import architecture_of, tensor_names
 
         model, said = source.model, source.plan.calibration
         if any(isinstance(module, PackedLinear) for module in model.module.modules()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ...search.rules import byte_count
+from ...quantizers.runtimes import byte_count
 from ..source import Source
 from . import EXPORTERS, Exporter
 

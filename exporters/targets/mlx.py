@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.linear import PackedEmbedding
+from ...models.measure import Run
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import LoadedModel
-from .._packing import from_mlx, to_mlx
-from ..folder import TensorFiles, linear_names, read_config, write_folder
-from ..gptq import most_used
+from ..configs.folder import TensorFiles, linear_names, read_config, write_folder
+from ..configs.gptq import most_used
+from ..layouts.packing import from_mlx, to_mlx
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 

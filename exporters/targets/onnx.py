@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...search.materialize import save_hugging_face_files
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import Batch, LoadedModel
-from ..onnx_modules import quantized_copy
+from ...jobs.materialize import save_hugging_face_files
+from ...models.measure import Run
+from ...models.workload import Batch, LoadedModel
+from ..layouts.onnx_modules import quantized_copy
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
 
@@ -49,7 +49,7 @@ class Onnx(Exporter):
         """Trace the model with its matrices replaced, batch and text length left open."""
         import onnx_ir
 
-        from ..onnx_graph import build
+        from ..layouts.onnx_graph import build
 
         graph = build(source.model, quantized_copy(source))
         values = (value.const_value for value in graph.graph.initializers.values())
@@ -75,7 +75,7 @@ class Onnx(Exporter):
                 f"Reading {path} takes the extra: pip install 'bitplan[onnx]'."
             ) from error
 
-        from ..onnx_reader import quantized_nodes, read_node
+        from ..layouts.onnx_reader import quantized_nodes, read_node
 
         file = path if path.is_file() else path / FILE
         try:

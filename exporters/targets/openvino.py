@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import Batch
+from ...models.measure import Run
+from ...models.workload import Batch
 from ..source import Source
 from . import EXPORTERS, Exporter
 from .onnx import FILE, Onnx, as_logits, feed

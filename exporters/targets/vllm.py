@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...sensitivity.evaluate import Run
-from ...sensitivity.models import Batch
+from ...models.measure import Run
+from ...models.workload import Batch
 from ..source import Source
 from . import EXPORTERS, Exporter
 from .compressed_tensors import CompressedTensors

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..._registry import Registry
+from ..._base.registry import Registry
 from ..format import Format
 from ..grid import Grid
 

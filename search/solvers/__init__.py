@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from ..._registry import Registry
+from ..._base.registry import Registry
 from ..problem import Problem, Solution
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 
-from ...quantizers.files import atomic_path
+from ..._base.files import atomic_path
 from ..conflicts import explain_infeasible
 from ..hull import lower_hull
 from ..problem import Problem, Solution

@@ -6,10 +6,10 @@ import numpy as np
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import Trial, TrialState
 
+from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from ..study import mean_kl, search
 from . import SOLVERS, measuring
 
 POPULATION = 20

@@ -5,10 +5,10 @@ from __future__ import annotations
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import Trial
 
+from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from ..study import mean_kl, search
 from . import SOLVERS, measuring
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..._registry import Registry
+from ..._base.registry import Registry
+from ...models.rendering import Renderer
+from ...models.samples import Samples
+from ...models.units import UnitInfo
+from ...models.workload import LoadedModel
 from ...quantizers.format import Format
-from ..calibration import Samples
-from ..models import LoadedModel
-from ..rendering import Renderer
-from ..table import UnitInfo
 
 
 @dataclass(frozen=True, slots=True)

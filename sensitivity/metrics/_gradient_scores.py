@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models import samples_in
+from ...models.workload import samples_in
 from ..probes import (
     Factors,
     Product,

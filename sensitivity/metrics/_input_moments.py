@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import samples_in
+from ...models.rendering import first_input
+from ...models.workload import samples_in
 from ..probes import check_reached, module_input, positions_in
-from ..rendering import first_input
 from . import Task
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..errors import squared_errors
 from ..probes import gradient_norm, label_upstream
-from ..rendering import squared_errors
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models import Batch, samples_in
+from ...models.workload import Batch, samples_in
+from ..errors import squared_errors
 from ..probes import check_reached
-from ..rendering import squared_errors
 from . import METRICS, Scores, Task
 
 _PROBE_SAMPLES = 2  # samples per probe: double backward keeps the whole graph of each

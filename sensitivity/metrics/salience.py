@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rendering import Rows, map_errors
+from ...models.rendering import Rows
+from ..errors import map_errors
 from . import METRICS, Scores, Task
 from ._input_moments import input_moments
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rendering import squared_errors
+from ..errors import squared_errors
 from . import METRICS, Scores, Task
 
 

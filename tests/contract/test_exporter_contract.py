@@ -15,11 +15,11 @@ from bitplan.exporters.export import export
 from bitplan.exporters.source import Source, open_source
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
 from bitplan.exporters.verify import weight_error
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
+from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.plan import Plan
-from bitplan.search.rules import Rules, byte_count
-from bitplan.sensitivity.models import LoadedModel
 from bitplan.tests.plans import hand_made, mixed
 
 NAMES = EXPORTERS.names()

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 
 import bitplan
+from bitplan.models.load import load_model
 from bitplan.search.frontier import Frontier
 from bitplan.search.plan import Plan
-from bitplan.sensitivity.models import load_model
 
 FILES = {
     "plan.json",

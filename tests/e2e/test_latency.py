@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
+from bitplan._base.progress import Reporter
+from bitplan.jobs.held_out import run_eval
 from bitplan.kernels.latency import Device
 from bitplan.reports.summary import baselines
 from bitplan.search.limits import Limits
-from bitplan.search.measuring import run_eval
 from bitplan.search.plan import Plan
 from bitplan.search.solve import solve
-from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import SensitivityTable
 
 SMALL = ["--sequences", "32", "--length", "64", "--guard", "16", "--eval-tokens", "2048"]

@@ -19,8 +19,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.search.blackbox.study import job_of, open_study, publish
 from bitplan.search.oracle import Oracle
-from bitplan.search.study import job_of, open_study, publish
 
 pytestmark = pytest.mark.slow
 TRIALS = 14
@@ -30,7 +30,7 @@ import sys, time
 import numpy as np
 from bitplan.search import storage
 from bitplan.search.oracle import Oracle
-from bitplan.search.study import problem_from_job, read_job, work
+from bitplan.search.blackbox.study import problem_from_job, read_job, work
 
 storage.HEARTBEAT, storage.GRACE = 1, 2  # seconds
 url = sys.argv[1]

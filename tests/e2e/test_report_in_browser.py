@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitplan.jobs.record import Job
+from bitplan.jobs.settings import SearchSettings
 from bitplan.reports.html import write_report
 from bitplan.reports.run import RunData
 from bitplan.reports.serve import make_server
 from bitplan.reports.words import number, with_error
 from bitplan.search.frontier import Frontier
-from bitplan.search.runs import Job
-from bitplan.search.settings import SearchSettings
 from bitplan.tests.browser import Browser, chromium, missing
 from bitplan.tests.fakes import fake_run, flat_units, transformer_units
 

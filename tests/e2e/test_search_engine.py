@@ -23,17 +23,17 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
+from bitplan._base.progress import Reporter
+from bitplan.jobs.held_out import run_eval
+from bitplan.jobs.record import JobRecord, list_jobs, read_log
 from bitplan.quantizers.format import Format
+from bitplan.search.blackbox.study import open_study
 from bitplan.search.frontier import Frontier
 from bitplan.search.limits import Limits
-from bitplan.search.measuring import run_eval
 from bitplan.search.plan import Plan
 from bitplan.search.problem import Problem
-from bitplan.search.runs import JobRecord, list_jobs, read_log
 from bitplan.search.solve import solve
 from bitplan.search.solvers import SOLVERS
-from bitplan.search.study import open_study
-from bitplan.sensitivity.progress import Reporter
 from bitplan.sensitivity.table import SensitivityTable
 
 PROFILE = "profile.safetensors"
@@ -360,9 +360,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import optuna
-import bitplan.search.job
+import bitplan.jobs.search
 from bitplan.__main__ import main
-from bitplan.sensitivity.models import load_model
+from bitplan.models.load import load_model
 
 log, model, sys.argv = Path(sys.argv[1]), sys.argv[2], ["bitplan", *sys.argv[3:]]
 load_model(model, "cpu")  # everything is imported before the search begins

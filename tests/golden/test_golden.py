@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitplan._base.progress import Reporter
+from bitplan.jobs.search import run_search
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.job import run_search
 from bitplan.search.plan import Plan
-from bitplan.search.settings import ProfileSettings, SearchSettings
-from bitplan.sensitivity.progress import Reporter
 
 HERE = Path(__file__).parent
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitplan.exporters.checks import snap, violations
+from bitplan.models.units import UnitInfo
+from bitplan.quantizers import runtimes as rules
 from bitplan.quantizers.format import Format
-from bitplan.search import rules
+from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.limits import Limits, build_problem
-from bitplan.search.rules import Rules, byte_count
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 from bitplan.tests.fakes import fake_table
 from bitplan.tests.fakes import transformer_units as units_of
 

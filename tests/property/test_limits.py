@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitplan.models.units import UnitInfo
+from bitplan.quantizers import runtimes as rules
 from bitplan.quantizers.format import Format
-from bitplan.search import rules
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.kv import KVTable, split_choice, with_kv
 from bitplan.search.limits import Limits, build_problem
-from bitplan.search.rules import Rules
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
 FORMATS = ("int2-g32", "int3-g64-asym", "int4-g32", "int4-g64-asym", "int8-g64", "bf16")
 KINDS = {

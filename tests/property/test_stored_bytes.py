@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitplan.exporters import _packing as packing
 from bitplan.exporters.export import check_written, export
+from bitplan.exporters.layouts import packing
 from bitplan.exporters.targets import find
+from bitplan.models.find import find_units
+from bitplan.models.identity import state_sha256
+from bitplan.models.workload import LoadedModel, Workload
+from bitplan.quantizers import runtimes as rules
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search import rules
+from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.limits import Limits
-from bitplan.search.rules import Rules, byte_count
 from bitplan.search.solve import solve
-from bitplan.sensitivity.models import LoadedModel, Workload, state_sha256
-from bitplan.sensitivity.units import find_units
 from bitplan.tests.fakes import fake_table
 from bitplan.tests.gguf_toys import write_llama_gguf
 from bitplan.tests.packs import random_packed

@@ -3,7 +3,7 @@
 import pytest
 
 from bitplan._commands.bench import _note
-from bitplan.kernels.bench import Row
+from bitplan.kernels.lab.bench import Row
 
 
 def row(m: int, speedup: float, bits: int = 4) -> Row:

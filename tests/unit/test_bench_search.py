@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import write_results
 from bitplan.benchmarks.search_fused import GROUPS, _plan
 from bitplan.benchmarks.search_heldout import heldout
 from bitplan.benchmarks.search_lab import Lab, Settings, ratio
 from bitplan.benchmarks.search_rivals import PASSES, table_of
+from bitplan.models.samples import builtin_prose
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.calibration import builtin_prose
-from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.progress import Reporter
+from bitplan.sensitivity.estimate import profile
 
 IN_NATS = ("fisher", "fisher_probe", "fisher_diagonal", "fisher_trace")
 

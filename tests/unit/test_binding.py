@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitplan.jobs.settings import SearchSettings
 from bitplan.reports.binding import economy, limit_rows
 from bitplan.reports.data import size_unit
 from bitplan.reports.run import RunData
-from bitplan.search.settings import SearchSettings
 from bitplan.search.solve import solve
 from bitplan.tests.fakes import fake_run, fake_table, transformer_units
 

@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitplan.sensitivity.calibration import (
-    builtin_prose,
-    calibration_samples,
-    evaluation_samples,
-)
-from bitplan.sensitivity.models import LoadedModel, Workload
+from bitplan.models.samples import builtin_prose, calibration_samples, evaluation_samples
+from bitplan.models.workload import LoadedModel, Workload
 
 
 def test_the_same_seed_gives_the_same_sequences(tiny: LoadedModel) -> None:

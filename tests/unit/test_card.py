@@ -9,9 +9,9 @@ import yaml
 
 from bitplan.exporters.card import write_card
 from bitplan.exporters.source import open_source
+from bitplan.models.workload import LoadedModel
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Baseline, Measured
-from bitplan.search.rules import Rules
-from bitplan.sensitivity.models import LoadedModel
 from bitplan.tests.plans import mixed
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bitplan._base.files import atomic_path
 from bitplan.quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
-from bitplan.quantizers.files import atomic_path
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bitplan.jobs.settings import SearchSettings
 from bitplan.quantizers.format import Format
 from bitplan.reports.compare import compare
 from bitplan.reports.compared import (
@@ -25,7 +26,6 @@ from bitplan.reports.compared import (
     write_comparison,
 )
 from bitplan.search.plan import Plan, plan_key
-from bitplan.search.settings import SearchSettings
 from bitplan.sensitivity.table import SensitivityTable
 from bitplan.tests.fakes import fake_run, flat_units
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitplan.jobs.settings import SearchSettings
+from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.reports.binding import economy
 from bitplan.reports.data import frontier_data
 from bitplan.reports.embed import MOST_STOPS, page_data
 from bitplan.reports.run import RunData, unit_bytes
-from bitplan.search.settings import SearchSettings
-from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, transformer_units
 
 

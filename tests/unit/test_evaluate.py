@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitplan.models.find import find_units
+from bitplan.models.measure import Measurement, measure, plan_runner
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import evaluation_samples
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import evaluation_samples
-from bitplan.sensitivity.evaluate import Measurement, measure, plan_runner
-from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
 
 
 def test_kl_and_perplexity(tiny: LoadedModel) -> None:

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitplan.exporters import folder
+from bitplan.exporters.configs import folder
+from bitplan.exporters.configs.gptq import name_pattern
 from bitplan.exporters.export import export
-from bitplan.exporters.gptq import name_pattern
 from bitplan.exporters.importing import import_plan
 from bitplan.exporters.targets import find
 from bitplan.exporters.verify import weight_error
-from bitplan.search.materialize import quantize
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.units import find_units
+from bitplan.jobs.materialize import quantize
+from bitplan.models.find import find_units
+from bitplan.models.workload import LoadedModel, Workload
 from bitplan.tests.plans import hand_made
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitplan.exporters import _packing as packing
+from bitplan.exporters.layouts import packing
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods.rtn import rtn
 from bitplan.quantizers.packed import PackedTensor

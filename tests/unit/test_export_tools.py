@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitplan.exporters.export import export
-from bitplan.exporters.onnx_modules import QuantizedLinear
+from bitplan.exporters.layouts.onnx_modules import QuantizedLinear
 from bitplan.exporters.targets import EXPORTERS
+from bitplan.models.find import find_units
+from bitplan.models.measure import Run
+from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods.rtn import rtn
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.rules import Rules
-from bitplan.sensitivity.evaluate import Run
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.units import find_units
+from bitplan.quantizers.runtimes import Rules
 from bitplan.tests.plans import hand_made, mixed
 
 # Target, its runtime, the largest relative error of the logits. Zero: equal bit for bit.
@@ -100,7 +100,7 @@ def test_a_folder_of_several_files_runs(
 ) -> None:
     exporter = EXPORTERS.get(name)()
     needs(str(exporter.module))
-    monkeypatch.setattr("bitplan.exporters.folder.SHARD", 200_000)
+    monkeypatch.setattr("bitplan.exporters.configs.folder.SHARD", 200_000)
     plan = mixed(wide, Rules.load(runtime))
     done = export(plan, name, tmp_path / "out", model=wide)
     assert len(list(done.path.glob("*.safetensors"))) > 3
@@ -201,7 +201,7 @@ def test_output_channels_with_formats_of_their_own_run(tmp_path: Path) -> None:
     needs("onnxruntime")
     import onnx_ir
 
-    from bitplan.exporters.onnx_graph import build
+    from bitplan.exporters.layouts.onnx_graph import build
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 64, generator=generator)

@@ -14,19 +14,19 @@ import pytest
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
+from bitplan._base.progress import Reporter
 from bitplan.exporters.checks import nearest_format, snap
 from bitplan.exporters.export import export
 from bitplan.exporters.importing import import_plan
 from bitplan.exporters.targets import EXPORTERS, find, shown_name
+from bitplan.jobs.held_out import run_eval
+from bitplan.jobs.materialize import is_packed, quantize
+from bitplan.models.find import find_units
+from bitplan.models.units import UnitInfo
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
-from bitplan.search.materialize import is_packed, quantize
-from bitplan.search.measuring import run_eval
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Plan
-from bitplan.search.rules import Rules
-from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.progress import Reporter
-from bitplan.sensitivity.table import UnitInfo
-from bitplan.sensitivity.units import find_units
 from bitplan.tests.fakes import fake_table
 from bitplan.tests.plans import hand_made, mixed
 

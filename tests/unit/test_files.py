@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from bitplan.quantizers.files import atomic_path, write_json
+from bitplan._base.files import atomic_path, write_json
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_kill_between_the_renames_leaves_both_folders(tmp_path: Path) -> None:
     write_folder(path, "old")
     code = (
         "import os, pathlib, sys\n"
-        "from bitplan.quantizers.files import atomic_path\n"
+        "from bitplan._base.files import atomic_path\n"
         "rename = os.rename\n"
         "os.rename = lambda a, b: os._exit(0) if a.suffix == '.tmp' else rename(a, b)\n"
         "with atomic_path(pathlib.Path(sys.argv[1])) as temporary:\n"

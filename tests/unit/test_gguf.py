@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 from bitplan.__main__ import app
 from bitplan.exporters.export import export
-from bitplan.exporters.gguf_file import NEAREST, TYPE_OF_FORMAT, Block, copy_with, open_reader
 from bitplan.exporters.importing import import_plan
+from bitplan.exporters.layouts.gguf import NEAREST, TYPE_OF_FORMAT, Block, copy_with, open_reader
 from bitplan.exporters.source import open_source
 from bitplan.exporters.verify import compare
-from bitplan.search.materialize import load_packed, quantize
+from bitplan.jobs.materialize import load_packed, quantize
+from bitplan.models.load import load_model
+from bitplan.models.workload import LoadedModel
 from bitplan.search.plan import Plan
-from bitplan.sensitivity.models import LoadedModel, load_model
 from bitplan.tests.plans import hand_made, mixed
 
 DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
@@ -183,7 +184,7 @@ def test_verify_says_what_to_install(
 
 
 def test_the_importance_matrix_holds_the_squared_inputs(wide: LoadedModel, tmp_path: Path) -> None:
-    from bitplan.sensitivity.calibration import calibration_samples
+    from bitplan.models.samples import calibration_samples
 
     plan = hand_made(wide, {DOWN: "q6_k"})
     plan.calibration.update(sequences=4, length=32, seed=3)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bitplan.__main__ import app
-from bitplan.kernels.check import ARCHS, Case, check, controls, inspect, parse_cases
+from bitplan.kernels.lab.check import ARCHS, Case, check, controls, inspect, parse_cases
 from bitplan.kernels.planes import Cell
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
@@ -66,7 +66,7 @@ def test_the_usual_kernels_fail() -> None:
 
 def test_spills_fail() -> None:
     """Two warps with 64 tokens each need more registers than there are."""
-    import bitplan.kernels.check as static
+    import bitplan.kernels.lab.check as static
 
     case = Case("sm_80", (4,), tokens=64, zero="none")
     result = inspect(static._compile_case(case), "", "sm_80", (4,), 128 * 128, 2, 2 * 128 * 64)
@@ -146,9 +146,9 @@ def test_the_compiler_takes_every_kernel(name: str, constants: dict[str, Any]) -
     """The interpreter accepts more than the compiler does."""
     import triton.language as tl
 
-    import bitplan.kernels.check as static
+    import bitplan.kernels.lab.check as static
     from bitplan.kernels import triton_kernels
-    from bitplan.kernels.disassembly import read
+    from bitplan.kernels.lab.disassembly import read
 
     kernel = getattr(triton_kernels, name)
     if "NUMBER" in constants:

@@ -10,11 +10,8 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
-from bitplan.quantizers.format import Format
-from bitplan.quantizers.packed import pack_bits
-from bitplan.sensitivity.calibration import Samples, evaluation_samples
-from bitplan.sensitivity.evaluate import measure, plan_runner
-from bitplan.sensitivity.kv_cache import (
+from bitplan.models.find import find_units
+from bitplan.models.kv_cache import (
     KV_BITS,
     dequantize_states,
     fake_quantize,
@@ -25,9 +22,12 @@ from bitplan.sensitivity.kv_cache import (
     quantize_states,
     quantized_kv_cache,
 )
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
+from bitplan.models.measure import measure, plan_runner
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import Samples, evaluation_samples
+from bitplan.models.workload import LoadedModel, Workload
+from bitplan.quantizers.format import Format
+from bitplan.quantizers.packed import pack_bits
 from tests.toys import softmax_regression
 
 

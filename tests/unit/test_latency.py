@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bitplan.benchmarks import kernels_latency as published
-from bitplan.kernels.fitting import (
+from bitplan.kernels.lab.fitting import (
     NO_DECODE,
     TWO_CLASSES,
     Freedom,
@@ -313,7 +313,7 @@ def test_device_files_hold_the_fits(points: Points, name: str, kernel: str) -> N
 
 def test_instructions_are_those_of_the_kernel() -> None:
     pytest.importorskip("triton")
-    from bitplan.kernels.check import Case, check
+    from bitplan.kernels.lab.check import Case, check
 
     (loop,) = check(Case("sm_90", (4,))).loops
     for name in ("h20", "h100", "h200"):

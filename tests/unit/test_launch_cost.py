@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from bitplan.kernels.lab.launch_cost import Cut, average_instructions, launch_seconds, perf_model
 from bitplan.kernels.latency import Device
-from bitplan.kernels.launch_cost import Cut, average_instructions, launch_seconds, perf_model
 from bitplan.quantizers.format import Format
 
 CELL = 128 * 128 // 2  # bytes at 4 bits

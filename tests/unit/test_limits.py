@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from bitplan.kernels.latency import Device
+from bitplan.models.units import UnitInfo
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.costs import parse_count, read_latency
 from bitplan.search.limits import Limits, build_problem, parse_assignments, parse_bans
 from bitplan.search.problem import Problem
-from bitplan.search.rules import Rules
 from bitplan.search.solve import solve
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+from bitplan.sensitivity.table import SensitivityTable
 from bitplan.tests.fakes import fake_table, transformer_units
 
 FORMATS = ("int2-g64", "int4-g64", "int6-g128", "int8-g64", "bf16")

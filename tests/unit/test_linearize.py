@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitplan.models.find import find_units
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import samples_from_batches
+from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import samples_from_batches
 from bitplan.sensitivity.linearize import linearize
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
 
 FORMATS = tuple(Format.parse(name) for name in ("int2-gc-asym", "int4-gc", "bf16"))
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitplan
+from bitplan.jobs.materialize import load_packed, planned_units
 from bitplan.kernels import native
+from bitplan.models.load import load_model
+from bitplan.models.samples import calibration_samples
 from bitplan.quantizers.checkpoint import read_checkpoint, write_checkpoint
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.materialize import load_packed, planned_units
 from bitplan.search.plan import Plan
-from bitplan.sensitivity.calibration import calibration_samples
-from bitplan.sensitivity.models import load_model
 
 FORMATS = ("int3-g32-asym", "int5-g64", "keep")
 
@@ -160,7 +160,7 @@ MEMORY = """
 import sys
 import accelerate, bitplan, transformers
 from transformers.models.llama import modeling_llama
-from bitplan.search import materialize
+from bitplan.jobs import materialize
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitplan.search.measuring import HeldOut, with_cache
+from bitplan._base.progress import Reporter
+from bitplan.jobs.held_out import HeldOut, with_cache
+from bitplan.models.find import find_units
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import Samples, evaluation_samples
+from bitplan.models.units import UnitInfo
+from bitplan.models.workload import LoadedModel
 from bitplan.search.plan import MEASUREMENTS_FILE, BudgetRef, KVCache, ModelRef, Plan
-from bitplan.sensitivity.calibration import Samples, evaluation_samples
-from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.progress import Reporter
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.table import UnitInfo
-from bitplan.sensitivity.units import find_units
 
 FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32-asym")
 

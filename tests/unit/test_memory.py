@@ -11,12 +11,12 @@ from torch import nn
 from bitplan.kernels.latency import Device
 from bitplan.kernels.packing import PlanePack
 from bitplan.kernels.packing import resident_bytes as laid_out
+from bitplan.models.find import find_units
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.search.limits import Limits
 from bitplan.search.memory import resident_bytes
-from bitplan.sensitivity.profile import _layer_types
-from bitplan.sensitivity.units import find_units
+from bitplan.sensitivity.estimate import _layer_types
 from bitplan.tests.fakes import fake_table, transformer_units
 
 FORMATS = ("int3-g64-asym", "int4-g128", "bf16")
@@ -77,7 +77,7 @@ def test_profiles_record_what_is_no_plain_product() -> None:
 
 
 def test_what_a_runtime_fuses_is_one_product() -> None:
-    from bitplan.search.rules import Rules
+    from bitplan.quantizers.runtimes import Rules
 
     device = Device.load("h100")
     table = fake_table(transformer_units(1), ("int4-g64", "bf16")).merged(["q_proj,k_proj,v_proj"])

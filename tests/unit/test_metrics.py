@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitplan.models.workload import LoadedModel, Workload
+from bitplan.sensitivity.estimate import profile
 from bitplan.sensitivity.metrics import METRICS, Task
-from bitplan.sensitivity.models import LoadedModel, Workload
 from bitplan.sensitivity.probes import label_upstream
-from bitplan.sensitivity.profile import profile
 from bitplan.tests.toys import FORMATS, softmax_regression, task
 
 

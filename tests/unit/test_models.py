@@ -10,14 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bitplan.sensitivity.models import (
-    LoadedModel,
-    Workload,
-    load_model,
-    load_structure,
-    state_sha256,
-)
-from bitplan.sensitivity.units import find_units
+from bitplan.models.find import find_units
+from bitplan.models.identity import state_sha256
+from bitplan.models.load import load_model, load_structure
+from bitplan.models.workload import LoadedModel, Workload
 
 
 def test_a_folder_loads_frozen_in_float32(tiny: LoadedModel) -> None:

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import bitplan
 from bitplan.__main__ import app
-from bitplan.search.job import run_profile, run_search
-from bitplan.search.settings import ProfileSettings, SearchSettings
-from bitplan.search.work import prepare
-from bitplan.sensitivity.progress import Reporter
+from bitplan._base.progress import Reporter
+from bitplan.jobs.prepare import prepare
+from bitplan.jobs.search import run_profile, run_search
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
 
 WORKLOAD = """
 import torch

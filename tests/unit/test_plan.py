@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitplan.models.samples import samples_from_batches
+from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.search.budget import Budget
 from bitplan.search.plan import Plan
 from bitplan.search.solve import plan_from_choice, predicted_kl_stderr, solve
-from bitplan.sensitivity.calibration import samples_from_batches
-from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from bitplan.sensitivity.estimate import profile
+from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 from bitplan.tests.toys import softmax_regression
 
 PROVENANCE = {

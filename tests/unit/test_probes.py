@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bitplan.models.find import find_units
+from bitplan.models.rendering import Renderer
+from bitplan.models.workload import Batch, LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.models import Batch, LoadedModel, Workload
+from bitplan.sensitivity.estimate import profile
 from bitplan.sensitivity.probes import (
     Factors,
     Upstream,
@@ -22,9 +25,6 @@ from bitplan.sensitivity.probes import (
     label_upstream,
     stream,
 )
-from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.rendering import Renderer
-from bitplan.sensitivity.units import find_units
 
 FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int4-gc", "bf16")))
 

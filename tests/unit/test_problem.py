@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitplan.models.units import UnitInfo
 from bitplan.search.problem import Problem, Solution
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo
+from bitplan.sensitivity.table import SensitivityTable
 
 INF = np.inf
 

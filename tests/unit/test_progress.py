@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from bitplan.sensitivity.progress import Pace, Reporter, clock, seconds_left
+from bitplan._base.progress import Pace, Reporter, clock, seconds_left
 
 
 class Recorder:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitplan.models.find import find_units
+from bitplan.models.measure import measure, plan_runner
+from bitplan.models.rendering import Assignment, Renderer
+from bitplan.models.replay import Replay
+from bitplan.models.samples import Samples, calibration_samples, samples_from_batches
+from bitplan.models.topk import TopK
+from bitplan.models.workload import LoadedModel, Workload, samples_in
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import Samples, calibration_samples, samples_from_batches
-from bitplan.sensitivity.evaluate import measure, plan_runner
-from bitplan.sensitivity.models import LoadedModel, Workload, samples_in
-from bitplan.sensitivity.rendering import Assignment, Renderer
-from bitplan.sensitivity.replay import Replay
-from bitplan.sensitivity.topk import TopK
-from bitplan.sensitivity.units import find_units
 
 COARSE, FINE = (Format.parse(name) for name in ("int3-g32-asym", "int6-g32"))
 BLOCKS, WIDTH, CLASSES, SAMPLES = 6, 32, 10, 7

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.reports.data import (
     MIXED,
@@ -24,7 +25,6 @@ from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
 from bitplan.search.plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
-from bitplan.sensitivity.table import UnitInfo
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
 

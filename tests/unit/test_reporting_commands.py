@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bitplan._commands.reporting import app
+from bitplan.jobs.settings import SearchSettings
 from bitplan.reports import study
-from bitplan.search.settings import SearchSettings
 from bitplan.tests.fakes import fake_run
 
 

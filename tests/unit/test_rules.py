@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bitplan.quantizers import runtimes as rules
 from bitplan.quantizers.format import Format
-from bitplan.search import rules
-from bitplan.search.rules import Rules
+from bitplan.quantizers.runtimes import Rules
 
 GOOD = """
 description = "d"

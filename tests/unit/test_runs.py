@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from bitplan.quantizers.files import write_json
-from bitplan.search import runs
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
+from bitplan.jobs import record as runs
+from bitplan.jobs.record import Job, JobRecord, RunLock, list_jobs, read_log
 from bitplan.search.plan import Plan
-from bitplan.search.runs import Job, JobRecord, RunLock, list_jobs, read_log
-from bitplan.sensitivity.progress import Reporter
 
 from ..fakes import fake_run, flat_units
 
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {"model": "my model", "formats": ["int4-g64", "int8-g
 FAKE_JOB = """
 import sys, time
 from pathlib import Path
-from bitplan.search.runs import Job
+from bitplan.jobs.record import Job
 
 folder, stop = Path(sys.argv[1]), sys.argv[2]
 

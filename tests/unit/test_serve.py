@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bitplan.jobs.record import Job
+from bitplan.jobs.settings import SearchSettings
 from bitplan.reports.serve import make_server
 from bitplan.reports.study import dashboard_command
-from bitplan.search.runs import Job
-from bitplan.search.settings import SearchSettings
 from bitplan.tests.fakes import fake_run
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bitplan.search.settings import ProfileSettings, SearchSettings, read_settings
+from bitplan.jobs.settings import ProfileSettings, SearchSettings, read_settings
 
 PROFILE = ProfileSettings(
     "tiny", formats=("int4-g32", "keep"), groups=("q_proj,k_proj",), exclude=("lm_head",), seed=7

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from bitplan.benchmarks.bench_solvers import synthetic_problem
-from bitplan.search import study as studies
+from bitplan.search.blackbox import study as studies
+from bitplan.search.blackbox.storage import open_storage
+from bitplan.search.blackbox.trials import run_trials
 from bitplan.search.levels import MAX_GROUPS, Groups
 from bitplan.search.oracle import Choice, Oracle
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
-from bitplan.search.storage import open_storage
-from bitplan.search.trials import run_trials
 
 SEQUENCES, LENGTH = 2, 4
 EACH = SEQUENCES * LENGTH  # tokens per trial
@@ -206,7 +206,7 @@ def test_a_trial_too_many_is_not_run() -> None:
         return 0.0
 
     def run_trials_of_third_worker() -> None:
-        from bitplan.search.trials import _run_one
+        from bitplan.search.blackbox.trials import _run_one
 
         study._thread_local.in_optimize_loop = False  # as in a process of its own
         _run_one(study, objective, trials=2)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from bitplan.models.samples import calibration_samples
+from bitplan.models.units import UnitInfo
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.calibration import calibration_samples
-from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.profile import profile
-from bitplan.sensitivity.table import SensitivityTable, UnitInfo, stored_bytes
+from bitplan.sensitivity.estimate import profile
+from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
 
 def table() -> SensitivityTable:

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from bitplan._registry import Registry
+from bitplan._base.registry import Registry
+from bitplan.jobs.record import JobInfo
 from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
 from bitplan.reports.words import plain
 from bitplan.search.plan import KVCache, Latency, Plan
-from bitplan.search.runs import JobInfo
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.metrics import METRICS
 from bitplan.tests.fakes import fake_run, transformer_units

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from bitplan._base.progress import Reporter
+from bitplan.jobs.settings import ProfileSettings
+from bitplan.jobs.truth import Truth, guarded
+from bitplan.models.find import find_units
+from bitplan.models.rendering import Renderer
+from bitplan.models.samples import Samples, calibration_samples, samples_from_batches
+from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.search.settings import ProfileSettings
-from bitplan.search.truth import Truth, guarded
-from bitplan.sensitivity.calibration import Samples, calibration_samples, samples_from_batches
 from bitplan.sensitivity.linearize import linearize
-from bitplan.sensitivity.models import LoadedModel, Workload
-from bitplan.sensitivity.progress import Reporter
-from bitplan.sensitivity.rendering import Renderer
 from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
-from bitplan.sensitivity.units import find_units
 
 FORMATS = ("int2-gc-asym", "int4-gc-asym", "fp32")
 CHOICE = np.array([1, 0])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from bitplan.kernels.lab.launch_cost import perf_model
 from bitplan.kernels.latency import Device
-from bitplan.kernels.launch_cost import perf_model
 from bitplan.kernels.packing import PlanePack
 from bitplan.tests.packs import random_packed
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bitplan.sensitivity.models import LoadedModel
-from bitplan.sensitivity.units import as_stored, find_units, unplanned_tensors, weight_matrix
+from bitplan.models.find import as_stored, find_units, unplanned_tensors, weight_matrix
+from bitplan.models.workload import LoadedModel
 
 
 class Block(nn.Module):

@@ -1,0 +1,1 @@
+"""What every part may import: plugins, files, progress, threads. Nothing of the domain."""

@@ -1,0 +1,77 @@
+"""Name -> plugin lookup: one file per plugin, no central list to edit."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoints, entry_points
+from typing import Any, Generic, TypeVar
+
+from .hints import did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Plugins of one kind, found by file name inside ``package``.
+
+    A built-in plugin ``ilp`` is the file ``<package>/ilp.py`` and is imported only when
+    asked for.  Other distributions add plugins with an entry point in ``<root>.<kind>s``.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._found: dict[str, T] = {}
+        self._traits: dict[str, Mapping[str, Any]] = {}
+
+    def register(self, name: str, **traits: Any) -> Callable[[T], T]:
+        """Decorate the plugin object; ``name`` must equal its file name.
+
+        Args:
+            name: The name.
+            **traits: What the plugin says of itself, read by :meth:`trait`: whoever uses plugins
+                asks for a trait and never for a name.
+        """
+
+        def add(plugin: T) -> T:
+            if name in self._found:
+                raise ValueError(f"{self.kind} {name!r} is registered twice.")
+            self._found[name], self._traits[name] = plugin, traits
+            return plugin
+
+        return add
+
+    def names(self) -> list[str]:
+        """All names, without importing any plugin."""
+        package = importlib.import_module(self.package)
+        built_in = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"}
+        return sorted(built_in | {e.name for e in self._entry_points()} | set(self._found))
+
+    def get(self, name: str) -> T:
+        """Return the plugin called ``name``."""
+        if name not in self._found:
+            if name not in self.names():
+                raise ValueError(
+                    f"Unknown {self.kind} {name!r}.{did_you_mean(name, self.names())} "
+                    f"Available: {', '.join(self.names())}."
+                )
+            external = {e.name: e for e in self._entry_points()}
+            if name in external:
+                self._found[name] = external[name].load()
+            else:
+                importlib.import_module(f"{self.package}.{name}")
+        return self._found[name]
+
+    def trait(self, name: str, trait: str, default: Any = None) -> Any:
+        """What the plugin ``name`` was registered with as ``trait``."""
+        self.get(name)
+        return self._traits.get(name, {}).get(trait, default)
+
+    def having(self, trait: str) -> list[str]:
+        """Names of the plugins whose ``trait`` is true; imports them all."""
+        return [name for name in self.names() if self.trait(name, trait)]
+
+    def _entry_points(self) -> EntryPoints:
+        return entry_points(group=f"{self.package.split('.')[0]}.{self.kind}s")

@@ -1,0 +1,1 @@
+"""Configurations and folders that other runtimes read."""

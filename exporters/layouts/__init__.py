@@ -1,0 +1,1 @@
+"""How other runtimes lay packed weights out."""

@@ -1,0 +1,1 @@
+"""Resumable runs: who runs what, stage by stage, and where it is kept."""

@@ -1,0 +1,327 @@
+"""From a plan to weights: packed folders, packed models, and plans applied in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .._base.files import atomic_path, check_place
+from .._base.progress import Reporter
+from ..kernels.linear import PackedLinear, compute_in, replace
+from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.identity import function_reference, state_sha256
+from ..models.load import check_model, find_device, load_model
+from ..models.rendering import Renderer
+from ..models.units import UnitInfo
+from ..models.workload import LoadedModel, Workload
+from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
+from ..quantizers.format import Format
+from ..quantizers.packed import PackedTensor
+from ..quantizers.runtimes import byte_count
+from ..search.plan import PLAN_FILE, Plan
+from ..sensitivity.estimate import as_loaded_model
+from ..sensitivity.table import PROFILE_FILE
+
+GENERATION_FILE = "generation_config.json"
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the planned layers of a model by packed ones, in place.
+
+    The model's other layers stay as they are; the original weights of the replaced ones are
+    released. Its outputs equal those of the dequantized weights to float32 rounding.
+
+    Args:
+        model: The very model the plan was made for (its weights are compared by hash).
+        plan: The plan.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If the plan does not match the model; the first mismatch is named.
+    """
+    units = planned_units(model, plan)
+    packed = dict(_pack(model, units, plan, Reporter(quiet=True)))
+    replace(model, packed, _aliases(units))
+    return model
+
+
+def quantize(
+    plan: Plan | Path | str,
+    out: Path | str,
+    model: LoadedModel | nn.Module | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write the packed weights a plan describes as a folder.
+
+    The folder holds ``model.safetensors`` (codes, scales and zero points; other tensors in the
+    checkpoint's own dtype), ``plan.json`` and, for a Hugging Face model, its configuration and
+    tokenizer. It appears whole or not at all.
+
+    Args:
+        plan: A plan or its path.
+        out: The folder to make.
+        model: The original model, when it is loaded already.
+        reporter: Where progress is shown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    out = Path(out).resolve()
+    if out.exists() and not is_packed(out):
+        raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
+    check_place(out, "--out")
+    reporter = reporter or Reporter(quiet=True)
+    if model is None:
+        original = plan.original()
+        check_model(original, "cpu")
+        reporter.say(f"Loading {original}")
+        model = load_model(original, "cpu")
+    model = as_loaded_model(model)
+    units = planned_units(model.module, plan)
+    packed = dict(_pack(model.module, units, plan, reporter))
+    dtype = getattr(torch, model.source_dtype)
+    unplanned, tied = unplanned_tensors(model.module, units)
+    others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        header = {"aliases": _aliases(units), "tied": tied}
+        write_checkpoint(folder, packed, others, header)
+        plan.save(folder / PLAN_FILE)
+        save_hugging_face_files(model, folder)
+    return out
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds weights that :func:`quantize` wrote, and nothing of a run."""
+    file = folder / FILE_NAME
+    if not file.is_file() or (folder / PROFILE_FILE).exists():
+        return False
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return "bitplan" in (opened.metadata() or {})
+    except SafetensorError:  # damaged; whoever loads it says how
+        return (folder / PLAN_FILE).is_file()
+
+
+def load(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a packed folder: the model, ready to call, its planned layers packed.
+
+    Nothing is dequantized at load time: layers unpack their weights when they are called, on a CPU
+    from the pages of the file itself. Layers that the plan leaves alone stay in the file's dtype,
+    too.
+
+    Args:
+        folder: What :func:`quantize` wrote.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        dtype: Of activations. By default float32 on a CPU and bfloat16 on a GPU, whose kernels
+            multiply 16-bit activations; with float32 a GPU unpacks every layer at every call.
+
+    Raises:
+        ValueError: If the folder is missing, truncated or does not fit the model's architecture;
+            file and tensor are named.
+    """
+    return load_packed(Path(folder), device, dtype, tokenizer=False).module
+
+
+def load_packed(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: bool = True
+) -> LoadedModel:
+    """:func:`load` with identity and, if wanted, the tokenizer."""
+    plan = Plan.load(folder / PLAN_FILE)
+    packed, others, header = read_checkpoint(folder)
+    if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
+        raise ValueError(
+            f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
+            "the plan again."
+        )
+    _check_scales(folder / FILE_NAME, packed)
+    skeleton, workload = _skeleton(folder, plan, tokenizer)
+    halves = _take_halves(skeleton, others)
+    tied = {name: owner for name, owner in header["tied"].items() if owner in others}
+    aliases = {
+        name.removesuffix(".weight"): owner.removesuffix(".weight")
+        for name, owner in header["tied"].items()
+        if owner not in others
+    }
+    replace(skeleton, packed | halves, header["aliases"] | aliases)
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in others.items()
+    }
+    _fill(
+        folder / FILE_NAME, skeleton, state | {name: state[owner] for name, owner in tied.items()}
+    )
+    place = find_device(device)
+    skeleton.requires_grad_(False).eval().to(place)
+    compute_in(skeleton, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32))
+    for module in skeleton.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare()
+    return LoadedModel(str(folder), skeleton, "float32", workload)
+
+
+def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
+    """The units a plan assigns, one per matrix.
+
+    Args:
+        model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
+            compared by hash.
+        plan: The plan.
+
+    Raises:
+        ValueError: If a planned module is not in the model, or the weights are other weights.
+    """
+    units = find_units(model)
+    names = {unit.name for unit in units}
+    for name in plan.assignments:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f" The nearest is {near[0]!r}." if near else ""
+            raise ValueError(
+                f"The plan does not match the model: it assigns {name!r} a format, but the model "
+                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+            )
+    plan.original()  # raises where it is not known
+    without_weights = next(model.parameters()).is_meta
+    actual = plan.model.sha256 if without_weights else state_sha256(model)
+    if actual != plan.model.sha256:
+        raise ValueError(
+            f"The plan was made for other weights of {plan.model.id!r} (sha256 "
+            f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
+        )
+    planned = tuple(unit for unit in units if unit.name in plan.assignments)
+    formats, count = assignment_formats(plan), byte_count(plan.runtime)
+    size = sum(count(formats[u.name], shape) for u in planned for shape in u.shapes)
+    if size != plan.bytes:
+        where = f" for {plan.runtime}" if plan.runtime else ""
+        raise ValueError(
+            f"The plan says {plan.bytes:,} B, but its assignments take {size:,} B{where}: it was "
+            "changed after it was made, or a version that counted otherwise made it. Solve again."
+        )
+    return planned
+
+
+def assignment_formats(plan: Plan) -> dict[str, Format]:
+    """Canonical module name -> parsed format of a plan."""
+    return {name: Format.parse(spec) for name, spec in plan.assignments.items()}
+
+
+def _pack(
+    model: nn.Module, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
+) -> Iterator[tuple[str, PackedTensor]]:
+    renderer = Renderer(model, units, plan.rounding)
+    formats = assignment_formats(plan)
+    with reporter.bar("Packing", len(units), [unit.weights for unit in units]) as advance:
+        for unit in units:
+            yield unit.name, renderer.store.packed(unit.name, formats[unit.name])
+            advance(1)
+
+
+def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
+    """Alias -> canonical module name."""
+    return {alias: unit.name for unit in units for alias in unit.aliases}
+
+
+def save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
+    """Configuration and tokenizer, if transformers can rebuild the architecture from them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model.module).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return
+    config = copy.deepcopy(model.module.config)
+    if hasattr(config, "quantization_config"):  # how the source file was stored
+        del config.quantization_config
+    config.save_pretrained(folder)  # type: ignore[operator,union-attr]
+    generation = getattr(model.module, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(folder / GENERATION_FILE)
+    if model.workload.tokenizer is not None:
+        model.workload.tokenizer.save_pretrained(folder)
+
+
+def _check_scales(path: Path, packed: Mapping[str, PackedTensor]) -> None:
+    for name, weight in packed.items():
+        scale = weight.tensors.get("scale")
+        if scale is not None and not scale.isfinite().all():
+            raise ValueError(
+                f"{path} is damaged: {name + '.scale'!r} has values that are no numbers. Write or "
+                "copy it again."
+            )
+
+
+def _take_halves(model: nn.Module, others: dict[str, Tensor]) -> dict[str, PackedTensor]:
+    """Move the 16-bit weights of linear layers and embeddings out of ``others``.
+
+    As packed weights they are used as they are stored, at half the memory of float32.
+    """
+    formats = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    taken = {}
+    for name, module in model.named_modules():
+        weight = others.get(f"{name}.weight")
+        if type(module) in {nn.Linear, nn.Embedding} and weight is not None:
+            if weight.dtype not in formats or getattr(module, "max_norm", None) is not None:
+                continue
+            rows, cols = weight.shape
+            fmt = Format.parse(formats[weight.dtype])
+            taken[name] = PackedTensor(fmt, (rows, cols), {"weight": others.pop(f"{name}.weight")})
+    return taken
+
+
+def _fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model its other tensors.
+
+    Raises:
+        ValueError: If one is missing, unknown or of another shape.
+    """
+    try:
+        result = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # sizes; the first line says nothing
+        detail = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{path} does not fit the architecture: {detail} Quantize the plan again."
+        ) from error
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing or result.unexpected_keys:
+        culprit = (missing or result.unexpected_keys)[0]
+        raise ValueError(
+            f"{path} does not fit the architecture: tensor {culprit!r} is "
+            f"{'missing' if missing else 'unknown to the model'}. Quantize the plan again."
+        )
+
+
+def _skeleton(folder: Path, plan: Plan, with_tokenizer: bool) -> tuple[nn.Module, Workload]:
+    """The architecture without weights, and the workload that feeds it."""
+    function = function_reference(plan.model.id)
+    if function or not (folder / "config.json").is_file():
+        if not function:
+            raise ValueError(
+                f"{folder} was packed from a {plan.model.id} made in Python, which cannot be "
+                "rebuilt from a folder. Make the module and call bitplan.apply(module, plan), or "
+                "search it as file.py:function."
+            )
+        original = load_model(plan.model.id, "cpu")
+        return original.module, original.workload
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (folder / GENERATION_FILE).is_file():
+        module.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizer = None
+    if with_tokenizer and (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return module, Workload(module, tokenizer=tokenizer)

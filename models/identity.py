@@ -1,0 +1,49 @@
+"""What tells one model from another: hashes of its weights and of what computes with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .workload import LoadedModel
+
+
+def state_sha256(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all parameters and buffers, shared ones once.
+
+    Floating point values are hashed as float32, so a bfloat16 checkpoint has the same hash in
+    whichever precision it was loaded.
+    """
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        plain = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def definition_sha256(model: LoadedModel) -> str:
+    """SHA-256 of what computes with the weights: the Python file, or the model's configuration."""
+    function = function_reference(model.id)
+    if function is not None:
+        return hashlib.sha256(function[0].read_bytes()).hexdigest()
+    config = getattr(model.module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return hashlib.sha256(repr(model.module).encode()).hexdigest()
+    entries = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
+    entries.pop("_name_or_path", None)
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def function_reference(name: str) -> tuple[Path, str] | None:
+    """The file and function of a model given as ``file.py:function``, else None."""
+    path, _, function = name.rpartition(":")
+    return (Path(path), function) if path.endswith(".py") else None

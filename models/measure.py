@@ -1,0 +1,138 @@
+"""Measure plans on held-out batches: KL divergence and perplexity per sequence, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .rendering import Assignment, Renderer
+from .samples import Samples
+from .workload import Batch, LoadedModel
+
+Run = Callable[[Batch], Tensor]  # batch -> logits [samples, positions, classes]
+
+_ROWS = 256  # positions compared at a time, so that temporaries stay small
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one candidate did on every sequence.
+
+    Attributes:
+        kl: float64 [N], KL(p_original || p_candidate) per sequence, mean nats per token.
+        nll: float64 [N], negative log-likelihood per sequence, mean nats per predicted token;
+            None for models that do not read text.
+        tokens: Positions measured in all.
+    """
+
+    kl: NDArray[np.float64]
+    nll: NDArray[np.float64] | None
+    tokens: int
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL in nats per token."""
+        return float(self.kl.mean())
+
+    @property
+    def kl_stderr(self) -> float:
+        """Standard error of :attr:`mean_kl` over sequences."""
+        return standard_error(self.kl)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-likelihood."""
+        return None if self.nll is None else float(np.exp(self.nll.mean()))
+
+    def minus(self, other: Measurement) -> tuple[float, float]:
+        """Difference of mean KL and its standard error, paired over the same sequences."""
+        difference = self.kl - other.kl
+        return float(difference.mean()), standard_error(difference)
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean; NaN-free: 0 for a single value."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def measure(
+    original: LoadedModel,
+    candidates: Mapping[str, Run],
+    samples: Samples,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Measurement], float | None]:
+    """Run the original and all candidates batch by batch and compare their distributions.
+
+    The original's log-probabilities live for one batch only and are exact, so no logits are
+    stored or rounded, whatever the vocabulary or the length of the text.
+
+    Args:
+        original: The reference model.
+        candidates: Name -> function from a batch to logits.
+        samples: Held-out batches.
+        advance: Called after every forward pass, (1 + candidates) times per batch.
+
+    Returns:
+        Measurements by name, and the perplexity of the original (None without text).
+    """
+    kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    nll: dict[str, list[Tensor]] = {name: [] for name in (*candidates, "")}
+    tokens = 0
+    with torch.no_grad():
+        for batch in samples.batches:
+            log_p = original.logits(batch).log_softmax(-1)
+            tokens += log_p.shape[0] * log_p.shape[1]
+            labels = batch if original.is_language_model and isinstance(batch, Tensor) else None
+            if labels is not None:
+                nll[""].append(_negative_log_likelihood(log_p, labels))
+            advance()
+            for name, run in candidates.items():
+                logits = run(batch)
+                kl[name].append(_divergence(log_p, logits))
+                if labels is not None:
+                    nll[name].append(_negative_log_likelihood(logits, labels))
+                advance()
+    measured = {
+        name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens)
+        for name in candidates
+    }
+    reference = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
+    return measured, reference
+
+
+def plan_runner(model: LoadedModel, renderer: Renderer, assignment: Assignment) -> Run:
+    """A candidate for :func:`measure`: the model with weights rendered as a plan says."""
+
+    def run(batch: Batch) -> Tensor:
+        with renderer.applied(assignment):
+            return model.logits(batch)
+
+    return run
+
+
+def _join(parts: list[Tensor]) -> NDArray[np.float64]:
+    joined: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy()
+    return joined
+
+
+def _divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL per sequence [samples] from log-probabilities and logits [samples, T, classes]."""
+    rows = [
+        (p.exp() * (p - q.log_softmax(-1))).sum(-1)
+        for p, q in zip(
+            log_p.flatten(0, 1).split(_ROWS), logits.flatten(0, 1).split(_ROWS), strict=True
+        )
+    ]
+    return torch.cat(rows).view(log_p.shape[:2]).double().mean(1)
+
+
+def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean -log p(next token) per sequence [samples]."""
+    predicted = logits[:, :-1]
+    chosen = predicted.gather(-1, labels[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return (predicted.logsumexp(-1) - chosen).double().mean(1)

@@ -1,0 +1,299 @@
+"""Calibration and evaluation batches: built-in prose, text files, or the model's own samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .workload import Batch, LoadedModel, samples_in
+
+BUILTIN = "builtin"
+SELF = "self"
+_OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
+Split = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Model inputs in batches, with a record of where they came from.
+
+    Attributes:
+        batches: Inputs of the model; a language model gets token ids [samples, length].
+        source: ``builtin``, ``self``, a file name, or ``workload``.
+        length: Tokens per sequence; None for models that do not read tokens.
+        seed: Seed that chose the sequences.
+        sha256: Hash of the inputs themselves.
+    """
+
+    batches: tuple[Batch, ...]
+    source: str
+    length: int | None
+    seed: int
+    sha256: str
+
+    @property
+    def count(self) -> int:
+        """Number of samples (sequences)."""
+        return sum(samples_in(batch) for batch in self.batches)
+
+    def head(self, count: int) -> Samples:
+        """The first whole batches that hold at least ``count`` samples."""
+        kept: list[Batch] = []
+        for batch in self.batches:
+            kept.append(batch)
+            if sum(map(samples_in, kept)) >= count:
+                break
+        return replace(self, batches=tuple(kept))
+
+    def first(self, count: int) -> Samples:
+        """Exactly the first ``count`` samples, where batches are tensors; else as :meth:`head`."""
+        head = self.head(count)
+        last = head.batches[-1]
+        surplus = head.count - count
+        if surplus <= 0 or not isinstance(last, Tensor):
+            return head
+        return replace(head, batches=(*head.batches[:-1], last[:-surplus]))
+
+    def tail(self, count: int) -> Samples:
+        """The last whole batches that hold at most ``count`` samples, and at least one batch."""
+        kept: list[Batch] = [self.batches[-1]]
+        for batch in reversed(self.batches[:-1]):
+            if sum(map(samples_in, kept)) + samples_in(batch) > count:
+                break
+            kept.insert(0, batch)
+        return replace(self, batches=tuple(kept))
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance for plan.json and the profile."""
+        return {
+            "source": self.source,
+            "sequences": self.count,
+            "length": self.length,
+            "seed": self.seed,
+            "sha256": self.sha256,
+        }
+
+
+def calibration_samples(
+    model: LoadedModel,
+    source: str = BUILTIN,
+    sequences: int = 96,
+    length: int = 128,
+    seed: int = 0,
+    batch_tokens: int = 768,
+    skip: int = 0,
+) -> Samples:
+    """Choose calibration sequences at random, without overlap.
+
+    Args:
+        model: Its tokenizer turns text into tokens; a model without one uses the calibration
+            batches of its workload as they are, and takes no other source.
+        source: ``builtin`` (English prose that ships with Python), a text file, or ``self``
+            (sampled from the model; ZeroQ, Cai et al. 2020, in spirit: no data needed).
+        sequences: Number of sequences N; the relative error of a price is about sqrt(2/N).
+        length: Tokens per sequence.
+        seed: The same seed gives the same sequences.
+        batch_tokens: Tokens per batch: more is faster and takes more memory.
+        skip: Leave out this many sequences of the seed's order: those another call has taken.
+
+    Raises:
+        ValueError: If the text is missing, empty or too short.
+    """
+    if not model.is_language_model:
+        _refuse_text(model, source, "calibration")
+        return _from_workload(model, "calibration", seed)
+    if source == SELF:
+        ids = _sample_from_model(model, sequences, length, seed + skip * _OTHER_SEED)
+    else:
+        windows = _windows(model, source, "calibration", length)
+        _check_enough(windows, source, skip + sequences, length)
+        order = np.random.default_rng(seed).permutation(len(windows))[skip : skip + sequences]
+        ids = windows[torch.from_numpy(order)]
+    return _batched(ids, model, source, length, seed, batch_tokens)
+
+
+def evaluation_samples(
+    model: LoadedModel,
+    source: str = BUILTIN,
+    tokens: int = 16384,
+    length: int = 128,
+    batch_tokens: int = 1024,
+) -> Samples:
+    """Take held-out sequences in reading order from the start of a text.
+
+    Args:
+        model: See :func:`calibration_samples`; a workload's ``evaluation`` batches are used.
+        source: ``builtin`` (the part of the prose that calibration never sees) or a text file.
+        tokens: Tokens to measure on, rounded down to whole sequences; the whole text if shorter.
+        length: Tokens per sequence.
+        batch_tokens: Tokens per batch.
+
+    Raises:
+        ValueError: If the text is missing, empty or shorter than one sequence.
+    """
+    if not model.is_language_model:
+        _refuse_text(model, source, "evaluation")
+        return _from_workload(model, "evaluation", 0)
+    windows = _windows(model, source, "evaluation", length)
+    _check_enough(windows, source, 1, length)
+    return _batched(windows[: max(1, tokens // length)], model, source, length, 0, batch_tokens)
+
+
+def check_text(source: str, split: Split) -> None:
+    """Raise a ValueError if a text is neither a name that is known nor a file."""
+    known = (BUILTIN, SELF) if split == "calibration" else (BUILTIN,)
+    if source not in known and not Path(source).is_file():
+        raise ValueError(
+            f"No text file at {source}. Pass a file"
+            + (f", {SELF!r} (sampled from the model)" if split == "calibration" else "")
+            + f" or {BUILTIN!r} (prose that ships with Python)."
+        )
+
+
+def builtin_prose(split: Split) -> str:
+    """English prose that ships with Python; every fourth topic is held out for evaluation.
+
+    Topics quote each other: paragraphs that calibration holds are left out of evaluation.
+    """
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    kept = "\n\n".join(text for i, text in enumerate(texts) if i % 4)
+    if split == "calibration":
+        return kept
+    seen = {_words(paragraph) for paragraph in kept.split("\n\n")}
+    held_out = (part for text in texts[::4] for part in text.split("\n\n"))
+    return "\n\n".join(part for part in held_out if _words(part) not in seen)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tensor:
+    """Consecutive windows of a text as token ids [windows, length]."""
+    if length < 2:
+        raise ValueError(f"Sequences of {length} tokens are too short; use at least 2.")
+    if source == BUILTIN:
+        text = builtin_prose(split)
+    else:
+        check_text(source, split)
+        text = Path(source).read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise ValueError(f"{source} is empty. Give a text of at least {length} tokens.")
+    limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"The model reads at most {limit} tokens; --length {length} is too long.")
+    tokenizer = model.workload.tokenizer
+    prefix = _first_tokens(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    body = length - len(prefix)
+    count = len(ids) // body
+    windows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)
+    start = torch.tensor(prefix, dtype=torch.long).expand(count, len(prefix))
+    return torch.cat([start, windows], dim=1)
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, for the tokenizers that put one before every text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer("")["input_ids"][:1] else []
+
+
+def _check_enough(windows: Tensor, source: str, wanted: int, length: int) -> None:
+    if len(windows) < wanted:
+        raise ValueError(
+            f"{source} holds {len(windows)} sequences of {length} tokens, {wanted} are needed. "
+            "Give a longer text, fewer sequences or shorter ones."
+        )
+
+
+def _batched(
+    ids: Tensor, model: LoadedModel, source: str, length: int, seed: int, batch_tokens: int
+) -> Samples:
+    batches = ids.to(model.device).split(max(1, batch_tokens // length))
+    return Samples(batches, Path(source).name, length, seed, _hash([ids]))
+
+
+def _refuse_text(model: LoadedModel, source: str, split: Split) -> None:
+    if source != BUILTIN:
+        option = "--calibration" if split == "calibration" else "the text to measure on (--eval)"
+        raise ValueError(
+            f"{model.id} brings its own batches and has no tokenizer, so it cannot use {source!r}. "
+            f"Leave out {option}, or return bitplan.Workload(model, tokenizer=...)."
+        )
+
+
+def _from_workload(model: LoadedModel, split: Split, seed: int) -> Samples:
+    work = model.workload
+    held_out = max(1, len(work.calibration) // 4)
+    if work.evaluation:
+        batches = work.calibration if split == "calibration" else work.evaluation
+    elif len(work.calibration) > 1:
+        cut = len(work.calibration) - held_out
+        batches = work.calibration[:cut] if split == "calibration" else work.calibration[cut:]
+    else:
+        raise ValueError(
+            f"{model.id!r} comes with {len(work.calibration)} calibration batches and no "
+            "evaluation batches: too few to calibrate on some and validate on others. Give at "
+            "least two batches."
+        )
+    return samples_from_batches(batches, model, "workload", seed)
+
+
+def samples_from_batches(
+    batches: Sequence[Batch], model: LoadedModel, source: str, seed: int
+) -> Samples:
+    """Move batches to the model's device and record their hash."""
+    moved = tuple(_to(batch, model.device) for batch in batches)
+    return Samples(moved, source, None, seed, _hash(moved))
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value) for key, value in batch.items()}
+    return tuple(move(value) for value in batch)
+
+
+def _hash(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        values = batch.values() if isinstance(batch, Mapping) else batch
+        for value in [batch] if isinstance(batch, Tensor) else values:
+            if isinstance(value, Tensor):
+                digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample_from_model(model: LoadedModel, sequences: int, length: int, seed: int) -> Tensor:
+    """Sample sequences [N, length] from the model at temperature 1, from a random first token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = model.workload.tokenizer
+    prefix = _first_tokens(tokenizer)
+    vocabulary = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    first = torch.randint(min(len(tokenizer), vocabulary), (sequences, 1), generator=generator)
+    start = torch.tensor(prefix, dtype=torch.long).expand(sequences, len(prefix))
+    ids = torch.cat([start, first], dim=1).to(model.device)
+    past = None
+    step = ids
+    with torch.no_grad():
+        while ids.shape[1] < length:
+            output = model.module(input_ids=step, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+            step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
+            ids = torch.cat([ids, step], dim=1)
+    return ids

@@ -1,0 +1,1 @@
+"""Searches on measured KL that share an Optuna study."""

@@ -1,0 +1,243 @@
+"""Profile a model: one sensitivity table from one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .._base.progress import Reporter
+from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.identity import definition_sha256, state_sha256
+from ..models.load import load_model
+from ..models.measure import measure, plan_runner
+from ..models.rendering import Renderer
+from ..models.samples import Samples, calibration_samples, samples_from_batches
+from ..models.units import UnitInfo
+from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..quantizers.format import Format, resolve_formats
+from .metrics import METRICS, Scores, Task
+from .shrinkage import Shrinkage
+from .table import SensitivityTable, stored_bytes
+
+DEFAULT_FORMATS = (
+    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
+    *(f"int{bits}-g32-asym" for bits in (2, 3, 4)),
+    *(f"int{bits}-g128-asym" for bits in (3, 4)),
+    "bf16",
+)
+_HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
+_HEADER_START = 1000
+_SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
+
+
+def profile(
+    model: str | nn.Module | LoadedModel,
+    batches: Samples | Sequence[Batch] | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    *,
+    metric: str = "fisher",
+    rounding: str = "rtn",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> SensitivityTable:
+    """Price every unit of a model in every format.
+
+    Args:
+        model: A model name (see :func:`load_model`), any module, or a loaded model.
+        batches: Calibration batches; None takes the built-in prose (language models) or the
+            batches the model's own function yields.
+        formats: Candidate formats.
+        metric: Name of the sensitivity metric; see ``bitplan metrics``.
+        rounding: Name of the rounding method whose errors are priced.
+        include: Globs on module names; empty means every quantizable module.
+        exclude: Globs on module names to leave as they are.
+        groups: Fusion rules such as ``q_proj,k_proj,v_proj``.
+        seed: Seed of calibration and probes.
+        reporter: Where progress is shown; silent by default.
+
+    Returns:
+        The table: bytes, predicted KL increase (nats per token) and its standard error.
+
+    Raises:
+        ValueError: If a name is unknown, the model is not finite, or nothing matches.
+    """
+    loaded = as_loaded_model(model)
+    METRICS.get(metric)
+    candidates = resolve_formats(formats, loaded.source_dtype)
+    units = find_units(loaded.module, include, exclude, groups)
+    samples = _as_samples(loaded, batches, seed)
+    origin = provenance(loaded, units, samples, metric, rounding, seed)
+    return price(loaded, units, candidates, samples, origin, reporter or Reporter(quiet=True))
+
+
+def price(
+    model: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    formats: tuple[Format, ...],
+    samples: Samples,
+    origin: dict[str, Any],
+    reporter: Reporter,
+) -> SensitivityTable:
+    """Make the table that ``origin`` (see :func:`provenance`) describes.
+
+    Raises:
+        ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
+    """
+    renderer = Renderer(model.module, units, origin["rounding"])
+    sizes = [renderer.weight(name).numel() for name in renderer.names]
+    with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
+        renderer.fit(formats, lambda: advance(1))
+    with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
+        task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
+        scores = METRICS.get(origin["metric"])(task)
+    values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
+    if scores.diagonal is None:
+        kl, stderr = _prices(scores)
+    else:
+        shrinkage = Shrinkage(scores.values, scores.diagonal, [unit.kind for unit in units])
+        kl, stderr = shrinkage.prices(), shrinkage.stderr()
+    scale = 1.0 if scores.in_nats else _fitted_scale(task, kl, reporter)
+    return SensitivityTable(
+        units=units,
+        formats=tuple(fmt.name for fmt in formats),
+        bytes=stored_bytes(units, formats),
+        kl=kl * scale,
+        stderr=stderr * scale,
+        scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
+        diagonal=scores.diagonal,
+        provenance=origin,
+    )
+
+
+def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
+    """Accept a name, a module or a loaded model; a bare module is frozen and kept in place."""
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str):
+        return load_model(model)
+    source = parameter_dtype(model)
+    if source != "float32":
+        raise ValueError(
+            f"The model is in {source}; prices are computed in float32. Pass model.float(), which "
+            "changes no weight."
+        )
+    model.requires_grad_(False).eval()
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return LoadedModel(name, model, source, Workload(model))
+
+
+def provenance(
+    model: LoadedModel,
+    units: Sequence[UnitInfo],
+    samples: Samples,
+    metric: str,
+    rounding: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What produced a table; equal provenance of two runs means equal tables."""
+    return {
+        "model": {
+            "id": model.id,
+            "revision": model.revision,
+            "sha256": state_sha256(model.module),
+        },
+        "definition_sha256": definition_sha256(model),
+        "dtype": model.source_dtype,
+        "metric": metric,
+        "rounding": rounding,
+        "calibration": samples.describe() | _counted(model, samples),
+        "seed": seed,
+        "outside_bytes": _outside_bytes(model, units),
+        "layer_types": _layer_types(model.module, units),
+        "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
+    }
+
+
+def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:
+    """What a KL is a mean over, unless it is tokens; one batch is run to see it."""
+    if model.is_language_model or samples.length is not None:
+        return {}
+    with torch.no_grad():
+        positions = model.logits(samples.batches[0]).shape[1]
+    return {"per": "sample" if positions == 1 else "position"}
+
+
+def _layer_types(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, str]:
+    """What units are that are more, or less, than a product of a matrix with every input vector."""
+    found = {}
+    for unit in units:
+        names = (*unit.modules, *unit.aliases)
+        modules = [model.get_submodule(name) for name in names]
+        lookups = [isinstance(module, nn.Embedding) for module in modules]
+        if any(lookups):
+            found[unit.name] = "embedding" if all(lookups) else "tied embedding"
+        elif any(isinstance(module, nn.Conv2d) for module in modules):
+            found[unit.name] = "convolution"
+    return found
+
+
+def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:
+    """Bytes of a written model file that are not units, header included (an upper bound)."""
+    others, tied = unplanned_tensors(model.module, units)
+    dtype = getattr(torch, model.source_dtype)
+    tensors = sum(as_stored(tensor, dtype).nbytes for tensor in others.values())
+    names = [*others, *(f"{n}{n}" for n in tied), *(a for unit in units for a in unit.aliases)]
+    # A matrix has up to three tensors, and an entry of its own in bitplan's part of the header.
+    names += [name for unit in units for name in unit.modules for _ in range(4)]
+    return tensors + sum(len(name) + _HEADER_ENTRY for name in names) + _HEADER_START
+
+
+def _as_samples(
+    model: LoadedModel, batches: Samples | Sequence[Batch] | None, seed: int
+) -> Samples:
+    if isinstance(batches, Samples):
+        return batches
+    if batches is None:
+        return calibration_samples(model, seed=seed)
+    return samples_from_batches(batches, model, "batches", seed)
+
+
+def _prices(scores: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean price and standard error [U, F] of the per-sample scores."""
+    values = scores.values.astype(np.float64)
+    if scores.signed:
+        values = values**2
+    count = len(values)
+    stderr = np.zeros(values.shape[1:])
+    if count > 1:
+        stderr = values.std(axis=0, ddof=1) / count**0.5
+    return np.maximum(values.mean(axis=0), 0.0), stderr
+
+
+def _fitted_scale(task: Task, kl: NDArray[np.float64], reporter: Reporter) -> float:
+    """Nats per unit of score, from uniform plans measured on a few calibration samples.
+
+    The geometric mean of measured KL over summed score, for the formats in the middle of the
+    range: the largest errors saturate and the smallest drown in rounding.
+    """
+    totals = kl.sum(axis=0)
+    order = [i for i in np.argsort(totals) if totals[i] > 0]
+    chosen = order[len(order) // 4 : -(len(order) // 4) or None][:4] or order[:1]
+    if not chosen:
+        raise ValueError("Every format reproduces every weight exactly: there is nothing to price.")
+    samples = task.samples.head(_SCALE_SAMPLES)
+    runs = {
+        str(i): plan_runner(
+            task.model, task.renderer, dict.fromkeys(task.renderer.names, task.formats[i])
+        )
+        for i in chosen
+    }
+    passes = len(samples.batches) * (1 + len(runs))
+    with reporter.bar("Fitting the metric's scale to measured KL", passes) as advance:
+        measured, _ = measure(task.model, runs, samples, lambda: advance(1))
+    ratios = [measured[str(i)].mean_kl / totals[i] for i in chosen]
+    return float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-30)))))
