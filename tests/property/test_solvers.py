@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitplan.benchmarks import bench_solvers
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.frontier import Frontier
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.conflicts import explain_infeasible
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.levels import Ladder
 from bitplan.search.oracle import Choice, Measure, Oracle
 from bitplan.search.problem import Constraint, Problem

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.frontier import Frontier, UniformPoint
 from bitplan.search.hull import lower_hull, undominated
 from bitplan.search.plan import ModelRef

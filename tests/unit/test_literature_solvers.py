@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.hull import lower_hull
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS

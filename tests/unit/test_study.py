@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
+from bitplan.testing.problems import synthetic_problem
 from bitplan.search.blackbox import study as studies
 from bitplan.search.blackbox.storage import open_storage
 from bitplan.search.blackbox.trials import run_trials
