@@ -15,11 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from bitplan.benchmarks.common import RESULTS, write_results
 from bitplan.search.frontier import Frontier
-from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.testing.problems import synthetic_problem
 

@@ -27,8 +27,8 @@ from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Plan
-from bitplan.tests.fakes import fake_table
 from bitplan.testing.plans import hand_made, mixed
+from bitplan.tests.fakes import fake_table
 
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
