@@ -35,11 +35,14 @@ FORMATS = (
 )
 
 
-def toy_problem() -> Problem:
+def toy_problem(oracle_plans: int = 0) -> Problem:
     """Two layers of an attention and an MLP matrix, 256 weights, at 2, 4 and 8 bits.
 
     Losses are ``sensitivity * 4^-bits``, the smallest plan takes 64 B and the largest 256 B.  It
     has all that a solver may ask for, and as quality target (``max_loss``) 0.25 nats.
+
+    Args:
+        oracle_plans: So many plans may be measured (:func:`toy_oracle`); 0 for no oracle.
 
     Example:
         >>> problem = toy_problem()
@@ -66,6 +69,7 @@ def toy_problem() -> Problem:
         kinds=kinds * 2,
         layers=(0, 0, 1, 1),
         max_loss=0.25,
+        oracle=toy_oracle(bare, oracle_plans) if oracle_plans else None,
     )
 
 
@@ -115,21 +119,21 @@ def equipped(problem: Problem) -> Problem:
 
 
 def toy_oracle(problem: Problem, plans: int, sequences: int = 8, length: int = 4) -> Oracle:
-    """An oracle that knows better than the table: neighbouring units' errors add up or cancel.
+    """An oracle that contradicts the table: the two halves of the units have changed places.
 
     Args:
-        problem: The table that the measured KL departs from.
-        plans: It may be asked for so many plans on all sequences.
+        problem: The table; a unit's measured KL is the loss of the unit half of them further on.
+        plans: It may be asked for so many plans on all sequences, which differ by up to a tenth.
         sequences: Number of sequences.
         length: Tokens per sequence.
     """
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (sequences, len(problem.units)))
-    rows = np.arange(len(problem.units))
+    count = len(problem.units)
+    loss = np.roll(problem.loss, count // 2, axis=0)
+    level = np.random.default_rng(0).uniform(0.9, 1.1, sequences)
 
     def measure(choices: Sequence[Choice], asked: range) -> NDArray[np.float64]:
-        parts = np.sqrt([np.maximum(problem.loss[rows, choice], 0.0) for choice in choices])
-        pairs = parts[:, None, :-1] * parts[:, None, 1:] * (signs[:, :-1] * signs[:, 1:])[asked]
-        found: NDArray[np.float64] = (parts**2).sum(axis=1)[:, None] + pairs.sum(axis=2)
+        total = np.array([loss[np.arange(count), choice].sum() for choice in choices])
+        found: NDArray[np.float64] = total[:, None] * level[asked]
         return found
 
     return Oracle(measure, sequences, length, max_tokens=plans * sequences * length)
