@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitplan import Format, SensitivityTable
+from bitplan.models.load import load_model
+from bitplan.models.workload import LoadedModel
 from bitplan.search.problem import Problem
-from bitplan.sensitivity.models import LoadedModel, load_model
-from bitplan.sensitivity.table import UnitInfo
+from bitplan.models.units import UnitInfo
 
 WORDS = ("the", "a", "model", "weight", "code", "scale", "of", "every", "stores", "row", "by", "to")
 TABLE_FORMATS = (

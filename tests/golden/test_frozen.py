@@ -23,20 +23,21 @@ from torch import Tensor
 
 import bitplan
 from bitplan import Format
+from bitplan._base.progress import Reporter
 from bitplan.exporters.export import export
 from bitplan.exporters.targets import EXPORTERS
+from bitplan.jobs.search import run_search
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.kernels.latency import Device
+from bitplan.models.load import load_model
+from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import BLOCKS
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.search.job import run_search
+from bitplan.quantizers.runtimes import Rules
 from bitplan.search.limits import Limits
 from bitplan.search.problem import Constraint
-from bitplan.search.rules import Rules
-from bitplan.search.settings import ProfileSettings, SearchSettings
 from bitplan.search.solvers import SOLVERS
-from bitplan.sensitivity.models import LoadedModel, load_model
-from bitplan.sensitivity.progress import Reporter
 from bitplan.tests.golden import frozen_inputs as inputs
 from bitplan.tests.golden.freezing import (
     Frozen,
