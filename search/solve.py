@@ -23,7 +23,6 @@ from .limits import Limits, build_problem
 from .plan import BudgetRef, KVCache, Latency, ModelRef, Plan
 from .problem import Problem, Solution
 from .solvers import SOLVERS
-from .solvers.ilp import write_ilp
 
 SEARCH_PACKAGES = (
     "bitplan",
@@ -118,6 +117,8 @@ def write_program(table: SensitivityTable, budget: Budget, limits: Limits, path:
     Raises:
         ValueError: As :func:`solve`, or for another suffix.
     """
+    from .solvers.ilp import write_ilp  # loads PuLP
+
     table = limits.for_runtime(table)
     max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
     write_ilp(build_problem(table, limits), max_bytes, path)

@@ -20,17 +20,12 @@ from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from .metrics import METRICS, Scores, Task
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
 
-DEFAULT_FORMATS = (
-    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
-    *(f"int{bits}-g32-asym" for bits in (2, 3, 4)),
-    *(f"int{bits}-g128-asym" for bits in (3, 4)),
-    "bf16",
-)
 _HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
 _HEADER_START = 1000
 _SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
