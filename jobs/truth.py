@@ -68,7 +68,7 @@ class Truth:
         self._samples, self.guard = samples, guard
         self._run, self._seed, self._reporter = run, seed, reporter
         self._formats = [Format.parse(name) for name in table.formats]
-        self._renderer = Renderer(model.module, table.units, table.provenance["rounding"])
+        self._renderer = Renderer(model.module, table.units, table.provenance.rounding)
 
     def oracle(
         self,
@@ -144,9 +144,9 @@ class Truth:
     def _key(self, samples: Samples, choice: Choice | None = None) -> str:
         """What a stored figure depends on, besides the choice in the oracle's log."""
         parts = [
-            self._table.provenance["model"]["sha256"],
-            str(self._table.provenance.get("definition_sha256")),
-            self._table.provenance["rounding"],
+            self._table.provenance.model.sha256,
+            str(self._table.provenance.definition_sha256),
+            self._table.provenance.rounding,
             str(TOP_K),
             version("bitplan"),
             *self._table.formats,

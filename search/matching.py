@@ -79,7 +79,7 @@ def format_index(table: SensitivityTable, name: str) -> int:
 
 def _kept_format(table: SensitivityTable) -> str:
     """The format of the checkpoint's own dtype, which must be among the table's."""
-    dtype = table.provenance.get("dtype")
+    dtype = table.provenance.dtype
     if dtype is None:
         raise ValueError(
             "'keep' means the checkpoint's own dtype, which this profile does not record. Name "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from .metrics import METRICS, Scores, Task
+from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
 
@@ -79,7 +79,7 @@ def price(
     units: tuple[UnitInfo, ...],
     formats: tuple[Format, ...],
     samples: Samples,
-    origin: dict[str, Any],
+    origin: Provenance,
     reporter: Reporter,
 ) -> SensitivityTable:
     """Make the table that ``origin`` (see :func:`provenance`) describes.
@@ -87,13 +87,14 @@ def price(
     Raises:
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
-    renderer = Renderer(model.module, units, origin["rounding"])
+    renderer = Renderer(model.module, units, origin.rounding)
     sizes = [renderer.weight(name).numel() for name in renderer.names]
     with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
         renderer.fit(formats, lambda: advance(1))
-    with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
-        task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
-        scores = METRICS.get(origin["metric"])(task)
+    with reporter.bar(f"Profiling ({origin.metric})", samples.count) as advance:
+        seed = origin.seed or 0
+        task = Task(model, units, formats, renderer, samples, seed, advance)
+        scores = METRICS.get(origin.metric)(task)
     values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
     if scores.diagonal is None:
         kl, stderr = _prices(scores)
@@ -109,6 +110,7 @@ def price(
         stderr=stderr * scale,
         scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
         diagonal=scores.diagonal,
+        signed=scores.signed,
         provenance=origin,
     )
 
@@ -137,24 +139,20 @@ def provenance(
     metric: str,
     rounding: str,
     seed: int,
-) -> dict[str, Any]:
+) -> Provenance:
     """What produced a table; equal provenance of two runs means equal tables."""
-    return {
-        "model": {
-            "id": model.id,
-            "revision": model.revision,
-            "sha256": state_sha256(model.module),
-        },
-        "definition_sha256": definition_sha256(model),
-        "dtype": model.source_dtype,
-        "metric": metric,
-        "rounding": rounding,
-        "calibration": samples.describe() | _counted(model, samples),
-        "seed": seed,
-        "outside_bytes": _outside_bytes(model, units),
-        "layer_types": _layer_types(model.module, units),
-        "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
-    }
+    return Provenance(
+        model=ModelRef(id=model.id, revision=model.revision, sha256=state_sha256(model.module)),
+        definition_sha256=definition_sha256(model),
+        dtype=model.source_dtype,
+        metric=metric,
+        rounding=rounding,
+        calibration=samples.describe() | _counted(model, samples),
+        seed=seed,
+        outside_bytes=_outside_bytes(model, units),
+        layer_types=_layer_types(model.module, units),
+        versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
+    )
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:
