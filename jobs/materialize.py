@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._base.files import atomic_path, check_place
+from .._base.hints import did_you_mean
 from .._base.progress import Reporter
 from ..kernels.linear import PackedLinear, compute_in, replace
 from ..models.find import as_stored, find_units, unplanned_tensors
@@ -191,11 +191,9 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f" The nearest is {near[0]!r}." if near else ""
             raise ValueError(
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
-                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+                f"has no such layer.{did_you_mean(name, names)} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
     without_weights = next(model.parameters()).is_meta

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,7 +17,6 @@ from ..models.load import check_model, load_model
 from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, check_text
 from ..models.units import UnitInfo
-from ..models.wording import words_of
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
@@ -27,6 +25,7 @@ from ..search.budget import Budget
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
 from ..sensitivity.metrics import METRICS
+from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable, stored_bytes
 from .settings import ProfileSettings, SearchSettings
 
@@ -48,7 +47,7 @@ class Work:
     units: tuple[UnitInfo, ...]
     formats: tuple[Format, ...]
     samples: Samples
-    provenance: dict[str, Any]
+    provenance: Provenance
     renderer: Renderer
 
     def blank_table(self) -> SensitivityTable:
@@ -90,7 +89,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         "parameters stay as they are"
     )
     origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
-    drawn = f"{samples.count:,} calibration {words_of(origin['calibration']).drawn}"
+    drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
@@ -169,8 +168,8 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
     """Raise if a finished profile was made with other settings than those asked for."""
     before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
     now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
-    before |= _flat(found.provenance)
-    now |= _flat(asked.provenance)
+    before |= found.provenance.decisive()
+    now |= asked.provenance.decisive()
     for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(
@@ -178,16 +177,6 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
                 f"{_short(value)}). Choose another --out, which keeps this profile; deleting the "
                 "file would lose it."
             )
-
-
-def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance by dotted key, without what does not change a price."""
-    flat: dict[str, Any] = {}
-    for key, value in provenance.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    silent = ("versions", "layer_types", "model.id", "calibration.per")
-    return {k: v for k, v in flat.items() if not k.startswith(silent)}
 
 
 def _short(value: Any) -> str:

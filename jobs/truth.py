@@ -145,9 +145,9 @@ class Truth:
     def _key(self, samples: Samples, choice: Choice | None = None) -> str:
         """What a stored figure depends on, besides the choice in the oracle's log."""
         parts = [
-            self._table.provenance["model"]["sha256"],
-            str(self._table.provenance.get("definition_sha256")),
-            self._table.provenance["rounding"],
+            self._table.provenance.model.sha256,
+            str(self._table.provenance.definition_sha256),
+            self._table.provenance.rounding,
             str(TOP_K),
             version("bitplan"),
             *self._table.formats,
