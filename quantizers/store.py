@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .._base.threads import parallel_map
-from .format import Format
-from .grid import Grid, grid_rows, render
+from .format import Fitted, Format
+from .grid import grid_rows, render
 from .methods import METHODS
 from .packed import PackedTensor
 
@@ -29,7 +29,7 @@ class Renderings:
     def __init__(self, weight: Callable[[str], Tensor], rounding: str = "rtn") -> None:
         self.weight = weight
         self._method = METHODS.get(rounding)
-        self._grids: dict[tuple[str, str], Grid | None] = {}
+        self._grids: dict[tuple[str, str], Fitted | None] = {}
 
     def fit(
         self, names: Sequence[str], formats: Sequence[Format], advance: Callable[[], None]
@@ -57,7 +57,7 @@ class Renderings:
         """A matrix as it is stored in a format: decodes to :meth:`rows` bit for bit."""
         return PackedTensor.pack(self.weight(name), fmt, self._grid(name, fmt))
 
-    def _grid(self, name: str, fmt: Format) -> Grid | None:
+    def _grid(self, name: str, fmt: Format) -> Fitted | None:
         key = (name, fmt.name)
         if key not in self._grids:
             self._grids[key] = self._method(self.weight(name), fmt)

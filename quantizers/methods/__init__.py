@@ -7,7 +7,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..._base.registry import Registry
-from ..format import Format
-from ..grid import Grid
+from ..format import Fitted, Format
 
-METHODS: Registry[Callable[[Tensor, Format], Grid | None]] = Registry("method", __name__)
+METHODS: Registry[Callable[[Tensor, Format], Fitted | None]] = Registry("method", __name__)

@@ -19,7 +19,7 @@ from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 rtn = METHODS.get("rtn")
 
 integers = st.builds(
-    Format.integer, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()
+    Format.of_integers, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()
 )
 formats = integers | st.sampled_from([Format.parse(name) for name in ("bf16", "fp16", "fp32")])
 
@@ -82,7 +82,7 @@ def unclipped(weight: Tensor, fmt: Format) -> Grid:
 @given(weights(), st.integers(2, 8), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_clip_search_never_loses_to_no_clipping(weight: Tensor, bits: int, symmetric: bool) -> None:
-    fmt = Format.integer(bits, -1, symmetric)
+    fmt = Format.of_integers(bits, -1, symmetric)
     salience = weight.abs() + weight.square().mean().sqrt()
     searched, plain = (
         float((render(weight, fmt, grid) - weight).square().mul(salience).sum())

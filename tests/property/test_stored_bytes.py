@@ -46,7 +46,7 @@ WRITTEN = [*PACKERS, "llama.cpp"]
 
 
 def integers(found: Rules) -> list[Format]:
-    return [fmt for fmt in found.all_formats() if fmt.kind == "int"]
+    return [fmt for fmt in found.all_formats() if fmt.integer]
 
 
 def test_every_runtime_with_a_layout_of_its_own_is_tested() -> None:

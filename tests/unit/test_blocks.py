@@ -8,8 +8,9 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from bitplan.quantizers.block_sizes import BLOCKS, INTEGER_BLOCKS
 from bitplan.quantizers.blocks import layouts, pack_blocks, unpack_blocks
-from bitplan.quantizers.format import BLOCKS, INTEGER_BLOCKS, Format
+from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import line_of, nearest_level, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor

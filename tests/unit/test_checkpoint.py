@@ -146,9 +146,9 @@ def test_damaged_tensor(tmp_path: Path) -> None:
 
 def test_format_that_this_build_lacks(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, packed_weights(), {}, {})
-    change_metadata(tmp_path, lambda c: c["modules"]["a.q"].update(format="nf4-g64"), "2")
+    change_metadata(tmp_path, lambda c: c["modules"]["a.q"].update(format="nf5-g64"), "2")
     with pytest.raises(
-        ValueError, match=rf"{FILE_NAME}: module 'a.q' \(tensors a.q.codes, .* 'nf4-g64'"
+        ValueError, match=rf"{FILE_NAME}: module 'a.q' \(tensors a.q.codes, .* 'nf5-g64'"
     ):
         read_checkpoint(tmp_path)
 

@@ -43,7 +43,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def integer_formats(runtime: str) -> list[str]:
-    return [fmt.name for fmt in Rules.load(runtime).all_formats() if fmt.kind == "int"]
+    return [fmt.name for fmt in Rules.load(runtime).all_formats() if fmt.integer]
 
 
 def matrices(model: LoadedModel, runtime: str) -> list[str]:
