@@ -61,11 +61,11 @@ def test_a_written_checkpoint_is_the_plan(
     shapes = done.source.shapes
     found = {stored.name: stored for stored in exporter.read(out, wide)}
     for unit, fmt in formats.items():
-        if fmt.kind != "float":
+        if not fmt.floating:
             assert found[unit].fmt == fmt
             assert found[unit].shape == shapes[unit]
             assert found[unit].nbytes == byte_count(runtime)(fmt, shapes[unit])
-    assert not any(s.fmt.kind != "float" for n, s in found.items() if n not in formats)
+    assert not any(not s.fmt.floating for n, s in found.items() if n not in formats)
     assert (
         len({fmt.name for fmt in formats.values()}) > 1 or len(Rules.load(runtime).candidates) < 3
     )
@@ -82,7 +82,7 @@ def contents(path: Path) -> list[tuple[str, bytes]]:
 
 def another_width(rules: Rules, fmt: Format) -> Format | None:
     """A format of the runtime with another number of bits, if it has one."""
-    integers = [f for f in rules.all_formats() if f.kind != "float"]
+    integers = [f for f in rules.all_formats() if not f.floating]
     return next((f for f in integers if f.bits != fmt.bits), None)
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_width_and_swapped_scales_are_noticed(
     exporter = target(name)
     plan = mixed(wide, Rules.load(runtime))
     source = open_source(plan, model=wide, like=wide_gguf)
-    victim, fmt = next((n, f) for n, f in source.formats.items() if f.kind != "float")
+    victim, fmt = next((n, f) for n, f in source.formats.items() if not f.floating)
     right = source.packed(victim)
     # The rows of the scales change places; the codes stay.
     wrong = PackedTensor(

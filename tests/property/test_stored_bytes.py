@@ -47,7 +47,7 @@ WRITTEN = [*PACKERS, "llama.cpp"]
 
 
 def integers(found: Rules) -> list[Format]:
-    return [fmt for fmt in found.all_formats() if fmt.kind == "int"]
+    return [fmt for fmt in found.all_formats() if fmt.integer]
 
 
 def test_every_runtime_with_a_layout_of_its_own_is_tested() -> None:
@@ -106,7 +106,7 @@ def test_a_written_file_takes_what_the_plan_says(
     model, found = random_llama(generator), Rules.load(name)
     formats = [fmt.name for fmt in found.all_formats()]
     plan = mixed(model, found, list(generator.permutation(formats)))
-    if all(Format.parse(fmt).kind == "float" for fmt in plan.assignments.values()):
+    if all(Format.parse(fmt).floating for fmt in plan.assignments.values()):
         return
     like = None
     if name == "llama.cpp":

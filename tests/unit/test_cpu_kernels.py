@@ -310,7 +310,9 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
 def test_the_library_is_built_once_and_again_if_damaged(
     monkeypatch: pytest.MonkeyPatch, fresh: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (built, *_) = _REAL_CACHE.glob("cpu-*.so")
+    compiler = native._compiler()
+    assert compiler is not None
+    built = _REAL_CACHE / f"cpu-{native._key(compiler)}.so"
     script, log = fresh / "c++", fresh / "log"
     script.write_text(  # "compiles" by copying
         f'#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit\n'
