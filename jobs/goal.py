@@ -96,7 +96,7 @@ class Goal:
         table = self.work.blank_table()
         if self.search.vram is not None:
             memory = self.budget.resolve(table.weights)
-            outside = int(table.provenance["outside_bytes"])
+            outside = table.provenance.outside_bytes or 0
             size = memory_budget(problem, memory, outside, self.search.context)
             return BudgetRef(text=f"{self.budget.text} of memory", bytes=size)
         if self.search.budget is None:

@@ -18,7 +18,6 @@ from .._base.files import check_place
 from .._base.progress import Reporter
 from ..models.kv_cache import KV_BITS, price_kv
 from ..models.samples import Samples, evaluation_samples
-from ..models.wording import words_of
 from ..models.workload import LoadedModel
 from ..search.blackbox.storage import shown
 from ..search.blackbox.study import OBJECTIVES, job_of, open_study, publish, read_job, work
@@ -90,7 +89,7 @@ def run_search(
             kept = guarded(loaded.model, settings, loaded.samples, search.guard)
         with job.stage("profile"):
             table = limits.for_runtime(profile_stage(loaded, run, reporter))
-        held_out = HeldOut(loaded.model, table.units, settings.rounding, samples, run, reporter)
+        held_out = HeldOut(loaded.model, loaded.renderer, samples, run, reporter)
         return _Search(settings, goal, table, held_out, kept, run, job, reporter).finish()
 
 
@@ -113,7 +112,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
     settings, search = read_settings(job)
     settings = replace(settings, device=device)
     loaded = prepare(settings, reporter)
-    here, there = loaded.provenance["model"]["sha256"], job["model"]["sha256"]
+    here, there = loaded.provenance.model.sha256, job["model"]["sha256"]
     if here != there:
         raise ValueError(
             f"The weights of {settings.model} here (sha256 {here[:12]}) are not those of the "
@@ -127,7 +126,16 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
         )
     table = search.limits().for_runtime(loaded.blank_table())
     with TemporaryDirectory() as folder:
-        truth = Truth(loaded.model, table, inside, apart, Path(folder), settings.seed, reporter)
+        truth = Truth(
+            loaded.model,
+            loaded.renderer,
+            table,
+            inside,
+            apart,
+            Path(folder),
+            settings.seed,
+            reporter,
+        )
         return work(storage, job["study"], truth.oracle(search.search_tokens))
 
 
@@ -162,7 +170,7 @@ class _Search:
         self.table = table
         self.held_out, self.run, self.job, self.reporter = held_out, run, job, reporter
         self.units = len(self.table.units)
-        self.words = words_of(self.table.provenance["calibration"])
+        self.words = self.table.provenance.words
         self._kept = kept
         self._truth: Truth | None = None
 
@@ -195,7 +203,7 @@ class _Search:
 
     def _kv_prices(self) -> KVTable:
         samples = self.goal.work.samples.first(KV_SAMPLES)
-        model = self.table.provenance["model"]["sha256"]
+        model = self.table.provenance.model.sha256
         digest = hashlib.sha256(f"{model} {samples.sha256} {samples.count}".encode()).hexdigest()
         path = self.run / KV_FILE.format(key=digest[:12])
         if path.exists():
@@ -238,7 +246,7 @@ class _Search:
         job = job_of(problem, self.budget.bytes, self.search.solver, self.settings.seed)
         search = replace(self.search, storage=None)  # its URL may hold a password
         recorded = {"profile": asdict(self.settings), "search": asdict(search)}
-        model = self.table.provenance["model"]
+        model = self.table.provenance.model.model_dump()
         origin = {"model": model, "guard_sha256": self.truth.guard.sha256}
         publish(open_study(storage, study, self.search.solver), job | recorded | origin)
         self.reporter.say(
@@ -453,10 +461,10 @@ class _Search:
             return f"resamples are solved exactly, which the {plan.solver!r} solver does not do."
         table, drawn = self.table, self.words.drawn
         if table.scores is None or len(table.scores) < 2:
-            return f"the metric {table.provenance['metric']!r} has no scores of several {drawn}."
+            return f"the metric {table.provenance.metric!r} has no scores of several {drawn}."
         squares = (table.scores.astype(np.float64) ** 2).mean(axis=0)
         if table.diagonal is None and not np.allclose(squares, table.kl, rtol=1e-3):
-            return f"prices of the metric {table.provenance['metric']!r} are no mean of squares."
+            return f"prices of the metric {table.provenance.metric!r} are no mean of squares."
         if problem.constraints or self.goal.kv is not None or self.search.fastest:
             return "only plans under a single budget of bytes are resampled."
         return ""
@@ -470,7 +478,14 @@ class _Search:
                 work.model, self.settings, work.samples, self.search.guard
             )
             self._truth = Truth(
-                work.model, self.table, inside, apart, self.run, self.settings.seed, self.reporter
+                work.model,
+                work.renderer,
+                self.table,
+                inside,
+                apart,
+                self.run,
+                self.settings.seed,
+                self.reporter,
             )
         return self._truth
 

@@ -61,7 +61,7 @@ class Side:
         table = None
         if (folder / PROFILE_FILE).is_file():
             table = SensitivityTable.load(folder / PROFILE_FILE)
-            if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+            if table.provenance.model.sha256 != plan.model.sha256:
                 table = None  # another model's profile lies beside this plan
         shapes = _packed_shapes(folder / WEIGHTS_FILE) if table is None else _shapes(table)
         kl, text = _measurements(folder / MEASUREMENTS_FILE, plan)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from .._base.files import atomic_path, read_json_text
+from ..sensitivity.provenance import ModelRef
 from .hull import lower_hull
-from .plan import ModelRef
 from .problem import Problem
 
 SCHEMA = 1

@@ -19,6 +19,7 @@ from pydantic import (
 
 from .._base.files import read_json_text, write_json
 from ..quantizers.format import Format
+from ..sensitivity.provenance import ModelRef
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"  # its name in a run folder
@@ -35,14 +36,6 @@ Predicted = Annotated[
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class ModelRef(_Strict):
-    """Which model a plan is for."""
-
-    id: str
-    revision: str | None = None
-    sha256: str
 
 
 class BudgetRef(_Strict):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,9 @@ from .fastest import NEEDS_OF_FASTEST
 from .fastest import fastest as fastest_plan
 from .hull import lower_hull
 from .limits import Limits, build_problem
-from .plan import BudgetRef, KVCache, Latency, ModelRef, Plan
+from .plan import BudgetRef, KVCache, Latency, Plan
 from .problem import Problem, Solution
 from .solvers import SOLVERS
-from .solvers.ilp import write_ilp
 
 SEARCH_PACKAGES = (
     "bitplan",
@@ -118,6 +116,8 @@ def write_program(table: SensitivityTable, budget: Budget, limits: Limits, path:
     Raises:
         ValueError: As :func:`solve`, or for another suffix.
     """
+    from .solvers.ilp import write_ilp  # loads PuLP
+
     table = limits.for_runtime(table)
     max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
     write_ilp(build_problem(table, limits), max_bytes, path)
@@ -182,9 +182,10 @@ def plan_from_choice(
     weights = problem.evaluate(choice, np.inf)
     predicted = weights.loss + (kv_cache.predicted_kl if kv_cache else 0.0)
     solution = Solution(choice, predicted, weights.bytes, min(lower_bound, predicted))
-    provenance = _checked_provenance(table)
+    origin = table.provenance
+    origin.require_complete()
     return Plan(
-        model=ModelRef.model_validate(provenance["model"]),
+        model=origin.model,
         assignments={
             module: table.formats[f]
             for unit, f in zip(table.units, choice.tolist(), strict=True)
@@ -198,16 +199,16 @@ def plan_from_choice(
         predicted_kl_stderr=predicted_kl_stderr(table, choice),
         lower_bound_kl=solution.lower_bound,
         gap=solution.gap,
-        metric=provenance["metric"],
+        metric=origin.metric,
         solver=solver,
-        rounding=provenance["rounding"],
-        calibration=provenance["calibration"],
+        rounding=origin.rounding,
+        calibration=origin.calibration,
         resident_bytes=resident_bytes,
         latency=latency,
         runtime=runtime,
         kv_cache=kv_cache,
         note=note,
-        versions=provenance["versions"] | {name: version(name) for name in SEARCH_PACKAGES},
+        versions=origin.versions | {name: version(name) for name in SEARCH_PACKAGES},
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
     )
@@ -227,25 +228,15 @@ def predicted_kl_stderr(table: SensitivityTable, choice: NDArray[np.intp]) -> fl
     return float(totals.std(ddof=1) / math.sqrt(len(totals)))
 
 
-def _checked_provenance(table: SensitivityTable) -> dict[str, Any]:
-    needed = ("model", "metric", "rounding", "calibration", "versions")
-    missing = [key for key in needed if key not in table.provenance]
-    if missing:
-        raise ValueError(
-            f"The sensitivity table does not record its {', '.join(missing)}, which a plan must "
-            "state. Profile again, or fill in SensitivityTable.provenance."
-        )
-    return table.provenance
-
-
 def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
     """Bytes of the written model file outside the units; only ``file:`` budgets need them."""
     if budget.kind != "file":
         return 0
-    if "outside_bytes" not in table.provenance:
+    outside = table.provenance.outside_bytes
+    if outside is None:
         raise ValueError(
             f"The budget {budget.text!r} counts the whole file, but this profile does not record "
             "the bytes outside its units. Profile again, or give the budget of the units alone, "
             "such as '4.3bpw'."
         )
-    return int(table.provenance["outside_bytes"])
+    return outside

@@ -132,7 +132,7 @@ class ExporterContract(Contract):
         assert leftovers(tmp_path) == [out.name]
         formats, shapes = done.source.formats, done.source.shapes
         found = {stored.name: stored for stored in exporter.read(out, model)}
-        quantized = {unit: fmt for unit, fmt in formats.items() if fmt.kind != "float"}
+        quantized = {unit: fmt for unit, fmt in formats.items() if not fmt.floating}
         offered = 3 if rules is None else len(rules.candidates)
         assert len({fmt.name for fmt in formats.values()}) > 1 or offered < 3
         for unit, fmt in quantized.items():
@@ -140,7 +140,7 @@ class ExporterContract(Contract):
             assert found[unit].shape == shapes[unit]
             assert found[unit].nbytes == byte_count(runtime)(fmt, shapes[unit])
         others = [s for name, s in found.items() if name not in formats]
-        assert all(stored.fmt.kind == "float" for stored in others)
+        assert all(stored.fmt.floating for stored in others)
         assert weight_error(exporter, done.source, out) <= exporter.max_weight_error
         again = out_path(tmp_path / "again", exporter)
         write(plan, again)
@@ -157,7 +157,7 @@ class ExporterContract(Contract):
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Weights are compared, not formats alone."""
-        victim = next(n for n, fmt in source.formats.items() if fmt.kind != "float")
+        victim = next(n for n, fmt in source.formats.items() if not fmt.floating)
         right = source.packed(victim)
         # The rows of the scales change places; the codes stay.
         wrong = {k: v if k == "codes" else v.flip(0) for k, v in right.tensors.items()}
@@ -180,9 +180,9 @@ class ExporterContract(Contract):
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """By bitplan, or by the library that writes; nothing is left behind."""
-        victim, fmt = next((n, f) for n, f in source.formats.items() if f.kind != "float")
+        victim, fmt = next((n, f) for n, f in source.formats.items() if not f.floating)
         offered = rules.all_formats() if rules else (Format.parse("int3-g32"),)
-        other = next((f for f in offered if f.kind != "float" and f.bits != fmt.bits), None)
+        other = next((f for f in offered if not f.floating and f.bits != fmt.bits), None)
         if other is None:
             pytest.skip(f"{runtime} has one width")
         changed = hand_made(model, plan.assignments | {victim: other.name})
@@ -269,7 +269,7 @@ class ExporterContract(Contract):
         rules = Rules.load(exporter.runtimes[0]) if exporter.runtimes else None
         plan = mixed(model, rules)
         texts = {configuration(name, exporter, plan, model, tmp_path)}
-        planned = [n for n, f in plan.assignments.items() if Format.parse(f).kind != "float"]
+        planned = [n for n, f in plan.assignments.items() if not Format.parse(f).floating]
         for victim in planned:
             other = another(rules, Format.parse(plan.assignments[victim])).name
             group = [victim]
@@ -309,7 +309,7 @@ def configuration(
 def another(rules: Rules | None, fmt: Format) -> Format:
     """Another format of the runtime that quantizes, of another width if there is one."""
     offered = rules.all_formats() if rules else map(Format.parse, ("int3-g32", "int5-g64-asym"))
-    others = [f for f in offered if f.kind != "float" and f != fmt]
+    others = [f for f in offered if not f.floating and f != fmt]
     return max(others, key=lambda other: other.bits != fmt.bits)
 
 

@@ -11,7 +11,8 @@ from ..models.identity import state_sha256
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules, byte_count
-from ..search.plan import BudgetRef, ModelRef, Plan
+from ..search.plan import BudgetRef, Plan
+from ..sensitivity.provenance import ModelRef
 
 
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:

@@ -14,8 +14,8 @@ import pytest
 
 from bitplan.search.frontier import Frontier, UniformPoint
 from bitplan.search.hull import lower_hull, undominated
-from bitplan.search.plan import ModelRef
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import ModelRef
 from bitplan.testing.problems import synthetic_problem
 
 INF = np.inf

@@ -16,7 +16,8 @@ from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, evaluation_samples
 from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
-from bitplan.search.plan import MEASUREMENTS_FILE, BudgetRef, KVCache, ModelRef, Plan
+from bitplan.search.plan import MEASUREMENTS_FILE, BudgetRef, KVCache, Plan
+from bitplan.sensitivity.provenance import ModelRef
 
 FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32-asym")
 
@@ -55,7 +56,8 @@ def plan(units: tuple[UnitInfo, ...], fmt: str, size: int, limit: int = 1000) ->
 def held_out(
     model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
 ) -> HeldOut:
-    return HeldOut(model, units, "rtn", samples, run, Reporter(quiet=True))
+    renderer = Renderer(model.module, units)
+    return HeldOut(model, renderer, samples, run, Reporter(quiet=True))
 
 
 def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
 from bitplan.search.plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
 
@@ -303,7 +304,7 @@ def test_a_plan_for_another_model_is_refused(run: RunData) -> None:
     model = run.plan.model.model_copy(update={"sha256": "0ther"})
     with pytest.raises(ValueError, match=r"^plan\.json .*model 0ther\. Run the search again"):
         replace(run, plan=run.plan.model_copy(update={"model": model}))
-    table = replace(run.table, provenance={})
+    table = replace(run.table, provenance=Provenance())
     with pytest.raises(ValueError, match=r"^plan\.json .*model 5af571cb"):
         replace(run, table=table)
 
