@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..models.load import check_model, load_model
 from ..models.measure import Measurement, Run, measure, plan_runner
 from ..models.rendering import Renderer
 from ..models.samples import Samples, check_text, evaluation_samples
-from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Baseline, KVCache, Measured, Plan, plan_key
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
@@ -28,8 +27,7 @@ class HeldOut:
 
     Args:
         model: The original model.
-        units: Units of the plans.
-        rounding: Rounding method of the plans.
+        renderer: Renders its matrices, by the rounding method of the plans.
         samples: The sequences.
         run: The run folder: every figure is kept in its measurements.json.
         reporter: Where progress is shown.
@@ -38,15 +36,14 @@ class HeldOut:
     def __init__(
         self,
         model: LoadedModel,
-        units: Sequence[UnitInfo],
-        rounding: str,
+        renderer: Renderer,
         samples: Samples,
         run: Path,
         reporter: Reporter,
     ) -> None:
         self.samples = samples
         self._model, self._cache, self._reporter = model, run / MEASUREMENTS_FILE, reporter
-        self._renderer = Renderer(model.module, units, rounding)
+        self._renderer = renderer
         self._known = _read_measurements(self._cache, samples)
 
     @property

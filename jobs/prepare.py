@@ -14,6 +14,7 @@ import numpy as np
 from .._base.progress import Reporter
 from ..models.find import find_units
 from ..models.load import check_model, load_model
+from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, check_text
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
@@ -31,13 +32,23 @@ from .settings import ProfileSettings, SearchSettings
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A loaded model, what is asked of it, and what that will be recorded as."""
+    """A loaded model, what is asked of it, and what that will be recorded as.
+
+    Attributes:
+        model: The original model.
+        units: Its units.
+        formats: Their candidate formats.
+        samples: Calibration sequences.
+        provenance: What the profile will say of itself.
+        renderer: The one source of renderings of the run: what was priced is what is measured.
+    """
 
     model: LoadedModel
     units: tuple[UnitInfo, ...]
     formats: tuple[Format, ...]
     samples: Samples
     provenance: Provenance
+    renderer: Renderer
 
     def blank_table(self) -> SensitivityTable:
         """The table with exact bytes and no prices."""
@@ -83,7 +94,8 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
     formats = resolve_formats(settings.formats, model.source_dtype)
-    return Work(model, units, formats, samples, origin)
+    renderer = Renderer(model.module, units, settings.rounding)
+    return Work(model, units, formats, samples, origin, renderer)
 
 
 def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
@@ -139,7 +151,15 @@ def profile_stage(work: Work, run: Path, reporter: Reporter) -> SensitivityTable
     run.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=run):
         pass  # a folder that cannot be written is found out before the slow part
-    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
+    table = price(
+        work.model,
+        work.units,
+        work.formats,
+        work.renderer,
+        work.samples,
+        work.provenance,
+        reporter,
+    )
     table.save(path)
     return table
 

@@ -89,7 +89,7 @@ def run_search(
             kept = guarded(loaded.model, settings, loaded.samples, search.guard)
         with job.stage("profile"):
             table = limits.for_runtime(profile_stage(loaded, run, reporter))
-        held_out = HeldOut(loaded.model, table.units, settings.rounding, samples, run, reporter)
+        held_out = HeldOut(loaded.model, loaded.renderer, samples, run, reporter)
         return _Search(settings, goal, table, held_out, kept, run, job, reporter).finish()
 
 
@@ -126,7 +126,16 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
         )
     table = search.limits().for_runtime(loaded.blank_table())
     with TemporaryDirectory() as folder:
-        truth = Truth(loaded.model, table, inside, apart, Path(folder), settings.seed, reporter)
+        truth = Truth(
+            loaded.model,
+            loaded.renderer,
+            table,
+            inside,
+            apart,
+            Path(folder),
+            settings.seed,
+            reporter,
+        )
         return work(storage, job["study"], truth.oracle(search.search_tokens))
 
 
@@ -469,7 +478,14 @@ class _Search:
                 work.model, self.settings, work.samples, self.search.guard
             )
             self._truth = Truth(
-                work.model, self.table, inside, apart, self.run, self.settings.seed, self.reporter
+                work.model,
+                work.renderer,
+                self.table,
+                inside,
+                apart,
+                self.run,
+                self.settings.seed,
+                self.reporter,
             )
         return self._truth
 

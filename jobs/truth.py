@@ -46,6 +46,7 @@ class Truth:
 
     Args:
         model: The original model.
+        renderer: Renders its matrices, by the table's rounding method.
         table: Its units and formats.
         samples: Calibration sequences the table was made from.
         guard: Sequences that prices never see.
@@ -57,6 +58,7 @@ class Truth:
     def __init__(
         self,
         model: LoadedModel,
+        renderer: Renderer,
         table: SensitivityTable,
         samples: Samples,
         guard: Samples,
@@ -64,11 +66,10 @@ class Truth:
         seed: int,
         reporter: Reporter,
     ) -> None:
-        self._model, self._table = model, table
+        self._model, self._renderer, self._table = model, renderer, table
         self._samples, self.guard = samples, guard
         self._run, self._seed, self._reporter = run, seed, reporter
         self._formats = [Format.parse(name) for name in table.formats]
-        self._renderer = Renderer(model.module, table.units, table.provenance.rounding)
 
     def oracle(
         self,

@@ -71,23 +71,27 @@ def profile(
     units = find_units(loaded.module, include, exclude, groups)
     samples = _as_samples(loaded, batches, seed)
     origin = provenance(loaded, units, samples, metric, rounding, seed)
-    return price(loaded, units, candidates, samples, origin, reporter or Reporter(quiet=True))
+    renderer = Renderer(loaded.module, units, rounding)
+    show = reporter or Reporter(quiet=True)
+    return price(loaded, units, candidates, renderer, samples, origin, show)
 
 
 def price(
     model: LoadedModel,
     units: tuple[UnitInfo, ...],
     formats: tuple[Format, ...],
+    renderer: Renderer,
     samples: Samples,
     origin: Provenance,
     reporter: Reporter,
 ) -> SensitivityTable:
     """Make the table that ``origin`` (see :func:`provenance`) describes.
 
+    The renderings that are priced stay in ``renderer``, for whoever measures or writes them.
+
     Raises:
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
-    renderer = Renderer(model.module, units, origin.rounding)
     sizes = [renderer.weight(name).numel() for name in renderer.names]
     with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
         renderer.fit(formats, lambda: advance(1))

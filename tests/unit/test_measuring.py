@@ -56,7 +56,8 @@ def plan(units: tuple[UnitInfo, ...], fmt: str, size: int, limit: int = 1000) ->
 def held_out(
     model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
 ) -> HeldOut:
-    return HeldOut(model, units, "rtn", samples, run, Reporter(quiet=True))
+    renderer = Renderer(model.module, units)
+    return HeldOut(model, renderer, samples, run, Reporter(quiet=True))
 
 
 def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

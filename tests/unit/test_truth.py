@@ -75,6 +75,7 @@ def table(model: LoadedModel, formats: tuple[str, ...] = FORMATS) -> Sensitivity
 def make(run: Path, model: LoadedModel | None = None, **changed: Any) -> Truth:
     model = model or loaded()
     arguments: dict[str, Any] = {
+        "renderer": Renderer(model.module, find_units(model.module)),
         "table": table(model),
         "samples": samples(model, 1),
         "guard": samples(model, 2),
