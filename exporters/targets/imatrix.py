@@ -8,9 +8,9 @@ import numpy as np
 from torch import nn
 
 from ...kernels.linear import PackedLinear
+from ...models.names import BUILTIN
 from ...models.rendering import Renderer
 from ...models.samples import calibration_samples
-from ...models.texts import BUILTIN
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
 from ..source import Source
