@@ -28,10 +28,10 @@ from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.limits import Limits
 from bitplan.search.solve import solve
 from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.plans import hand_made, mixed
 from bitplan.tests.fakes import fake_table
 from bitplan.tests.gguf_toys import write_llama_gguf
 from bitplan.tests.packs import random_packed
-from bitplan.tests.plans import hand_made, mixed
 
 SEEDS = st.integers(0, 2**32 - 1)
 PACKERS: dict[str, Callable[[PackedTensor], packing.Tensors]] = {

@@ -21,7 +21,7 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods.rtn import fit_grid
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.runtimes import Rules
-from bitplan.tests.plans import hand_made, mixed
+from bitplan.testing.plans import hand_made, mixed
 
 # Target, its runtime, the largest relative error of the logits. Zero: equal bit for bit.
 FOLDERS = [
