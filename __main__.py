@@ -181,7 +181,7 @@ def worker(
     nothing: another one runs its trial again.
     """
     from ._base.progress import Reporter
-    from .jobs.search import run_worker
+    from .jobs.worker import run_worker
 
     done = run_worker(storage, study, device, Reporter(quiet))
     out.print(f"The study is complete; this worker ran {done} of its trials.")
@@ -194,7 +194,7 @@ def jobs(
     ] = Path("runs"),
 ) -> None:
     """List the runs in a folder: what they do, how far they are, what they found."""
-    from .jobs.record import list_jobs
+    from .jobs.listing import list_jobs
     from .reports.terminal import jobs_table
 
     if not folder.is_dir() and folder != Path("runs"):

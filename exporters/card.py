@@ -10,14 +10,15 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..jobs.folder import RunFolder
 from ..models.wording import words_of
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
 from .source import Source
 
-FIGURES = {  # of a run folder
-    "frontier.png": "KL divergence over size: this plan, uniform plans, the bound",
-    "allocation.png": "Bits of every matrix, by layer",
+FIGURES = {  # of a run
+    "frontier": "KL divergence over size: this plan, uniform plans, the bound",
+    "allocation": "Bits of every matrix, by layer",
 }
 
 
@@ -66,9 +67,10 @@ def write_card(
     base = plan.model.id if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.model.id) else None  # on the Hub
     figures = {}
     for name, alt in FIGURES.items():
-        if run is not None and (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-            figures[name] = alt
+        figure = None if run is None else RunFolder(run).figure(name)
+        if figure is not None and figure.is_file():
+            shutil.copyfile(figure, folder / figure.name)
+            figures[figure.name] = alt
     text = environment.get_template("card.md").render(
         plan=plan,
         words=words_of(plan.calibration),

@@ -9,11 +9,11 @@ from typing import Any
 from ..models.wording import words_of
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..search.solvers import is_exact
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
 from .summary import Comparison, best_uniform, describe_rival, facts, only_format
-from .words import UNIFORM, number, with_error
+from .words import number, with_error
 
-BY_PRICE = ("certified", "dp", "highs", "ilp")  # solvers that find the optimum of the prices
 TOLD = (
     "optimality",
     "refined",
@@ -87,7 +87,7 @@ def price_note(plan: Plan) -> str:
         return "Prices here are one-shot; this plan was refined away from them, on measured KL."
     if plan.solver == "uniform":
         return "By these prices another plan is better; on held-out data one format everywhere was."
-    if plan.solver not in BY_PRICE:
+    if not is_exact(plan.solver):
         return (
             f"This plan comes from the {plan.solver!r} solver, which need not find their optimum."
         )
@@ -112,7 +112,7 @@ def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str,
     if row.difference is not None:
         difference = with_error(row.difference, row.difference_stderr, sign=True)
     return {
-        "name": row.name.removeprefix(UNIFORM),
+        "name": row.label,
         "own": own,
         "misfit": row.misfit,
         "predicted": [

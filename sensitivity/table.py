@@ -20,7 +20,6 @@ from ..quantizers.format import Format
 from .shrinkage import Shrinkage
 
 SCHEMA = 1
-PROFILE_FILE = "profile.safetensors"  # its name in a run folder
 
 
 @dataclass(frozen=True, slots=True)

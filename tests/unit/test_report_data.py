@@ -23,7 +23,7 @@ from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
-from bitplan.search.plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
+from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
@@ -85,7 +85,7 @@ def test_checks_pair_predictions_with_measurements(run: RunData, tmp_path: Path)
     assert (own.predicted, own.measured) == (run.plan.predicted_kl, run.plan.measured.kl)
     assert own.predicted_stderr == run.plan.predicted_kl_stderr
     assert [(c.name, c.predicted, c.measured, c.stderr) for c in others] == [
-        (b.name, b.predicted_kl, b.kl, b.kl_stderr) for b in run.plan.baselines
+        (b.format, b.predicted_kl, b.kl, b.kl_stderr) for b in run.plan.baselines
     ]
     assert prediction_data(RunData.load(fake_run(tmp_path, measured=False))).checks == ()
 
@@ -205,8 +205,8 @@ def with_cache(plan: Plan, bits: dict[int, int], rest: int = 0) -> Plan:
 
 def test_a_plan_that_counts_other_bytes_is_refused(tmp_path: Path) -> None:
     folder = fake_run(tmp_path)
-    plan = Plan.load(folder / PLAN_FILE)
-    plan.model_copy(update={"bytes": plan.bytes - 16}).save(folder / PLAN_FILE)
+    plan = Plan.load(folder / "plan.json")
+    plan.model_copy(update={"bytes": plan.bytes - 16}).save(folder / "plan.json")
     with pytest.raises(ValueError, match=f"{plan.bytes - 16:,} B where its formats take"):
         RunData.load(folder)
 

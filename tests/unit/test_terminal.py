@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitplan._base.registry import Registry
-from bitplan.jobs.record import JobInfo
+from bitplan.jobs.listing import JobInfo
 from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
 from bitplan.reports.words import plain
 from bitplan.search.plan import KVCache, Latency, Plan
