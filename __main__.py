@@ -229,7 +229,6 @@ def profile(
     """Price every layer in every format and save the table; `bitplan solve` reads it."""
     from ._base.progress import Reporter
     from .jobs.search import run_profile
-    from .models.wording import words_of
 
     run = run or Path("runs") / options.run_name(model)
     settings = options.profile_settings(
@@ -248,7 +247,7 @@ def profile(
         device=device,
     )
     table = run_profile(settings, run, Reporter(quiet))
-    nats = words_of(table.provenance["calibration"]).nats
+    nats = table.provenance.words.nats
     shown = Table("format", "bpw", f"predicted KL ({nats})", title="Uniform plans")
     for i, name in enumerate(table.formats):
         bpw = 8 * table.uniform_bytes(name) / table.weights
@@ -366,20 +365,16 @@ def frontier(
     """
     import numpy as np
 
-    from .models.wording import words_of
     from .search.frontier import Frontier
     from .search.limits import build_problem
-    from .search.plan import ModelRef
 
     options.check_json(frontier_file, example="frontier.json")
     limited = options.limit_options(pin, ban, at_least, at_most, runtime)
     limits = options.limits_of(formats, group, limited)
     table = limits.for_runtime(options.load_profile(path, runtime))
-    model = table.provenance.get("model")
-    whole = Frontier.from_problem(
-        build_problem(table, limits), ModelRef.model_validate(model) if model else None
-    )
-    nats = words_of(table.provenance.get("calibration", {})).nats
+    model = table.provenance.model
+    whole = Frontier.from_problem(build_problem(table, limits), model if model.sha256 else None)
+    nats = table.provenance.words.nats
     shown = Table("plan", "bytes", "bpw", f"predicted KL ({nats})")
     rows = [(u.name, u.bytes, u.predicted_kl) for u in whole.uniform]
     picks = np.unique(np.linspace(0, len(whole.bytes) - 1, points).astype(int))

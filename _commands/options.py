@@ -305,8 +305,8 @@ def profile_settings(
 ) -> ProfileSettings:
     """Settings of a profile; a runtime brings its own default formats."""
     from ..jobs.settings import ProfileSettings
+    from ..quantizers.candidates import DEFAULT_FORMATS
     from ..quantizers.runtimes import Rules
-    from ..sensitivity.estimate import DEFAULT_FORMATS
 
     # bf16 for the layers a runtime leaves as they are, should it not take the model's own dtype.
     default = (*Rules.load(runtime).candidates, "bf16") if runtime else DEFAULT_FORMATS

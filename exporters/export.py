@@ -197,7 +197,7 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
     if not profile.is_file():
         return
     table = SensitivityTable.load(profile)
-    if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+    if table.provenance.model.sha256 != plan.model.sha256:
         return  # another model's profile
     units = [
         UnitInfo(

@@ -13,7 +13,8 @@ from ..models.find import find_units
 from ..models.identity import state_sha256
 from ..models.load import load_model
 from ..models.workload import LoadedModel
-from ..search.plan import BudgetRef, ModelRef, Plan
+from ..search.plan import BudgetRef, Plan
+from ..sensitivity.provenance import ModelRef
 from .targets import EXPORTERS, Exporter, Stored, shown_name
 
 

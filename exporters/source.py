@@ -140,12 +140,12 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
 
-    def packed(name: str) -> PackedTensor:
-        fitted = Renderer(model.module, units, plan.rounding)  # new: it keeps the grids it fits
-        fmt = formats[name]
-        return fitted.store.packed(name, fmt)
+    renderer = Renderer(model.module, units, plan.rounding)
 
-    run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
+    def packed(name: str) -> PackedTensor:
+        return renderer.store.packed(name, formats[name])
+
+    run = plan_runner(model, renderer, formats)
     everything = find_units(model.module)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .._base.progress import Reporter
 from ..models.samples import Samples
-from ..models.wording import Words, words_of
+from ..models.wording import Words
 from ..search.goals import Goal
 from ..search.plan import BudgetRef, Plan
 from ..search.problem import Problem, Solution
@@ -78,7 +78,7 @@ class Context:
     @property
     def words(self) -> Words:
         """How the model's samples are called."""
-        return words_of(self.work.provenance["calibration"])
+        return self.work.provenance.words
 
     @property
     def first(self) -> Plan:
@@ -90,8 +90,7 @@ class Context:
         """The model on held-out data."""
         return HeldOut(
             self.work.model,
-            self.table.units,
-            self.settings.rounding,
+            self.work.renderer,
             self.samples,
             self.folder,
             self.reporter,
@@ -104,10 +103,19 @@ class Context:
         Raises:
             ValueError: If too few are left to measure on.
         """
-        model, samples = self.work.model, self.work.samples
-        inside, outside = self.apart or guarded(model, self.settings, samples, self.search.guard)
+        work = self.work
+        inside, outside = self.apart or guarded(
+            work.model, self.settings, work.samples, self.search.guard
+        )
         return Truth(
-            model, self.table, inside, outside, self.folder, self.settings.seed, self.reporter
+            work.model,
+            work.renderer,
+            self.table,
+            inside,
+            outside,
+            self.folder,
+            self.settings.seed,
+            self.reporter,
         )
 
     def written(self, problem: Problem, solution: Solution, solver: str | None = None) -> Plan:

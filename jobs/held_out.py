@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from ..models.load import check_model, load_model
 from ..models.measure import Measurement, Run, measure, plan_runner
 from ..models.rendering import Renderer
 from ..models.samples import Samples, check_text, evaluation_samples
-from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..search.goals import Goal
 from ..search.plan import Baseline, KVCache, Measured, Plan, plan_key
@@ -28,8 +27,7 @@ class HeldOut:
 
     Args:
         model: The original model.
-        units: Units of the plans.
-        rounding: Rounding method of the plans.
+        renderer: Renders its matrices, by the rounding method of the plans.
         samples: The sequences.
         run: The run folder: every figure is kept there.
         reporter: Where progress is shown.
@@ -38,15 +36,14 @@ class HeldOut:
     def __init__(
         self,
         model: LoadedModel,
-        units: Sequence[UnitInfo],
-        rounding: str,
+        renderer: Renderer,
         samples: Samples,
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
         self.samples = samples
         self._model, self._file, self._reporter = model, run.measurements, reporter
-        self._renderer = Renderer(model.module, units, rounding)
+        self._renderer = renderer
         self._known = Measurements.of(self._file, samples.sha256)
 
     @property

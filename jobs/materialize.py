@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._base.files import atomic_path, check_place
+from .._base.hints import did_you_mean
 from .._base.progress import Reporter
 from ..kernels.linear import PackedLinear, compute_in, replace
 from ..models.find import as_stored, find_units, unplanned_tensors
@@ -48,7 +48,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
     units = planned_units(model, plan)
-    packed = dict(_pack(model, units, plan, Reporter(quiet=True)))
+    renderer = Renderer(model, units, plan.rounding)
+    packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
     replace(model, packed, _aliases(units))
     return model
 
@@ -58,6 +59,7 @@ def quantize(
     out: Path | str,
     model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
+    renderer: Renderer | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -70,6 +72,7 @@ def quantize(
         out: The folder to make.
         model: The original model, when it is loaded already.
         reporter: Where progress is shown.
+        renderer: That of the run which made the plan, when it is at hand.
 
     Returns:
         The folder.
@@ -90,7 +93,8 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    packed = dict(_pack(model.module, units, plan, reporter))
+    renderer = renderer or Renderer(model.module, units, plan.rounding)
+    packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
@@ -187,11 +191,9 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f" The nearest is {near[0]!r}." if near else ""
             raise ValueError(
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
-                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+                f"has no such layer.{did_you_mean(name, names)} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
     without_weights = next(model.parameters()).is_meta
@@ -219,9 +221,8 @@ def assignment_formats(plan: Plan) -> dict[str, Format]:
 
 
 def _pack(
-    model: nn.Module, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
+    renderer: Renderer, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
 ) -> Iterator[tuple[str, PackedTensor]]:
-    renderer = Renderer(model, units, plan.rounding)
     formats = assignment_formats(plan)
     with reporter.bar("Packing", len(units), [unit.weights for unit in units]) as advance:
         for unit in units:

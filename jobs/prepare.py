@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,9 +15,9 @@ from .._base.progress import Reporter
 from ..models.find import find_units
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
+from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, check_text, evaluation_samples
 from ..models.units import UnitInfo
-from ..models.wording import words_of
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
@@ -29,6 +28,7 @@ from ..search.kv import KVTable
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
 from ..sensitivity.metrics import METRICS
+from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
 from .folder import RunFolder
 from .settings import ProfileSettings, SearchSettings
@@ -36,13 +36,23 @@ from .settings import ProfileSettings, SearchSettings
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A loaded model, what is asked of it, and what that will be recorded as."""
+    """A loaded model, what is asked of it, and what that will be recorded as.
+
+    Attributes:
+        model: The original model.
+        units: Its units.
+        formats: Their candidate formats.
+        samples: Calibration sequences.
+        provenance: What the profile will say of itself.
+        renderer: The one source of renderings of the run: what was priced is what is measured.
+    """
 
     model: LoadedModel
     units: tuple[UnitInfo, ...]
     formats: tuple[Format, ...]
     samples: Samples
-    provenance: dict[str, Any]
+    provenance: Provenance
+    renderer: Renderer
 
     def blank_table(self) -> SensitivityTable:
         """The table with exact bytes and no prices."""
@@ -83,12 +93,13 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         "parameters stay as they are"
     )
     origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
-    drawn = f"{samples.count:,} calibration {words_of(origin['calibration']).drawn}"
+    drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
     formats = resolve_formats(settings.formats, model.source_dtype)
-    return Work(model, units, formats, samples, origin)
+    renderer = Renderer(model.module, units, settings.rounding)
+    return Work(model, units, formats, samples, origin, renderer)
 
 
 def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
@@ -198,7 +209,15 @@ def profiled(work: Work, run: RunFolder, reporter: Reporter) -> SensitivityTable
     run.path.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=run.path):
         pass  # a folder that cannot be written is found out before the slow part
-    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
+    table = price(
+        work.model,
+        work.units,
+        work.formats,
+        work.renderer,
+        work.samples,
+        work.provenance,
+        reporter,
+    )
     table.save(path)
     return table
 
@@ -207,8 +226,8 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
     """Raise if a finished profile was made with other settings than those asked for."""
     before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
     now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
-    before |= _flat(found.provenance)
-    now |= _flat(asked.provenance)
+    before |= found.provenance.decisive()
+    now |= asked.provenance.decisive()
     for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(
@@ -216,16 +235,6 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
                 f"{_short(value)}). Choose another --out, which keeps this profile; deleting the "
                 "file would lose it."
             )
-
-
-def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance by dotted key, without what does not change a price."""
-    flat: dict[str, Any] = {}
-    for key, value in provenance.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    silent = ("versions", "layer_types", "model.id", "calibration.per")
-    return {k: v for k, v in flat.items() if not k.startswith(silent)}
 
 
 def _short(value: Any) -> str:

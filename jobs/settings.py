@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..kernels.latency import Device
-from ..models.samples import BUILTIN
+from ..models.texts import BUILTIN
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.runtimes import Rules
 from ..search.fastest import NEEDS_OF_FASTEST
 from ..search.limits import Limits
-from ..sensitivity.estimate import DEFAULT_FORMATS
 
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3

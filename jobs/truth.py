@@ -44,6 +44,7 @@ class Truth:
 
     Args:
         model: The original model.
+        renderer: Renders its matrices, by the table's rounding method.
         table: Its units and formats.
         samples: Calibration sequences the table was made from.
         guard: Sequences that prices never see.
@@ -55,6 +56,7 @@ class Truth:
     def __init__(
         self,
         model: LoadedModel,
+        renderer: Renderer,
         table: SensitivityTable,
         samples: Samples,
         guard: Samples,
@@ -62,11 +64,10 @@ class Truth:
         seed: int,
         reporter: Reporter,
     ) -> None:
-        self._model, self._table = model, table
+        self._model, self._renderer, self._table = model, renderer, table
         self._samples, self.guard = samples, guard
         self._run, self._seed, self._reporter = run, seed, reporter
         self._formats = [Format.parse(name) for name in table.formats]
-        self._renderer = Renderer(model.module, table.units, table.provenance["rounding"])
 
     def oracle(
         self,
@@ -142,9 +143,9 @@ class Truth:
     def _key(self, samples: Samples, choice: Choice | None = None) -> str:
         """What a stored figure depends on, besides the choice in the oracle's log."""
         parts = [
-            self._table.provenance["model"]["sha256"],
-            str(self._table.provenance.get("definition_sha256")),
-            self._table.provenance["rounding"],
+            self._table.provenance.model.sha256,
+            str(self._table.provenance.definition_sha256),
+            self._table.provenance.rounding,
             str(TOP_K),
             version("bitplan"),
             *self._table.formats,

@@ -33,7 +33,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
     settings, search = read_settings(job)
     settings = replace(settings, device=device)
     loaded = prepare(settings, reporter)
-    here, there = loaded.provenance["model"]["sha256"], job["model"]["sha256"]
+    here, there = loaded.provenance.model.sha256, job["model"]["sha256"]
     if here != there:
         raise ValueError(
             f"The weights of {settings.model} here (sha256 {here[:12]}) are not those of the "
@@ -48,5 +48,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
     table = search.limits().for_runtime(loaded.blank_table())
     with TemporaryDirectory() as name:
         folder = RunFolder(Path(name))
-        truth = Truth(loaded.model, table, inside, apart, folder, settings.seed, reporter)
+        truth = Truth(
+            loaded.model, loaded.renderer, table, inside, apart, folder, settings.seed, reporter
+        )
         return work(storage, job["study"], truth.oracle(search.search_tokens))

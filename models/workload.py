@@ -131,6 +131,19 @@ def samples_in(batch: Batch) -> int:
     return next(value.shape[0] for value in values if isinstance(value, Tensor))
 
 
+def take(batch: Batch, samples: slice) -> Batch:
+    """Some samples of a batch."""
+
+    def part(value: Any) -> Any:
+        return value[samples] if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Tensor):
+        return batch[samples]
+    if isinstance(batch, Mapping):
+        return {key: part(value) for key, value in batch.items()}
+    return tuple(part(value) for value in batch)
+
+
 def parameter_dtype(module: nn.Module) -> str:
     """Name of the widest floating point type among the parameters."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()} or {torch.float32}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from .._base.hints import did_you_mean
 
 PER_CHANNEL = 0
 PER_TENSOR = -1
@@ -102,10 +103,8 @@ class Format:
                 f"Format {spec!r} is not available in this version of bitplan. "
                 "Use an integer format such as 'int4-g64-asym', or bf16, fp16, fp32."
             )
-        close = difflib.get_close_matches(spec, _all_names(), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
-            f"Unknown format {spec!r}.{hint} "
+            f"Unknown format {spec!r}.{did_you_mean(spec, _all_names(), count=3)} "
             "The grammar is int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32, and for "
             f"llama.cpp {', '.join(BLOCKS)}."
         )

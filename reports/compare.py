@@ -63,7 +63,7 @@ class Side:
         table = None
         if run.profile.is_file():
             table = SensitivityTable.load(run.profile)
-            if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+            if table.provenance.model.sha256 != plan.model.sha256:
                 table = None  # another model's profile lies beside this plan
         shapes = _packed_shapes(run.path / WEIGHTS_FILE) if table is None else _shapes(table)
         kl, text = _measurements(run, plan)

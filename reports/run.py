@@ -46,7 +46,7 @@ class RunData:
         Raises:
             ValueError: If the plan or the frontier is not for what the profile is for.
         """
-        model = self.table.provenance.get("model", {}).get("sha256")
+        model = self.table.provenance.model.sha256
         if self.plan.model.sha256 != model:
             raise _different("plan.json", f"it is for the model {self.plan.model.sha256}")
         for unit in self.table.units:

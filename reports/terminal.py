@@ -18,10 +18,10 @@ from .._base.progress import clock
 from .._base.registry import Registry
 from ..jobs.listing import JobInfo
 from ..models.wording import words_of
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from ..sensitivity.estimate import DEFAULT_FORMATS
 from .summary import comparison, facts
 from .words import number, plain, with_error
 

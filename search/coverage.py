@@ -18,7 +18,7 @@ _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def coverage_of(table: SensitivityTable) -> Covered | None:
     """How much of the model the table's units hold; None for a profile that does not say."""
-    recorded = table.provenance.get("coverage")
+    recorded = table.provenance.coverage
     return None if recorded is None else Covered.model_validate(recorded)
 
 
@@ -30,10 +30,10 @@ def model_sizes(table: SensitivityTable, planned: int) -> tuple[int | None, int 
             model came.
         planned: Bytes of the planned weights.
     """
-    outside = table.provenance.get("outside_bytes")
+    outside = table.provenance.outside_bytes
     if outside is None:
         return None, None
-    item = _ITEM_BYTES.get(table.provenance.get("dtype", ""))
+    item = _ITEM_BYTES.get(table.provenance.dtype or "")
     return planned + outside, None if item is None else item * table.weights + outside
 
 
@@ -45,13 +45,14 @@ def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
     """
     if budget.kind != "file":
         return 0
-    if "outside_bytes" not in table.provenance:
+    outside = table.provenance.outside_bytes
+    if outside is None:
         raise ValueError(
             f"The budget {budget.text!r} counts the whole file, but this profile does not record "
             "the bytes outside its units. Profile again, or give the budget of the units alone, "
             "such as '4.3bpw'."
         )
-    return int(table.provenance["outside_bytes"])
+    return outside
 
 
 def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:

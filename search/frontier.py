@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 
 from .._base.files import atomic_path
 from .._base.records import Record, Strict
+from ..sensitivity.provenance import ModelRef
 from .hull import lower_hull
-from .plan import ModelRef
 from .problem import Problem
 
 SCHEMA = 1

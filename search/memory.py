@@ -26,7 +26,7 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
         family: The family of the device.
     """
     formats = [Format.parse(name) for name in table.formats]
-    types = table.provenance.get("layer_types", {})
+    types = table.provenance.layer_types
     size = table.bytes.copy()
     if family == "cpu":
         return size

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from .._base.records import Record, Strict
 from ..quantizers.format import Format
+from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
 
 SCHEMA = 2
@@ -23,14 +24,6 @@ Predicted = Annotated[
     BeforeValidator(lambda value: nan if value is None else value),
     PlainSerializer(lambda value: None if isnan(value) else value, return_type=float | None),
 ]
-
-
-class ModelRef(Strict):
-    """Which model a plan is for."""
-
-    id: str
-    revision: str | None = None
-    sha256: str
 
 
 class BudgetRef(Strict):

@@ -17,7 +17,6 @@ from .limits import Limits, build_problem
 from .plan import BudgetRef, Plan
 from .problem import Problem
 from .solvers import SOLVERS, abilities
-from .solvers.ilp import write_ilp
 from .written import plan_from_choice
 
 
@@ -113,6 +112,8 @@ def write_program(table: SensitivityTable, budget: Budget, limits: Limits, path:
     Raises:
         ValueError: As :func:`solve`, or for another suffix.
     """
+    from .solvers.ilp import write_ilp  # loads PuLP
+
     table = limits.for_runtime(table)
     max_bytes = budget.resolve(table.weights, outside_bytes(table, budget))
     write_ilp(build_problem(table, limits), max_bytes, path)

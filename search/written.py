@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from ..sensitivity.table import SensitivityTable
 from .coverage import coverage_of, model_sizes
 from .hull import lower_hull
-from .plan import BudgetRef, KVCache, Latency, ModelRef, Plan
+from .plan import BudgetRef, KVCache, Latency, Plan
 from .problem import Problem, Solution
 
 SEARCH_PACKAGES = (
@@ -75,10 +74,11 @@ def plan_from_choice(
     weights = problem.evaluate(choice, np.inf)
     predicted = weights.loss + (kv_cache.predicted_kl if kv_cache else 0.0)
     solution = Solution(choice, predicted, weights.bytes, min(lower_bound, predicted))
-    provenance = _checked_provenance(table)
+    origin = table.provenance
+    origin.require_complete()
     whole, original = model_sizes(table, solution.bytes)
     return Plan(
-        model=ModelRef.model_validate(provenance["model"]),
+        model=origin.model,
         assignments={
             module: table.formats[f]
             for unit, f in zip(table.units, choice.tolist(), strict=True)
@@ -96,16 +96,16 @@ def plan_from_choice(
         predicted_kl_stderr=predicted_kl_stderr(table, choice),
         lower_bound_kl=solution.lower_bound,
         gap=solution.gap,
-        metric=provenance["metric"],
+        metric=origin.metric,
         solver=solver,
-        rounding=provenance["rounding"],
-        calibration=provenance["calibration"],
+        rounding=origin.rounding,
+        calibration=origin.calibration,
         resident_bytes=resident_bytes,
         latency=latency,
         runtime=runtime,
         kv_cache=kv_cache,
         note=note,
-        versions=provenance["versions"] | {name: version(name) for name in SEARCH_PACKAGES},
+        versions=origin.versions | {name: version(name) for name in SEARCH_PACKAGES},
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
     )
@@ -123,14 +123,3 @@ def predicted_kl_stderr(table: SensitivityTable, choice: NDArray[np.intp]) -> fl
     chosen = table.scores[:, units, choice].astype(np.float64)
     totals = (chosen**2).sum(axis=1)
     return float(totals.std(ddof=1) / math.sqrt(len(totals)))
-
-
-def _checked_provenance(table: SensitivityTable) -> dict[str, Any]:
-    needed = ("model", "metric", "rounding", "calibration", "versions")
-    missing = [key for key in needed if key not in table.provenance]
-    if missing:
-        raise ValueError(
-            f"The sensitivity table does not record its {', '.join(missing)}, which a plan must "
-            "state. Profile again, or fill in SensitivityTable.provenance."
-        )
-    return table.provenance

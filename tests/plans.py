@@ -11,7 +11,8 @@ from bitplan.models.identity import state_sha256
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.runtimes import Rules, byte_count
-from bitplan.search.plan import BudgetRef, ModelRef, Plan
+from bitplan.search.plan import BudgetRef, Plan
+from bitplan.sensitivity.provenance import ModelRef
 
 
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:

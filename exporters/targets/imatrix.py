@@ -9,7 +9,8 @@ from torch import nn
 
 from ...kernels.linear import PackedLinear
 from ...models.rendering import Renderer
-from ...models.samples import BUILTIN, calibration_samples
+from ...models.samples import calibration_samples
+from ...models.texts import BUILTIN
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
 from ..source import Source

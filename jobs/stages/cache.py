@@ -15,7 +15,7 @@ def cache(context: Context) -> None:
     """Price the cache of every layer, or take the prices that are there."""
     goal, reporter = context.goal, context.reporter
     samples = context.work.samples.first(SAMPLES)
-    model = context.table.provenance["model"]["sha256"]
+    model = context.table.provenance.model.sha256
     digest = hashlib.sha256(f"{model} {samples.sha256} {samples.count}".encode()).hexdigest()
     path = context.folder.kv(digest[:12])
     if path.exists():

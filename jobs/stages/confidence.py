@@ -51,7 +51,7 @@ def confidence(context: Context) -> None:
 def _why_not(context: Context) -> str:
     """Why prices cannot be resampled; empty if they can."""
     plan, table, drawn = context.plan, context.table, context.words.drawn
-    metric = table.provenance["metric"]
+    metric = table.provenance.metric
     if plan.solver == "uniform":
         return "a uniform plan measured best, which no price decides."
     if not is_exact(plan.solver):

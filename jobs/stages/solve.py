@@ -62,8 +62,8 @@ def _publish(context: Context, problem: Problem, storage: str, study: str) -> No
     job = job_of(problem, context.budget.bytes, solver, context.settings.seed)
     search = replace(context.search, storage=None)  # its URL may hold a password
     recorded = {"profile": asdict(context.settings), "search": asdict(search)}
-    model = context.table.provenance["model"]
-    origin = {"model": model, "guard_sha256": context.truth.guard.sha256}
+    model = context.table.provenance.model
+    origin = {"model": model.model_dump(), "guard_sha256": context.truth.guard.sha256}
     publish(open_study(storage, study, solver), job | recorded | origin)
     context.reporter.say(
         f"Share the work: bitplan worker --storage '{shown(storage)}' --study {study}"

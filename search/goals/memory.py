@@ -67,7 +67,7 @@ class OfMemory(Goal):
         memory = Budget.parse(self.asked.vram or "")
         check_coverage(table, memory)
         size = memory.resolve(table.weights)
-        outside = int(table.provenance["outside_bytes"])
+        outside = table.provenance.outside_bytes or 0
         return BudgetRef(
             text=f"{memory.text} of memory",
             bytes=memory_budget(problem, size, outside, self.asked.context),

@@ -109,7 +109,7 @@ def predicted_milliseconds(
         seconds = (sum(device.seconds(fmt, s, tokens) for s in shapes) for fmt in formats.values())
         return [math.ceil(1e9 * value) / 1e6 for value in seconds]
 
-    types = table.provenance.get("layer_types", {})
+    types = table.provenance.layer_types
     cost = np.zeros(table.kl.shape)
     for u, unit in enumerate(table.units):
         shapes = unit.shapes

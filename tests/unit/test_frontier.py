@@ -15,8 +15,8 @@ import pytest
 from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.frontier import Frontier, UniformPoint
 from bitplan.search.hull import lower_hull, undominated
-from bitplan.search.plan import ModelRef
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import ModelRef
 
 INF = np.inf
 

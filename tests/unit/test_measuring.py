@@ -19,7 +19,8 @@ from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
 from bitplan.search.goals import Asked, ModelFacts
 from bitplan.search.goals.budget import OfBudget
-from bitplan.search.plan import BudgetRef, KVCache, ModelRef, Plan
+from bitplan.search.plan import BudgetRef, KVCache, Plan
+from bitplan.sensitivity.provenance import ModelRef
 
 WITHIN = OfBudget(Asked(budget="1000B"), ModelFacts("tiny", True))
 FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32-asym")
@@ -59,7 +60,8 @@ def plan(units: tuple[UnitInfo, ...], fmt: str, size: int, limit: int = 1000) ->
 def held_out(
     model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
 ) -> HeldOut:
-    return HeldOut(model, units, "rtn", samples, RunFolder(run), Reporter(quiet=True))
+    renderer = Renderer(model.module, units)
+    return HeldOut(model, renderer, samples, RunFolder(run), Reporter(quiet=True))
 
 
 def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
 from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
 
@@ -171,7 +172,7 @@ def test_the_best_uniform_fits_and_is_measured_first(run: RunData) -> None:
     rival = best_uniform(rows)
     assert rival is not None
     assert rival.name == "uniform int4-g128-asym"
-    assert rival.kl == min(row.kl for row in rows if row.uniform and row.kl is not None)
+    assert rival.kl == min(row.kl for row in rows if row.format and row.kl is not None)
     predicted = best_uniform([row._replace(kl=None) for row in rows])
     assert predicted is not None
     assert predicted.fits
@@ -303,7 +304,7 @@ def test_a_plan_for_another_model_is_refused(run: RunData) -> None:
     model = run.plan.model.model_copy(update={"sha256": "0ther"})
     with pytest.raises(ValueError, match=r"^plan\.json .*model 0ther\. Run the search again"):
         replace(run, plan=run.plan.model_copy(update={"model": model}))
-    table = replace(run.table, provenance={})
+    table = replace(run.table, provenance=Provenance())
     with pytest.raises(ValueError, match=r"^plan\.json .*model 5af571cb"):
         replace(run, table=table)
 
