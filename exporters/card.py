@@ -14,6 +14,7 @@ from ..jobs.folder import RunFolder
 from ..models.wording import words_of
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
+from ..search.coverage import describe_coverage
 from .source import Source
 
 FIGURES = {  # of a run
@@ -56,6 +57,8 @@ def write_card(
         for name in sorted(counts, key=lambda name: stored[name] / weights[name])
     ]
     size = stored.total()
+    # What the rest of the model takes does not depend on the target.
+    whole = None if plan.model_bytes is None else plan.model_bytes - plan.bytes + size
     environment = Environment(
         loader=PackageLoader("bitplan.exporters", "."),
         undefined=StrictUndefined,
@@ -79,6 +82,8 @@ def write_card(
         rules=rules,
         rows=rows,
         size=size,
+        whole=whole,
+        coverage=describe_coverage(plan.coverage) if plan.coverage else None,
         bpw=8 * size / plan.weights,
         base=base,
         name=Path(plan.model.id).name,

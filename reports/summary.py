@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..models.wording import words_of
 from ..quantizers.runtimes import Rules
 from ..search.budget import format_bytes
+from ..search.coverage import describe_coverage
 from ..search.plan import Plan
 from .words import gap as gap_in_words
 from .words import number, with_error
@@ -126,11 +127,9 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         plan: The plan.
         rows: Its rivals, from :func:`comparison`.
     """
-    before, same = 2 * plan.weights, only_format(plan)
-    size = f"{format_bytes(before)} at 16 bits → "
-    size += f"{format_bytes(plan.bytes)} ({100 * plan.bytes / before:.1f} %)"
+    same = only_format(plan)
     lines = [
-        ("weights" if plan.kv_cache else "size", size),
+        *_sizes(plan),
         ("bits per weight", f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})")),
         *_memory(plan),
         *_time(plan),
@@ -152,6 +151,46 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     if plan.note:
         lines.append(("solver note", plan.note))
     return lines
+
+
+class Size(NamedTuple):
+    """What a plan makes of a model, in bytes.
+
+    Attributes:
+        before: Bytes of the original.
+        after: Bytes with the plan.
+        of: What they are of: the whole model's file, or only the weights that the plan is about
+            where the rest is not known.
+    """
+
+    before: int
+    after: int
+    of: str
+
+    @property
+    def ratio(self) -> float:
+        """``after / before``."""
+        return self.after / self.before
+
+
+def size_of(plan: Plan) -> Size:
+    """The headline: what the whole model's file takes, before and after."""
+    if plan.model_bytes is None or plan.original_bytes is None:
+        return Size(2 * plan.weights, plan.bytes, "the planned weights, at 16 bits before")
+    return Size(plan.original_bytes, plan.model_bytes, "the whole model's file")
+
+
+def _sizes(plan: Plan) -> list[tuple[str, str]]:
+    """The size of the whole file, and which part of the model the plan is about."""
+    size = size_of(plan)
+    percent = f"({100 * size.ratio:.1f} %)"
+    if plan.model_bytes is None or plan.original_bytes is None:
+        text = f"{format_bytes(size.before)} at 16 bits → {format_bytes(size.after)} {percent}"
+        lines = [("weights" if plan.kv_cache else "size", text)]
+    else:
+        text = f"{format_bytes(size.before)} → {format_bytes(size.after)} {percent}"
+        lines = [("size", f"{text}, {size.of}")]
+    return lines + ([("coverage", describe_coverage(plan.coverage))] if plan.coverage else [])
 
 
 def optimality(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from ..sensitivity.table import SensitivityTable
@@ -55,10 +56,21 @@ def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
     return outside
 
 
+def describe_coverage(found: Covered) -> str:
+    """Which share of the weights is planned, and the largest that are not, as a phrase."""
+    if not found.left_out:
+        return f"all {found.weights:,} weights are planned"
+    largest = sorted(found.left_out, key=lambda entry: -entry.weights)
+    named = ", ".join(f"{e.name} ({e.weights:,}: {e.reason})" for e in largest[:NAMED])
+    more = f" and {len(largest) - NAMED:,} more" if len(largest) > NAMED else ""
+    share = math.floor(1000 * found.share) / 10  # 100 % is all, not nearly all
+    return f"{share:.1f} % of {found.weights:,} weights are planned; not {named}{more}"
+
+
 def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
     """Refuse a budget per weight that would be about a part of the model only, or warn.
 
-    What was left out on purpose, by ``--include`` or ``--exclude``, does not count.
+    Where the units were chosen, by ``--include`` or ``--exclude``, that is what was asked for.
 
     Args:
         table: The table.
@@ -69,19 +81,13 @@ def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
             LEAST of the weights.
     """
     found = coverage_of(table)
-    if found is None:
+    if found is None or found.selected or found.share >= LEAST:
         return
-    missed = [entry for entry in found.left_out if not entry.reason.startswith(LEFT_OUT_ON_PURPOSE)]
-    share = 1 - sum(entry.weights for entry in missed) / max(found.weights, 1)
-    if share >= LEAST:
-        return
-    largest = sorted(missed, key=lambda entry: -entry.weights)
-    named = ", ".join(f"{e.name} ({e.weights:,}: {e.reason})" for e in largest[:NAMED])
-    more = f" and {len(largest) - NAMED:,} more" if len(largest) > NAMED else ""
-    text = f"The plan is about {share:.1%} of the model's weights. Left out: {named}{more}. "
+    text = describe_coverage(found)
     if budget is not None and budget.kind in ("bpw", "ratio"):
         raise ValueError(
-            f"{text}So {budget.text!r} would say little about the model's size: give that of the "
-            "whole file, such as 'file:82MB', or say with --include or --exclude what to plan."
+            f"{budget.text!r} would say little about the size of the model: {text}. Give a budget "
+            "in bytes or for the whole file, such as 'file:82MB', or say with --include or "
+            "--exclude what to plan."
         )
-    warnings.warn(f"{text}They stay as they are.", stacklevel=3)
+    warnings.warn(f"{text[0].upper()}{text[1:]}, and stay as they are.", stacklevel=3)

@@ -147,11 +147,15 @@ class Covered(Strict):
         planned: Weights in units.
         weights: All weights: entries of parameters with two dimensions or more.
         left_out: The others.
+        selected: Whether the user chose the units with ``--include`` or ``--exclude``.
+        unreached: Experts that no calibration token reached, whose price is their type's.
     """
 
     planned: int
     weights: int
     left_out: list[LeftOut] = Field(default_factory=list)
+    selected: bool = False
+    unreached: list[str] = Field(default_factory=list)
 
     @property
     def share(self) -> float:

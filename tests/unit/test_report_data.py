@@ -200,7 +200,9 @@ def with_cache(plan: Plan, bits: dict[int, int], rest: int = 0) -> Plan:
         bytes=12_000_000,
         predicted_kl=0.01,
     )
-    budget = BudgetRef(text="30MB of memory", bytes=30_000_000 - rest)
+    budget = BudgetRef(
+        text="30MB of memory", bytes=30_000_000 - rest, kind="memory", memory=30_000_000
+    )
     return plan.model_copy(update={"kv_cache": cache, "budget": budget})
 
 
@@ -236,7 +238,7 @@ def test_facts_of_a_plan_with_a_cache(run: RunData) -> None:
 def test_a_cache_of_one_width_and_an_unknown_memory(run: RunData) -> None:
     plan = with_cache(run.plan, dict.fromkeys(range(3), 4))
     assert fact(plan, "KV cache").startswith("4 bits in all 3 layers; ")
-    plan.budget.text = "30MB"
+    plan.budget.memory = None
     weights = plan.bytes / 1e6
     assert fact(plan, "memory") == (
         f"{weights + 12:.1f} MB used: weights {weights:.1f} MB, KV cache 12.0 MB"
@@ -276,7 +278,7 @@ def test_a_gap_is_that_of_predictions(run: RunData) -> None:
 def test_targets_runtimes_and_notes_are_named(run: RunData) -> None:
     names = dict(facts(run.plan, comparison(run.plan)))
     assert not {"runtime", "solver note", "KV cache", "memory", "refined"} & names.keys()
-    budget = run.plan.budget.model_copy(update={"text": "KL <= 0.1"})
+    budget = run.plan.budget.model_copy(update={"text": "KL <= 0.1", "kind": "target"})
     more = {"budget": budget, "runtime": "vllm", "note": "5 plans measured."}
     plan = run.plan.model_copy(update=more)
     assert fact(plan, "bits per weight").endswith(" (target KL <= 0.1)")
