@@ -10,7 +10,8 @@ from torch import Tensor
 from ..block_fit import fit_blocks
 from ..format import PER_TENSOR, Format
 from ..grid import Grid, group_blocks, row_chunks
-from . import METHODS
+from ..packed import PackedTensor
+from . import METHODS, Evidence
 
 MAX_FLOAT16 = torch.finfo(torch.float16).max
 # Where to clip, relative to the largest weights of a group: with few levels, far inside.
@@ -19,8 +20,7 @@ RATIOS = {bits: torch.linspace(1, least, 4).tolist() for bits, least in LEAST_RA
 REFINEMENTS = 2
 
 
-@METHODS.register("rtn")
-def rtn(weight: Tensor, fmt: Format) -> Grid | None:
+def fit_grid(weight: Tensor, fmt: Format) -> Grid | None:
     r"""Fit a grid to ``weight`` [rows, cols]; rounding to nearest on it is ``render``.
 
     Per group of weights w_i with root mean square r, the scale and the zero point minimize
@@ -38,10 +38,6 @@ def rtn(weight: Tensor, fmt: Format) -> Grid | None:
     Raises:
         ValueError: If the weight has NaN or Inf, or values too large for a float16 scale (or
             for ``fp16`` itself).
-
-    References:
-        Clip search by squared error: OCTAV, Sakr et al. (2022).  Weighting by magnitude is what
-        the k-quants of llama.cpp do without an importance matrix.
     """
     weight = weight.detach()
     _check_range(weight, fmt)
@@ -60,6 +56,25 @@ def rtn(weight: Tensor, fmt: Format) -> Grid | None:
             scale[rows, groups] = fit.scale.view(block.shape[:2]).half()
             zero[rows, groups] = fit.zero.view(block.shape[:2]).to(torch.uint8)
     return Grid(scale, None if fmt.symmetric else zero)
+
+
+@METHODS.register("rtn", grid=fit_grid)
+def rtn(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
+    """Round to nearest, on the grid with the least weighted squared error per group.
+
+    Args:
+        weight: The weight [rows, cols], float32.
+        fmt: The format.
+        evidence: Not looked at.
+
+    Raises:
+        ValueError: As :func:`fit_grid`.
+
+    References:
+        Clip search by squared error: OCTAV, Sakr et al. (2022).  Weighting by magnitude is what
+        the k-quants of llama.cpp do without an importance matrix.
+    """
+    return PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
 
 
 class _Fit:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.rendering import Rows
+from ...quantizers.store import Rows
 from ..errors import map_errors
 from . import METRICS, Scores, Task
 from ._input_moments import input_moments

@@ -16,7 +16,7 @@ from bitplan.quantizers.grid import Grid, decode, encode, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 
 integers = st.builds(
     Format.integer, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()

@@ -14,7 +14,7 @@ from bitplan.quantizers.grid import line_of, nearest_level, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 NAMES = [name for name in BLOCKS if name not in INTEGER_BLOCKS]
 
 

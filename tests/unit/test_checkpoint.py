@@ -17,7 +17,7 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 SPECS = {"a.q": "int4-g64-asym", "a.k": "int3-g32", "b": "int8-gc-asym", "c": "bf16"}
 
 

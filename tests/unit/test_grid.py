@@ -8,7 +8,7 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid, decode, encode, grid_rows, render
 from bitplan.quantizers.methods import METHODS
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 
 
 def relative_error(spec: str, weight: Tensor) -> float:

@@ -13,7 +13,7 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 SPECS = ["int4-g64-asym", "int3-g32", "int8-gc-asym", "int5-gt", "bf16"]
 
 

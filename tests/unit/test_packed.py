@@ -8,7 +8,7 @@ from bitplan.quantizers.grid import render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 
 
 def pack(spec: str, rows: int = 6, cols: int = 100) -> tuple[torch.Tensor, PackedTensor]:
