@@ -24,9 +24,9 @@ from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
 from ..quantizers.runtimes import byte_count
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
-from ..sensitivity.table import PROFILE_FILE
+from .folder import RunFolder
 
 GENERATION_FILE = "generation_config.json"
 
@@ -102,7 +102,7 @@ def quantize(
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header)
-        plan.save(folder / PLAN_FILE)
+        plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
     return out
 
@@ -110,13 +110,13 @@ def quantize(
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds weights that :func:`quantize` wrote, and nothing of a run."""
     file = folder / FILE_NAME
-    if not file.is_file() or (folder / PROFILE_FILE).exists():
+    if not file.is_file() or RunFolder(folder).profile.exists():
         return False
     try:
         with safe_open(str(file), framework="pt") as opened:
             return "bitplan" in (opened.metadata() or {})
     except SafetensorError:  # damaged; whoever loads it says how
-        return (folder / PLAN_FILE).is_file()
+        return RunFolder(folder).plan.is_file()
 
 
 def load(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -143,12 +143,12 @@ def load_packed(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: bool = True
 ) -> LoadedModel:
     """:func:`load` with identity and, if wanted, the tokenizer."""
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     packed, others, header = read_checkpoint(folder)
     if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
         raise ValueError(
-            f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
-            "the plan again."
+            f"{RunFolder(folder).plan} is not the plan {folder / FILE_NAME} was packed from. "
+            "Quantize the plan again."
         )
     _check_scales(folder / FILE_NAME, packed)
     skeleton, workload = _skeleton(folder, plan, tokenizer)
