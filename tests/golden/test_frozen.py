@@ -347,7 +347,8 @@ def test_a_whole_search(wide_one: tuple[LoadedModel, Path], tmp_path: Path, upda
             "text": plan.measured.text_sha256,
         },
     )
-    rows = [[m.kl, m.kl_stderr] for m in (plan.measured, *plan.baselines)]
+    rows = [[plan.measured.kl, plan.measured.kl_stderr]]
+    rows += [[b.kl, b.kl_stderr] for b in plan.baselines]
     rows.append([plan.predicted_kl, plan.lower_bound_kl])
     frozen.check_table("figures", {"kl": np.array(rows)}, 1e-3)
     confidence = json.loads((run / "confidence.json").read_text())
