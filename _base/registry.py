@@ -20,12 +20,14 @@ class Registry(Generic[T]):
     """Plugins of one kind, found by file name inside ``package``.
 
     A built-in plugin ``ilp`` is the file ``<package>/ilp.py`` and is imported only when
-    asked for.  Other distributions add plugins with an entry point in ``<root>.<kind>s``.
+    asked for.  Other distributions add plugins with an entry point in ``<root>.<kind>s``, or
+    ``<root>.<plural>``.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, plural: str | None = None) -> None:
         self.kind = kind
         self.package = package
+        self.plural = plural or f"{kind}s"
         self._found: dict[str, T] = {}
         self._traits: dict[str, Mapping[str, Any]] = {}
 
@@ -48,9 +50,13 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, without importing any plugin."""
+        external = {e.name for e in self._entry_points()}
+        return sorted({*self.built_in(), *external, *self._found})
+
+    def built_in(self) -> list[str]:
+        """The names in ``package``, without looking at what else is installed."""
         package = importlib.import_module(self.package)
-        built_in = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"}
-        return sorted(built_in | {e.name for e in self._entry_points()} | set(self._found))
+        return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
 
     def get(self, name: str) -> T:
         """Return the plugin called ``name``."""
@@ -87,7 +93,7 @@ class Registry(Generic[T]):
         return [name for name in self.names() if self.trait(name, trait)]
 
     def _entry_points(self) -> EntryPoints:
-        return entry_points(group=f"{self.package.split('.')[0]}.{self.kind}s")
+        return entry_points(group=f"{self.package.split('.')[0]}.{self.plural}")
 
 
 def _docstring_in(file: Path, name: str) -> str | None:

@@ -10,16 +10,14 @@ app = verb()
 
 @app.command()
 def formats() -> None:
-    """List the default candidate formats and the grammar of all others."""
-    from ..reports.terminal import formats_table
+    """List the default candidate formats, and the families of all others with their grammar."""
+    from ..reports.terminal import families_table, formats_table
 
     out.print(formats_table())
-    from ..quantizers.format import BLOCKS
-
+    out.print(families_table())
     out.print(
-        "Any of int{1..8}-g{32|64|128|256|c|t}[-asym], bf16, fp16, fp32, keep works with "
-        "--formats: bits, weights per scale (c = one per output channel, t = one per tensor), and "
-        "-asym for a stored zero point. keep is the checkpoint's own type. llama.cpp has besides: "
-        f"{', '.join(BLOCKS)}.",
+        "All of them, and keep, work with --formats. g is the number of weights per scale (c = one "
+        "scale per output channel, t = one per tensor), -asym means a stored zero point, +lr a "
+        "low-rank correction. keep is the checkpoint's own type.",
         markup=False,
     )

@@ -141,12 +141,12 @@ def check_written(exporter: Exporter, source: Source, path: Path, rules: Rules |
     """
     wanted, shapes, total = source.formats, source.shapes, 0
     count = rules.stored_bytes if rules else Format.stored_bytes
-    integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
+    integers = {name for name, fmt in wanted.items() if not fmt.floating}
     floats = wanted.keys() - integers
     for stored in exporter.read(path, source.model):
         fmt = wanted.get(stored.name)
         if fmt is None or stored.name not in integers:
-            if stored.fmt.kind == "float":
+            if stored.fmt.floating:
                 total += stored.nbytes if fmt else 0
                 floats -= {stored.name}
                 continue

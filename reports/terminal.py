@@ -18,7 +18,7 @@ from .._base.registry import Registry
 from ..jobs.record import JobInfo
 from ..models.wording import words_of
 from ..quantizers.candidates import DEFAULT_FORMATS
-from ..quantizers.format import Format
+from ..quantizers.format import FAMILIES, Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
 from .summary import comparison, facts
@@ -139,6 +139,19 @@ def formats_table() -> Table:
     for name in DEFAULT_FORMATS:
         size = Format.parse(name).stored_bytes((4096, 4096))
         table.add_row(name, f"{8 * size / 4096**2:.4f}")
+    return table
+
+
+def families_table() -> Table:
+    """The families of formats: what their names look like, what they are, and where from."""
+    table = Table("name", "formats", "what they are", "from", box=box.SIMPLE_HEAD)
+    for name in FAMILIES.names():
+        kind = FAMILIES.get(name)
+        text = inspect.getdoc(kind) or ""
+        what = plain(text.partition("\n")[0])
+        table.add_row(
+            name, escape(kind.grammar), escape(what), escape(plain(_first_reference(text)))
+        )
     return table
 
 

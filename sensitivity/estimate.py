@@ -92,9 +92,7 @@ def price(
     Raises:
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
-    sizes = [renderer.weight(name).numel() for name in renderer.names]
-    with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
-        renderer.fit(formats, lambda: advance(1))
+    renderer.fit(formats, reporter)
     with reporter.bar(f"Profiling ({origin.metric})", samples.count) as advance:
         seed = origin.seed or 0
         task = Task(model, units, formats, renderer, samples, seed, advance)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from bitplan.models.find import find_units
-from bitplan.models.fusion import fuse
-from bitplan.models.identity import state_sha256
-from bitplan.models.workload import LoadedModel
-from bitplan.quantizers.format import Format
-from bitplan.quantizers.runtimes import Rules, byte_count
-from bitplan.search.plan import BudgetRef, Plan
-from bitplan.sensitivity.provenance import ModelRef
+from ..models.find import find_units
+from ..models.fusion import fuse
+from ..models.identity import state_sha256
+from ..models.workload import LoadedModel
+from ..quantizers.format import Format
+from ..quantizers.runtimes import Rules, byte_count
+from ..search.plan import BudgetRef, Plan
+from ..sensitivity.provenance import ModelRef
 
 
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:
