@@ -25,7 +25,7 @@ SOLVER_HELP = "Solver; see `bitplan solvers`."
 SEED_HELP = "The same seed gives the same plan."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatLimits:
     """Which formats layers may take."""
 
@@ -67,7 +67,7 @@ class FormatLimits:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanLimits(FormatLimits):
     """The same, and what a whole plan may cost."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ def plugins_table(registry: Registry[Any]) -> Table:
     """Every plugin with the first line of its docstring and the first of its references."""
     table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
     for name in registry.names():
-        text = inspect.getdoc(registry.get(name)) or ""
+        text = registry.docstring(name)
         what = plain(text.partition("\n")[0])
         table.add_row(name, escape(what), escape(plain(_first_reference(text))))
     return table
