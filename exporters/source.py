@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._base.progress import Reporter
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
@@ -66,7 +66,7 @@ class Source:
     @property
     def aliases(self) -> dict[str, str]:
         """Alias -> canonical module name."""
-        return {alias: unit.name for unit in self.units for alias in unit.aliases}
+        return {alias: unit.parts[0].module for unit in self.units for alias in unit.aliases}
 
     def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
         """Name and packed weight of every matrix in turn, with a progress bar."""
@@ -145,7 +145,7 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
         return fitted.store.packed(name, fmt)
 
     run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
-    everything = find_units(model.module)
+    everything = find_matrices(model.module, plan.assignments)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
@@ -176,7 +176,4 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
 
 
 def _unpacked(model: LoadedModel) -> tuple[UnitInfo, ...]:
-    try:
-        return find_units(model.module)
-    except ValueError:  # every matrix is packed
-        return ()
+    return find_matrices(model.module)

@@ -62,7 +62,9 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
     check(settings)
     reporter.say(f"Loading {settings.model}")
     model = load_model(settings.model, settings.device)
-    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
+    units = find_units(
+        model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
+    )
     samples = calibration_samples(
         model,
         settings.calibration,
@@ -78,7 +80,10 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
         "parameters stay as they are"
     )
-    origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
+    selected = bool(settings.include or settings.exclude)
+    origin = provenance(
+        model, units, samples, settings.metric, settings.rounding, settings.seed, selected
+    )
     drawn = f"{samples.count:,} calibration {words_of(origin['calibration']).drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
@@ -166,7 +171,7 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in provenance.items():
         inner = value if isinstance(value, Mapping) else {"": value}
         flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    silent = ("versions", "layer_types", "model.id", "calibration.per")
+    silent = ("versions", "layer_types", "coverage", "model.id", "calibration.per")
     return {k: v for k, v in flat.items() if not k.startswith(silent)}
 
 

@@ -38,6 +38,7 @@ class ProfileSettings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    per_expert: bool = False
     seed: int = 0
     device: str = "auto"
 

@@ -137,9 +137,7 @@ def _address(weight: Tensor) -> int:
     return address or id(weight)
 
 
-def _described(
-    model: nn.Module, found: Sequence[_Found], split: Collection[str]
-) -> list[UnitInfo]:
+def _described(model: nn.Module, found: Sequence[_Found], split: Collection[str]) -> list[UnitInfo]:
     """The unit of every weight; of those to be split, the units of its experts."""
     experts = {one.place.name: expert_of(one.place.path, model) for one in found}
     stack = _main_stack(list(experts))

@@ -44,7 +44,11 @@ class LazyWeight:
             return self._some(rows)
         if isinstance(index, int):
             return self._some(torch.tensor([index % self.shape[0]], device=self.device))[0]
-        if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool:
+        if (
+            isinstance(index, Tensor)
+            and not index.is_floating_point()
+            and index.dtype != torch.bool
+        ):
             rows, where = index.reshape(-1).unique(return_inverse=True)
             found = F.embedding(where, self._some(rows).flatten(1))
             return found.reshape(*index.shape, *self.shape[1:])

@@ -53,7 +53,9 @@ def replace(
     found = {place.name: place for place in places(model)}
     for name, source in sources.items():
         if source not in matrices:
-            raise ValueError(f"{name!r} is tied to {source!r}, for which there is no packed weight.")
+            raise ValueError(
+                f"{name!r} is tied to {source!r}, for which there is no packed weight."
+            )
         if name not in found:
             what = f"{name!r} ({modules[name]})" if name in modules else f"{name!r}"
             held = "cannot hold a packed weight" if name in modules else "is not in the model"

@@ -182,7 +182,11 @@ class _Swap:
             self.last = None  # before the next one is made
             tensor = self.renderer.assembled(matrix, self.assignment)
             address = tensor.untyped_storage().data_ptr()
-            self.last, self.alive[address], self.matrices[address] = (matrix, tensor), tensor, matrix
+            self.last, self.alive[address], self.matrices[address] = (
+                (matrix, tensor),
+                tensor,
+                matrix,
+            )
         return self.last[1]
 
     def pack(self, tensor: Tensor) -> Tensor | _View:

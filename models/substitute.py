@@ -30,7 +30,7 @@ def substitute(place: Place, read: Read, packed: bool = False) -> None:
     """
     module = place.module
     reads = module.__dict__.get(_READS, {}) | {place.attribute: read}
-    keys = module.__dict__.get(_KEYS, ()) + ((place.attribute, place.site_name, packed),)
+    keys = (*module.__dict__.get(_KEYS, ()), (place.attribute, place.site_name, packed))
     _become(module, original_class(module), reads, keys)
 
 

@@ -50,13 +50,13 @@ class Site:
         """Invert :meth:`matrix`: a matrix as a tensor of ``shape``; a view wherever one exists."""
         return matrix.reshape(shape)
 
-    def by_factors(self, module: nn.Module) -> bool:
-        """Whether a call of the module is expected to be a product of its input and the weight.
+    def scale(self, module: nn.Module) -> float | None:
+        """The multiple of the product of input and weight that a call gives; None if it is none.
 
-        Then :meth:`inputs` and :meth:`deltas` give the factors of the weight's gradient, which is
-        checked against autograd before it is relied on.
+        Where there is one, :meth:`inputs` and :meth:`deltas` give the factors of the weight's
+        gradient, which is checked against autograd before it is relied on.
         """
-        return False
+        return None
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """What multiplies the matrix, per sample: [samples, positions, channel_groups, cols].

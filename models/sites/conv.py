@@ -39,11 +39,11 @@ class Conv(Site):
         by_group = matrix.reshape(groups, outputs, shape[0] // groups, *taps)
         return by_group.transpose(1, 2).flatten(0, 1)
 
-    def by_factors(self, module: nn.Module) -> bool:
+    def scale(self, module: nn.Module) -> float | None:
         """One or two dimensions, zero padding, and the code of torch."""
         known: Any = module
         plain = runs_code_of(module, nn.Conv2d) or runs_code_of(module, nn.Conv1d)
-        return plain and known.padding_mode == "zeros"
+        return 1.0 if plain and known.padding_mode == "zeros" else None
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """Patches [samples, positions, channel_groups, cols]."""

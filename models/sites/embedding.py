@@ -27,11 +27,12 @@ class Embedding(Site):
         """The table itself."""
         return weight
 
-    def by_factors(self, module: nn.Module) -> bool:
-        """A table with the code of torch, or one that was seen to give multiples of its rows."""
+    def scale(self, module: nn.Module) -> float | None:
+        """1 for a table with the code of torch, what is seen for one with its own."""
         known: Any = module
-        plain = runs_code_of(module, nn.Embedding) or _looks_up(module)
-        return plain and known.max_norm is None
+        if known.max_norm is not None:
+            return None
+        return 1.0 if runs_code_of(module, nn.Embedding) else _scale(module)
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """Row indices [samples, positions]."""
@@ -53,22 +54,23 @@ class Embedding(Site):
 
 
 @torch.no_grad()
-def _looks_up(module: nn.Module) -> bool:
-    """Whether a subclass gives one multiple of the rows, whichever they are."""
+def _scale(module: nn.Module) -> float | None:
+    """The multiple of the rows that a subclass gives, whichever they are."""
     weight: Any = module.weight
     if weight.is_meta:
-        return False
+        return None
     rows = torch.randint(len(weight), (2, 5), generator=torch.Generator().manual_seed(0))
     rows = rows.to(weight.device)
     try:
         found = module(rows)
     except Exception:  # whatever a table's own code does with indices it was not made for
-        return False
+        return None
     plain = weight[rows]
     if not isinstance(found, Tensor) or found.shape != plain.shape:
-        return False
+        return None
     ratio = (found * plain).sum() / plain.square().sum()
-    return torch.allclose(found, ratio * plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+    same = torch.allclose(found, ratio * plain, rtol=1e-5, atol=1e-6 * float(found.abs().max()))
+    return float(ratio) if same else None
 
 
 SITES.register("embedding")(Embedding())

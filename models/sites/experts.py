@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from . import SITES, Site
 
-_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts", "num_routed_experts")
+_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+)
 _HIDDEN = ("hidden_size", "hidden_dim", "d_model", "embed_dim")
 
 

@@ -35,9 +35,9 @@ class Linear(Site):
         """The matrix itself; of a ``Conv1D`` its transpose."""
         return matrix if isinstance(module, nn.Linear) else matrix.T
 
-    def by_factors(self, module: nn.Module) -> bool:
-        """A layer with the code of its class, or one that was seen to compute the same."""
-        return self.kernels(module) or _computes_a_product(module)
+    def scale(self, module: nn.Module) -> float | None:
+        """1 for a layer with the code of its class, what is seen for one with its own."""
+        return 1.0 if self.kernels(module) else _scale(module)
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """Inputs as they are: [samples, positions, 1, cols]."""
@@ -68,12 +68,12 @@ def conv1d_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 @torch.no_grad()
-def _computes_a_product(module: nn.Module) -> bool:
-    """Whether a subclass of ``nn.Linear`` computes a multiple of ``x W' + b``, large inputs too."""
+def _scale(module: nn.Module) -> float | None:
+    """The multiple of ``x W' + b`` that a subclass of ``nn.Linear`` computes, large inputs too."""
     weight: Any = module.weight
     bias: Any = module.bias
     if not isinstance(module, nn.Linear) or weight.is_meta:
-        return False
+        return None
     x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     ratios = []
     for inputs in (x, 1000 * x):
@@ -81,14 +81,16 @@ def _computes_a_product(module: nn.Module) -> bool:
         try:
             found = module(inputs)
         except Exception:  # whatever a layer's own code does with inputs it was not made for
-            return False
+            return None
         if not isinstance(found, Tensor) or found.shape != plain.shape:
-            return False
+            return None
         ratio = (found * plain).sum() / plain.square().sum()
-        if not torch.allclose(found, ratio * plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max())):
-            return False
+        if not torch.allclose(
+            found, ratio * plain, rtol=1e-4, atol=1e-5 * float(found.abs().max())
+        ):
+            return None
         ratios.append(float(ratio))
-    return abs(ratios[0] - ratios[1]) <= 1e-4 * abs(ratios[0])
+    return ratios[0] if abs(ratios[0] - ratios[1]) <= 1e-4 * abs(ratios[0]) else None
 
 
 SITES.register("linear")(Linear())
