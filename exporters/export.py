@@ -11,7 +11,7 @@ from .._base.files import atomic_path, check_place
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed
-from ..models.find import find_units
+from ..models.find import find_matrices
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
@@ -93,7 +93,9 @@ def export(
         if rules is None or not round_up:
             return plan
         formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
-        rounded, differences = snap(find_units(model.module), plan, formats, rules)
+        rounded, differences = snap(
+            find_matrices(model.module, plan.assignments), plan, formats, rules
+        )
         changed.update(differences)
         return rounded
 
@@ -201,15 +203,15 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
         return  # another model's profile
     units = [
         UnitInfo(
-            module,
-            (module,),
-            (shape,),
+            part.name,
+            (part.name,),
+            (part.shape,),
             unit.kind,
             unit.layer,
             unit.aliases if len(unit.modules) == 1 else (),
         )
         for unit in table.units
-        for module, shape in zip(unit.modules, unit.shapes, strict=True)
+        for part in unit.parts
     ]
     check(units, assignment_formats(plan), rules, plan.model.id)
 
