@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .texts import BUILTIN, SELF
+from .names import BUILTIN, SELF
 from .workload import Batch, LoadedModel, samples_in
 
 _OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed

@@ -1,12 +1,11 @@
-"""Commands that list what there is to choose from."""
+"""`bitplan formats`: the default candidates and the grammar."""
 
 from __future__ import annotations
 
-import typer
-
 from .console import out
+from .lazy import verb
 
-app = typer.Typer()
+app = verb()
 
 
 @app.command()
@@ -22,21 +21,3 @@ def formats() -> None:
         "low-rank correction. keep is the checkpoint's own type.",
         markup=False,
     )
-
-
-@app.command()
-def metrics() -> None:
-    """List the sensitivity metrics."""
-    from ..reports.terminal import plugins_table
-    from ..sensitivity.metrics import METRICS
-
-    out.print(plugins_table(METRICS))
-
-
-@app.command()
-def solvers() -> None:
-    """List the solvers: what each does and the paper it comes from."""
-    from ..reports.terminal import plugins_table
-    from ..search.solvers import SOLVERS
-
-    out.print(plugins_table(SOLVERS))
