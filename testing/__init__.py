@@ -22,8 +22,10 @@ _EXPORTS = {
     "FamilyContract": ".family",
     "MethodContract": ".method",
     "MetricContract": ".metric",
+    "SiteContract": ".site",
     "SolverContract": ".solver",
     "toy_problem": ".problems",
+    "toy_of": ".toys",
     "toy_task": ".toys",
 }
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "FamilyContract",
     "MethodContract",
     "MetricContract",
+    "SiteContract",
     "SolverContract",
+    "toy_of",
     "toy_problem",
     "toy_task",
 ]
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
     from .method import MethodContract as MethodContract
     from .metric import MetricContract as MetricContract
     from .problems import toy_problem as toy_problem
+    from .site import SiteContract as SiteContract
     from .solver import SolverContract as SolverContract
+    from .toys import toy_of as toy_of
     from .toys import toy_task as toy_task
 
 
