@@ -115,7 +115,8 @@ def test_a_perplexity_must_be_above_the_original() -> None:
     found = goal(max_ppl=30.0)
     assert isinstance(found, OfQuality) and found.needs_original
     target, what = found.target(20.0)
-    assert (target, what) == (pytest.approx(np.log(1.5)), "log perplexity increase")
+    assert target == pytest.approx(np.log(1.5))
+    assert what == "log perplexity increase"
     assert found.loss_of(9.0, 30.0, 20.0) == pytest.approx(target)
     with pytest.raises(ValueError, match="not above the original's perplexity of 40"):
         found.target(40.0)
