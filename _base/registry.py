@@ -85,8 +85,12 @@ class Registry(Generic[T]):
 
     def trait(self, name: str, trait: str, default: Any = None) -> Any:
         """What the plugin ``name`` was registered with as ``trait``."""
+        return self.traits(name).get(trait, default)
+
+    def traits(self, name: str) -> Mapping[str, Any]:
+        """Everything the plugin ``name`` was registered with."""
         self.get(name)
-        return self._traits.get(name, {}).get(trait, default)
+        return self._traits.get(name, {})
 
     def having(self, trait: str) -> list[str]:
         """Names of the plugins whose ``trait`` is true; imports them all."""

@@ -126,7 +126,7 @@ def _read(setting: Setting, typed: Any) -> Any:
     if setting.option.reads == "path":
         return str(typed)
     if setting.option.reads == "count":
-        from ..search.costs import parse_count
+        from ..search.limits.bops import parse_count
 
         return parse_count(typed)
     if get_origin(setting.type) is Mapping:

@@ -20,7 +20,7 @@ def jobs(
     ] = Path("runs"),
 ) -> None:
     """List the runs in a folder: what they do, how far they are, what they found."""
-    from ..jobs.record import list_jobs
+    from ..jobs.listing import list_jobs
     from ..reports.terminal import jobs_table
 
     if not folder.is_dir() and folder != Path("runs"):

@@ -70,13 +70,14 @@ def load_profile(path: Path, runtime: str | None) -> SensitivityTable:
 
     Says if the run was for another runtime, and if the profile lacks formats that suit this one.
     """
+    from ..jobs.folder import RunFolder
     from ..quantizers.runtimes import Rules
-    from ..search.plan import PLAN_FILE, Plan
-    from ..sensitivity.table import PROFILE_FILE, SensitivityTable
+    from ..search.plan import Plan
+    from ..sensitivity.table import SensitivityTable
 
-    table = SensitivityTable.load(path / PROFILE_FILE if path.is_dir() else path)
-    plan = path / PLAN_FILE
-    before = Plan.load(plan).runtime if plan.is_file() else None
+    run = RunFolder(path)
+    table = SensitivityTable.load(run.profile if path.is_dir() else path)
+    before = Plan.load(run.plan).runtime if run.plan.is_file() else None
     if before not in (None, runtime):
         typer.echo(f"{path} was searched for {before}: --for {before} keeps to it.", err=True)
     if runtime is not None:

@@ -22,13 +22,13 @@ def quantize(
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
     from .._base.progress import Reporter
+    from ..jobs.folder import plan_path
     from ..jobs.materialize import quantize as write
     from ..quantizers.checkpoint import FILE_NAME, planned_bytes
     from ..search.budget import format_bytes
-    from ..search.plan import PLAN_FILE, Plan
+    from ..search.plan import Plan
 
-    if plan.is_dir():
-        plan /= PLAN_FILE
+    plan = plan_path(plan)
     write(plan, folder, reporter=Reporter(quiet))
     whole, planned = (folder / FILE_NAME).stat().st_size, planned_bytes(folder)
     out.print(

@@ -30,7 +30,7 @@ def worker(
     nothing: another one runs its trial again.
     """
     from .._base.progress import Reporter
-    from ..jobs.search import run_worker
+    from ..jobs.worker import run_worker
 
     done = run_worker(storage, study, device, Reporter(quiet))
     out.print(f"The study is complete; this worker ran {done} of its trials.")

@@ -18,8 +18,8 @@ from bitplan._base.progress import Reporter
 from bitplan.benchmarks.bench_solvers import BUDGETS, timed
 from bitplan.benchmarks.search_lab import Part, Row, target
 from bitplan.quantizers.format import Format
-from bitplan.search.costs import ACTIVATION_BITS
 from bitplan.search.frontier import Frontier
+from bitplan.search.limits.bops import ACTIVATION_BITS
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.testing.problems import synthetic_problem

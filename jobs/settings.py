@@ -80,6 +80,9 @@ class ProfileSettings:
         (), "Glob on layer names to leave as they are; repeatable.", panel=PRICES
     )
     groups: tuple[str, ...] = setting((), GROUP_HELP, "--group", panel=PRICES)
+    per_expert: bool = setting(
+        False, "A format for every expert, instead of one for all of a layer.", panel=PRICES
+    )
     seed: int = setting(0, SEED_HELP)
     device: str = setting("auto", DEVICE_HELP)
 

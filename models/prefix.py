@@ -186,7 +186,7 @@ class Prefix:
 
 def trial_inputs(batch: Batch, is_text: bool) -> Batch:
     """A little of a batch for :meth:`Prefix.can_skip`: one sample, and few tokens of a text."""
-    sample = take(batch, slice(1))
+    sample = take(batch, 0, 1)
     return sample[:, :_TRIAL_TOKENS] if is_text and isinstance(sample, Tensor) else sample
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,14 @@ from rich.text import Text
 
 from .._base.progress import clock
 from .._base.registry import Registry
-from ..jobs.record import JobInfo
+from ..jobs.listing import JobInfo
 from ..models.wording import words_of
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import FAMILIES, Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
 from .summary import comparison, facts
-from .words import UNIFORM, number, plain, with_error
+from .words import number, plain, with_error
 
 
 def print_summary(console: Console, plan: Plan, files: Mapping[str, Path]) -> None:
@@ -92,7 +93,7 @@ def uniform_table(plan: Plan) -> Table:
             "ppl": "" if row.ppl is None else number(row.ppl),
         }
         table.add_row(
-            Text(row.name.removeprefix(UNIFORM) + (f"\n({row.misfit})" if row.misfit else "")),
+            Text(row.label + (f"\n({row.misfit})" if row.misfit else "")),
             *(cells[header] for header in headers),
             style="bold green" if row is own else "" if row.fits else "dim",
         )

@@ -22,7 +22,6 @@ from .shrinkage import Shrinkage
 
 SCHEMA = 2
 READABLE = (1, SCHEMA)  # 1 does not say whether scores are signed
-PROFILE_FILE = "profile.safetensors"  # its name in a run folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitplan.jobs.record import Job
+from bitplan.jobs.job import Job
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
@@ -112,6 +112,7 @@ def measure(plan: Plan, frontier: Frontier) -> Plan:
             "baselines": [
                 Baseline(
                     name=f"uniform {point.name}",
+                    format=point.name,
                     bytes=point.bytes,
                     predicted_kl=point.predicted_kl,
                     kl=0.95 * point.predicted_kl,

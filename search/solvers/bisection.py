@@ -12,7 +12,7 @@ from . import SOLVERS
 from .certified import certified
 
 
-@SOLVERS.register("bisection")
+@SOLVERS.register("bisection", seeks_target=True)
 def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Find the smallest plan of at most a given predicted KL, by bisection over budgets.
 

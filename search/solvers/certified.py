@@ -17,7 +17,7 @@ MAX_WORK = 12_000_000  # states made in total, eight scanned hull steps counting
 ROUNDING = 1e-13  # relative loss differences below this are noise of float64 sums
 
 
-@SOLVERS.register("certified")
+@SOLVERS.register("certified", exact=True, limits=True, mixed_rows=True)
 def certified(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve the multiple-choice knapsack in integer bytes, with a proof.
 

@@ -14,7 +14,7 @@ from .greedy import upgrade
 MAX_STATES = 4_000  # per unit
 
 
-@SOLVERS.register("dp")
+@SOLVERS.register("dp", exact=True, mixed_rows=True)
 def dp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve exactly by dynamic programming over Pareto states of (bytes, loss).
 

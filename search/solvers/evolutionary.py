@@ -12,7 +12,7 @@ from ..hull import lower_hull
 from ..levels import Ladder
 from ..oracle import Oracle
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 OFFSPRING = 16  # children per generation
 STAGES = 3
@@ -26,8 +26,7 @@ IDLE_GENERATIONS = 30  # that ask nothing new: every plan in reach is known
 Level = NDArray[np.intp]
 
 
-@SOLVERS.register("evolutionary")
-@measuring
+@SOLVERS.register("evolutionary", needs_oracle=True)
 def evolutionary(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Improve the certified plan on measured KL by level switches at constant bytes (EvoPress).
 

@@ -6,12 +6,11 @@ import numpy as np
 
 from ..levels import Ladder
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 from .evolutionary import evolve
 
 
-@SOLVERS.register("evolutionary_scratch")
-@measuring
+@SOLVERS.register("evolutionary_scratch", needs_oracle=True)
 def evolutionary_scratch(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search on measured KL like `evolutionary`, from the largest uniform plan that fits.
 

@@ -13,7 +13,7 @@ from ..problem import Problem, Solution
 from . import SOLVERS
 
 
-@SOLVERS.register("greedy")
+@SOLVERS.register("greedy", mixed_rows=True)
 def greedy(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Start small and keep taking the upgrade that removes the most loss per byte.
 

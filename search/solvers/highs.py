@@ -14,7 +14,7 @@ MAX_GAP = 1e-5
 SMALLEST_OPTIMUM = 1e-6  # of the range of losses: what is below may be rounding of an optimum of 0
 
 
-@SOLVERS.register("highs")
+@SOLVERS.register("highs", exact=True, limits=True, mixed_rows=True)
 def highs(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve with all constraints at once by branch and cut (HiGHS), with a bound.
 

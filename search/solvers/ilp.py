@@ -18,7 +18,7 @@ OPTIMUM = 1e5  # scaled LP optimum: CBC ignores improvements of about 1e-5
 SMALLEST_OPTIMUM = 1e-6  # of the largest loss: what is below may be rounding of an optimum of 0
 
 
-@SOLVERS.register("ilp")
+@SOLVERS.register("ilp", exact=True, limits=True, mixed_rows=True)
 def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve a 0/1 program with PuLP (CBC, else HiGHS); independent of bitplan's own solver.
 

@@ -10,15 +10,14 @@ from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 POPULATION = 20
 FIRST_SIZES = 6
 BYTES = "bytes"  # the variable; groups have other names
 
 
-@SOLVERS.register("nsga2")
-@measuring
+@SOLVERS.register("nsga2", needs_oracle=True, objectives=("bytes", "kl"))
 def nsga2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Evolve the front of bytes and measured KL with NSGA-II; several workers may share it.
 

@@ -9,11 +9,10 @@ from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 
-@SOLVERS.register("tpe")
-@measuring
+@SOLVERS.register("tpe", needs_oracle=True, objectives=("kl",))
 def tpe(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search group preferences on measured KL with Optuna's TPE; several workers may share it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,8 @@ class Task:
         samples: Calibration batches.
         seed: Seed of every random draw.
         advance: Called with a number of finished samples, for the progress bar.
+        unreached: Filled by the metric with the experts that no sample reached, whose price is
+            that of their kind.
     """
 
     model: LoadedModel
@@ -40,6 +42,7 @@ class Task:
     samples: Samples
     seed: int
     advance: Callable[[int], None]
+    unreached: list[str] = field(default_factory=list)
 
     def unit_index(self) -> dict[str, int]:
         """Canonical module name -> index of its unit."""

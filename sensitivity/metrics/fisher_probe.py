@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..probes import inner, label_upstream
+from ..factors import inner
+from ..probes import label_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 

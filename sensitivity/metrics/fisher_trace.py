@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ..errors import squared_errors
-from ..probes import gradient_norm, label_upstream
+from ..factors import gradient_norm
+from ..probes import label_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 

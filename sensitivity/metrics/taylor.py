@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..probes import absolute, data_upstream
+from ..factors import absolute
+from ..probes import data_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 

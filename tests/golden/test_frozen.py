@@ -38,6 +38,7 @@ from bitplan.quantizers.runtimes import Rules
 from bitplan.search.limits import Limits
 from bitplan.search.problem import Constraint
 from bitplan.search.solvers import SOLVERS
+from bitplan.testing.plans import mixed
 from bitplan.tests.golden import frozen_inputs as inputs
 from bitplan.tests.golden.freezing import (
     Frozen,
@@ -47,7 +48,6 @@ from bitplan.tests.golden.freezing import (
     plain,
     tensor_digests,
 )
-from bitplan.tests.plans import mixed
 
 METRICS = ("fisher", "fisher_diagonal", "imatrix", "weight_mse")
 # Scales fitted to small measured KL, which rounding touches in the fourth digit.

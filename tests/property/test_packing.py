@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.checkpoint import FILE_NAME, write_checkpoint
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid, decode, encode, render

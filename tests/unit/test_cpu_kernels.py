@@ -20,7 +20,7 @@ from bitplan.kernels import cpu, native
 from bitplan.kernels.backend import kernel_for
 from bitplan.kernels.cpu import FEW, CpuWeight
 from bitplan.kernels.layouts import CpuLayout, DenseLayout, PlaneLayout, StoredLayout, prepare
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor

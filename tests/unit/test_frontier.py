@@ -213,5 +213,5 @@ def test_missing_and_truncated_files(problem: Problem, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No frontier at"):
         Frontier.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text(Frontier.from_problem(problem).to_json()[:-20])
-    with pytest.raises(ValueError, match="Not a valid frontier"):
+    with pytest.raises(ValueError, match="is not a valid frontier"):
         Frontier.load(tmp_path / "half.json")

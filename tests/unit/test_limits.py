@@ -13,8 +13,9 @@ import pytest
 from bitplan.kernels.latency import Device
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers.runtimes import Rules
-from bitplan.search.costs import parse_count, read_latency
 from bitplan.search.limits import Limits, build_problem, parse_assignments, parse_bans
+from bitplan.search.limits.bops import parse_count
+from bitplan.search.limits.latency import read_latency
 from bitplan.search.problem import Problem
 from bitplan.search.solve import solve
 from bitplan.sensitivity.provenance import Provenance

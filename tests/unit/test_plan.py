@@ -17,7 +17,8 @@ from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.search.budget import Budget
 from bitplan.search.plan import Plan
-from bitplan.search.solve import plan_from_choice, predicted_kl_stderr, solve
+from bitplan.search.solve import solve
+from bitplan.search.written import plan_from_choice, predicted_kl_stderr
 from bitplan.sensitivity.estimate import profile
 from bitplan.sensitivity.provenance import ModelRef, Provenance
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
@@ -164,7 +165,7 @@ def test_plan_file_round_trip(table: SensitivityTable, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan
     data = json.loads((tmp_path / "plan.json").read_text())
     assert list(data)[:3] == ["schema", "model", "assignments"]
-    assert data["schema"] == 1
+    assert data["schema"] == 2
 
 
 def test_bad_plan_files(table: SensitivityTable, tmp_path: Path) -> None:

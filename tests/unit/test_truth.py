@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bitplan._base.progress import Reporter
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.settings import ProfileSettings
 from bitplan.jobs.truth import Truth, guarded
 from bitplan.models.find import find_units
@@ -81,7 +82,7 @@ def make(run: Path, model: LoadedModel | None = None, **changed: Any) -> Truth:
         "guard": samples(model, 2),
         "seed": 0,
     } | changed
-    return Truth(model=model, run=run, reporter=Reporter(quiet=True), **arguments)
+    return Truth(model=model, run=RunFolder(run), reporter=Reporter(quiet=True), **arguments)
 
 
 def stored(run: Path) -> list[Path]:

@@ -1,34 +1,30 @@
-"""Everything that restricts a search besides bytes: which formats a unit may take, and costs."""
+"""Everything that restricts a search besides bytes, one file per kind of limit.
+
+A kind either refuses options or bounds a sum of costs (:class:`._kinds.Limit`); a new one is a new
+file here, which finds its value in ``Limits.others``.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.latency import Device
-from ..models.fusion import fuse
-from ..models.units import UnitInfo
-from ..quantizers.format import Format
-from ..quantizers.runtimes import Rules
-from ..sensitivity.table import SensitivityTable, stored_bytes
-from .costs import (
-    LatencyTable,
-    bit_operations,
-    measured_milliseconds,
-    predicted_milliseconds,
-    read_latency,
-)
-from .matching import format_index, nearest, unit_names
-from .plan import Latency
-from .problem import Constraint, Problem
-
-_BARE = re.compile(r"int([1-8])")
+from ...kernels.latency import Device
+from ...models.fusion import fuse
+from ...quantizers.format import Format
+from ...quantizers.runtimes import Rules
+from ...sensitivity.table import SensitivityTable
+from ..matching import format_index, unit_names
+from ..plan import Latency
+from ..problem import Constraint, Problem
+from ._kinds import LIMITS, Refusal
+from .latency import LatencyTable, measured_milliseconds, predicted_milliseconds, read_latency
+from .runtime import bytes_for, floor, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,7 @@ class Limits:
         tokens: Vectors that a product on the device takes at a time: the batch.
         max_ms: Most milliseconds of all units together; needs ``latency`` or ``device``.
         rules: What the runtime the plan is for can run: ``Rules.load("vllm")``.
+        others: Values of further kinds of limits, by the name of their plug-in.
     """
 
     formats: tuple[str, ...] | None = None
@@ -65,6 +62,7 @@ class Limits:
     tokens: int = 1
     max_ms: float | None = None
     rules: Rules | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what needs no table.
@@ -131,7 +129,7 @@ class Limits:
         if self.rules is None:
             return table.merged(self.groups)
         fused = table.merged((*self.groups, *self.rules.fusion_groups))
-        return replace(fused, bytes=_bytes_for(fused, self.rules))
+        return replace(fused, bytes=bytes_for(fused, self.rules))
 
 
 def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
@@ -142,8 +140,6 @@ def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
             has it (``Limits.for_runtime``), a time is missing, or a unit is left without a format.
     """
     problem = Problem.from_table(table, limits.pins, limits.formats)
-    if limits.rules:
-        _check_for_runtime(table, limits.rules)
     refusals = list(_refusals(table, limits))
     allowed = problem.allowed.copy()
     for refusal in refusals:
@@ -155,57 +151,28 @@ def build_problem(table: SensitivityTable, limits: Limits) -> Problem:
         problem,
         loss=np.where(allowed, problem.loss, np.inf),
         constraints=tuple(_constraints(table, limits, allowed)),
-        floor=_floor(table, limits.rules, refusals[-1].mask) if limits.rules else "",
+        floor=_floor(table, limits, refusals),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """A limit as the user wrote it, and the options it refuses: bool [U, F]."""
-
-    text: str
-    mask: NDArray[np.bool_]
-
-
-def _refusals(table: SensitivityTable, limits: Limits) -> Iterator[_Refusal]:
-    names = unit_names(table.units)
-    for glob, patterns in limits.bans.items():
-        units = names.find(glob, "--ban")
-        for pattern in patterns:
-            banned = _matching_formats(table, pattern)
-            yield _Refusal(f"--ban '{glob}={pattern}'", units[:, None] & banned)
-    for glob, name in limits.at_least.items():
-        low = _widths(table) < _bits(table, name)
-        yield _Refusal(f"--min '{glob}={name}'", names.find(glob, "--min")[:, None] & low)
-    for glob, name in limits.at_most.items():
-        high = _widths(table) > _bits(table, name)
-        yield _Refusal(f"--max '{glob}={name}'", names.find(glob, "--max")[:, None] & high)
-    if limits.rules:
-        yield _Refusal(f"--for {limits.rules.name}", _refused(table, limits.rules))
+def _refusals(table: SensitivityTable, limits: Limits) -> Iterator[Refusal]:
+    for name in limits.others:
+        LIMITS.get(name)  # raises if there is no such kind
+    for name in LIMITS.names():
+        yield from LIMITS.get(name).refusals(table, limits)
 
 
-def _matching_formats(table: SensitivityTable, pattern: str) -> NDArray[np.bool_]:
-    found = np.array([fnmatchcase(name, pattern) for name in table.formats])
-    if pattern == "keep":
-        found[format_index(table, pattern)] = True
-    if not found.any():
-        raise ValueError(
-            f"--ban {pattern!r} matches no format of the profile.{nearest(pattern, table.formats)} "
-            f"It has {', '.join(table.formats)}."
-        )
-    return found
+def _constraints(
+    table: SensitivityTable, limits: Limits, allowed: NDArray[np.bool_]
+) -> Iterator[Constraint]:
+    for name in LIMITS.names():
+        yield from LIMITS.get(name).constraints(table, limits, allowed)
 
 
-def _widths(table: SensitivityTable) -> NDArray[np.int64]:
-    """int64 [F], bits per code of every format."""
-    return np.array([Format.parse(name).bits for name in table.formats], dtype=np.int64)
-
-
-def _bits(table: SensitivityTable, name: str) -> int:
-    """Bits per code of ``int6``, of a format, or of the checkpoint's own dtype (``keep``)."""
-    if match := _BARE.fullmatch(name):
-        return int(match[1])
-    return Format.parse(table.formats[format_index(table, name)] if name == "keep" else name).bits
+def _floor(table: SensitivityTable, limits: Limits, refusals: Sequence[Refusal]) -> str:
+    """Why the runtime has no smaller plan, and what to do; empty if no rule is in the way."""
+    masks = [refusal.mask for refusal in refusals if refusal.runtime]
+    return floor(table, limits.rules, masks[0]) if limits.rules and masks else ""
 
 
 def _check_group(table: SensitivityTable, rule: str) -> None:
@@ -218,103 +185,12 @@ def _check_group(table: SensitivityTable, rule: str) -> None:
         )
 
 
-def _bytes_for(table: SensitivityTable, rules: Rules) -> NDArray[np.int64]:
-    """int64 [U, F], what every unit takes in a file for the runtime."""
-    return stored_bytes(table.units, [Format.parse(n) for n in table.formats], rules.stored_bytes)
-
-
-def _check_for_runtime(table: SensitivityTable, rules: Rules) -> None:
-    for group in rules.fusion_groups:
-        for unit, members in fuse(table.units, group):
-            if len(members) > 1:
-                raise ValueError(
-                    f"{rules.name} runs {unit.name!r} as one matrix with one format, but the table "
-                    f"has {len(members)} units for it. Take Limits.for_runtime(table), or profile "
-                    f"with --group '{group}'."
-                )
-    if not np.array_equal(table.bytes, _bytes_for(table, rules)):
-        raise ValueError(
-            f"The table does not count the bytes that {rules.name} stores. Take "
-            "Limits.for_runtime(table)."
-        )
-
-
-def _refused(table: SensitivityTable, rules: Rules) -> NDArray[np.bool_]:
-    """bool [U, F], what a runtime does not run; units of one shape are looked at once."""
-    formats = [Format.parse(name) for name in table.formats]
-    known: dict[tuple[object, bool], list[bool]] = {}
-    rows = []
-    for unit in table.units:
-        key = unit.shapes, any(map(rules.must_stay_float, (*unit.modules, *unit.aliases)))
-        if key not in known:
-            known[key] = [_reason(unit, fmt, rules) is not None for fmt in formats]
-        rows.append(known[key])
-    return np.array(rows)
-
-
-def _reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
-    """Why a runtime does not run a unit in a format; None if it does."""
-    matrices = [*zip(unit.modules, unit.shapes, strict=True)]
-    matrices += [(alias, unit.shapes[0]) for alias in unit.aliases]
-    reasons = (rules.refusal(fmt, shape, name) for name, shape in matrices)
-    return next(filter(None, reasons), None)
-
-
-def _floor(table: SensitivityTable, rules: Rules, refused: NDArray[np.bool_]) -> str:
-    """Why a runtime has no smaller plan, and what to do; empty if no rule is in the way.
-
-    ``refused`` is bool [U, F], what it does not run.
-    """
-    held: dict[str, str] = {}  # unit -> the glob that keeps it as floats
-    for unit in table.units:
-        names = (*unit.modules, *unit.aliases)
-        if found := [g for g in rules.unquantized if any(fnmatchcase(n, g) for n in names)]:
-            held[unit.name] = found[0]
-    others = np.array([unit.name not in held for unit in table.units])
-    if (stuck := _stuck(table, rules, refused, others)) or not held:
-        return stuck
-    more = f" and {len(held) - 1:,} more" if len(held) > 1 else ""
-    excludes = " ".join(f"--exclude '{glob}'" for glob in dict.fromkeys(held.values()))
-    return (
-        f"{rules.name} keeps {next(iter(held))!r}{more} at 16 bits or more (its rule "
-        f"`unquantized`). Search, or profile, with {excludes}, so that the budget counts only what "
-        "is quantized; or raise the budget."
-    )
-
-
-def _stuck(
-    table: SensitivityTable,
-    rules: Rules,
-    refused: NDArray[np.bool_],
-    others: NDArray[np.bool_],
-) -> str:
-    """Why most weights have no format but floats that the runtime runs; empty if they have.
-
-    ``others`` is bool [U], the units that it does not keep as floats anyway.
-    """
-    formats = [Format.parse(name) for name in table.formats]
-    floats = np.array([fmt.floating for fmt in formats])
-    weights = np.array([unit.weights for unit in table.units])
-    stuck = others & (refused | floats).all(axis=1)
-    if floats.all() or 2 * weights[stuck].sum() <= weights[others].sum():
-        return ""
-    unit = table.units[int(stuck.argmax())]
-    reasons = (_reason(unit, fmt, rules) for fmt in formats if not fmt.floating)
-    return (
-        f"{rules.name} runs {stuck.sum():,} of {others.sum():,} units in no smaller format of the "
-        f"profile: {unit.name!r} fails its rules ({next(filter(None, reasons))}). Search, or "
-        f"profile, with --for {rules.name}, so that the formats it has are measured "
-        f"({', '.join(rules.candidates)}), leave such units out with --exclude, or raise the "
-        "budget."
-    )
-
-
 def _why_closed(
     table: SensitivityTable,
     limits: Limits,
     closed: NDArray[np.intp],
     before: NDArray[np.bool_],
-    refusals: Sequence[_Refusal],
+    refusals: Sequence[Refusal],
 ) -> str:
     """What leaves the first of the closed units without a format, and what to do.
 
@@ -335,11 +211,11 @@ def _why_closed(
             parts.append(f"{refusal.text} refuses {', '.join(hit)}")
     fix = "Drop or loosen one of these"
     rules = limits.rules
-    if rules and (refusals[-1].mask[u] & before[u]).any():
-        reasons = [_reason(unit, Format.parse(name), rules) for name in left]
+    if rules and any(r.runtime and (r.mask[u] & before[u]).any() for r in refusals):
+        reasons = [reason(unit, Format.parse(name), rules) for name in left]
         parts[-1] += f" ({'; '.join(dict.fromkeys(filter(None, reasons)))})"
         offered = dict.fromkeys((*rules.candidates, *rules.floats))
-        taken = [n for n in offered if n != "keep" and not _reason(unit, Format.parse(n), rules)]
+        taken = [n for n in offered if n != "keep" and not reason(unit, Format.parse(n), rules)]
         fix = (
             f"Profile {unit.name!r} in a format that {rules.name} takes there ({', '.join(taken)})"
         )
@@ -357,17 +233,6 @@ def _origin(table: SensitivityTable, limits: Limits, u: int) -> str:
     if pins:
         return pins[-1]
     return "the profile" if limits.formats is None else f"--formats {','.join(limits.formats)}"
-
-
-def _constraints(
-    table: SensitivityTable, limits: Limits, allowed: NDArray[np.bool_]
-) -> Iterator[Constraint]:
-    if limits.max_bops is not None:
-        yield bit_operations(table, limits.max_bops)
-    if limits.timed:
-        cost = limits.milliseconds(table, allowed)  # without a limit too: what lacks a time is told
-        if limits.max_ms is not None:
-            yield Constraint("latency", cost, float(limits.max_ms), "ms", "--max-ms")
 
 
 def parse_assignments(option: str, texts: Sequence[str]) -> dict[str, str]:

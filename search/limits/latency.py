@@ -1,69 +1,53 @@
-"""Linear costs besides bytes: bit operations, and time, measured or predicted for a device."""
+"""``--max-ms``: time, measured or predicted for a device."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
 
-from .._base.files import read_json_text
-from ..kernels.latency import Device
-from ..models.units import module_kinds
-from ..quantizers.format import Format
-from ..sensitivity.table import SensitivityTable
-from .matching import Names
-from .problem import Constraint
+from ..._base.files import read_json_text
+from ..._base.records import first_fault
+from ...kernels.latency import Device
+from ...models.units import module_kinds
+from ...quantizers.format import Format
+from ...sensitivity.table import SensitivityTable
+from ..matching import Names
+from ..problem import Constraint
+from ._kinds import LIMITS, Limit
 
-ACTIVATION_BITS = 16
+if TYPE_CHECKING:
+    from . import Limits
+
 LatencyTable = Mapping[str, Mapping[str, float]]  # unit or glob -> format or glob -> milliseconds
 
 _TABLE = TypeAdapter(dict[str, dict[str, NonNegativeFloat]])
-_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _GLOB, _KIND, _NAME = 0, 2, 4  # how specific a pattern is; a format named exactly adds one
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)")
 
 
-def bit_operations(table: SensitivityTable, limit: float) -> Constraint:
-    """BOPs per token: weights x bits per code x 16-bit activations, summed over the units.
+class Time(Limit):
+    """The most milliseconds of all units together."""
 
-    For a convolution it is per output position.  Every weight counts as used once, so routed
-    experts and embeddings (which are looked up, not multiplied) count in full.
+    def constraints(
+        self, table: SensitivityTable, limits: Limits, allowed: NDArray[np.bool_]
+    ) -> Iterator[Constraint]:
+        """One, if there is a limit; without one, too, an option that has no time is told.
 
-    Args:
-        table: The sensitivity table.
-        limit: The most BOPs.
-
-    References:
-        Wang et al. (2020), "Differentiable joint pruning and quantization" (BOPs).
-    """
-    bits = np.array([Format.parse(name).bits for name in table.formats], dtype=np.float64)
-    weights = np.array([unit.weights for unit in table.units], dtype=np.float64)
-    return Constraint(
-        "BOPs", ACTIVATION_BITS * weights[:, None] * bits, float(limit), option="--max-bops"
-    )
-
-
-def parse_count(text: str) -> float:
-    """Read a count such as ``12G``: k, M, G and T are powers of a thousand.
-
-    >>> parse_count("1.5k")
-    1500.0
-
-    Raises:
-        ValueError: If it is no positive count.
-    """
-    match = _COUNT.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"Cannot read {text!r} as a count. Write a positive one such as 12G.")
-    return float(match[1]) * _MULTIPLES[match[2]]
+        Raises:
+            ValueError: If an allowed option has no time.
+        """
+        if limits.timed:
+            cost = limits.milliseconds(table, allowed)
+            if limits.max_ms is not None:
+                yield Constraint("latency", cost, float(limits.max_ms), "ms", "--max-ms")
 
 
 def read_latency(path: Path) -> LatencyTable:
@@ -82,10 +66,8 @@ def read_latency(path: Path) -> LatencyTable:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = " -> ".join(str(part) for part in first["loc"]) or "the file"
         raise ValueError(
-            f"{path} is no latency table: {where}: {first['msg']}. Write "
+            f"{path} is no latency table: {first_fault(error)}. Write "
             '{"unit or glob": {"format or glob": milliseconds}}.'
         ) from error
 
@@ -200,3 +182,6 @@ def _look_up(
             found.T[taken] = milliseconds
             level.T[taken] = rank[taken]
     return found, level
+
+
+LIMITS.register("latency")(Time())
