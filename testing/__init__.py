@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "Contract": ".contract",
     "ExporterContract": ".exporter",
+    "FamilyContract": ".family",
+    "MethodContract": ".method",
     "MetricContract": ".metric",
     "SolverContract": ".solver",
     "toy_problem": ".problems",
@@ -27,6 +29,8 @@ _EXPORTS = {
 __all__ = [
     "Contract",
     "ExporterContract",
+    "FamilyContract",
+    "MethodContract",
     "MetricContract",
     "SolverContract",
     "toy_problem",
@@ -36,6 +40,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .contract import Contract as Contract
     from .exporter import ExporterContract as ExporterContract
+    from .family import FamilyContract as FamilyContract
+    from .method import MethodContract as MethodContract
     from .metric import MetricContract as MetricContract
     from .problems import toy_problem as toy_problem
     from .solver import SolverContract as SolverContract
