@@ -131,6 +131,7 @@ def _tabulate(task: Task, metric: str, scores: Scores) -> SensitivityTable:
         stderr=stderr,
         scores=values if len(values) > 1 else None,
         diagonal=scores.diagonal,
+        signed=scores.signed,
         provenance=provenance(task.model, task.units, task.samples, metric, "rtn", task.seed),
     )
 

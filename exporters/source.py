@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._base.progress import Reporter
+from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..models.find import as_stored, find_units, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
@@ -20,7 +21,7 @@ from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def open_source(
             return _unchanged(_from_folder(target, like, reporter), target, change)
         if is_packed(target) and (target / "config.json").is_file():
             layers = str(target)  # the original may be gone
-        plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+        plan = Plan.load(plan_path(target))
     assert isinstance(plan, Plan)
     if model is None:
         name = layers or plan.original()
@@ -124,7 +125,7 @@ def _unchanged(
     if change and change(source.plan, source.model) != source.plan:
         raise ValueError(
             f"{folder} is packed, so its formats cannot be changed. Give its plan "
-            f"({folder / PLAN_FILE}) instead."
+            f"({RunFolder(folder).plan}) instead."
         )
     return source
 
@@ -139,18 +140,18 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
 
-    def packed(name: str) -> PackedTensor:
-        fitted = Renderer(model.module, units, plan.rounding)  # new: it keeps the grids it fits
-        fmt = formats[name]
-        return fitted.store.packed(name, fmt)
+    renderer = Renderer(model.module, units, plan.rounding)
 
-    run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
+    def packed(name: str) -> PackedTensor:
+        return renderer.store.packed(name, formats[name])
+
+    run = plan_runner(model, renderer, formats)
     everything = find_units(model.module)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
 def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
     packed, others, header = read_checkpoint(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._base.files import atomic_path, check_place
+from .._base.hints import did_you_mean
 from .._base.progress import Reporter
 from ..kernels.linear import PackedLinear, compute_in, replace
 from ..models.find import as_stored, find_units, unplanned_tensors
@@ -24,9 +24,9 @@ from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
 from ..quantizers.runtimes import byte_count
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
-from ..sensitivity.table import PROFILE_FILE
+from .folder import RunFolder
 
 GENERATION_FILE = "generation_config.json"
 
@@ -48,7 +48,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
     units = planned_units(model, plan)
-    packed = dict(_pack(model, units, plan, Reporter(quiet=True)))
+    renderer = Renderer(model, units, plan.rounding)
+    packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
     replace(model, packed, _aliases(units))
     return model
 
@@ -58,6 +59,7 @@ def quantize(
     out: Path | str,
     model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
+    renderer: Renderer | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -70,6 +72,7 @@ def quantize(
         out: The folder to make.
         model: The original model, when it is loaded already.
         reporter: Where progress is shown.
+        renderer: That of the run which made the plan, when it is at hand.
 
     Returns:
         The folder.
@@ -90,7 +93,8 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    packed = dict(_pack(model.module, units, plan, reporter))
+    renderer = renderer or Renderer(model.module, units, plan.rounding)
+    packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
@@ -98,7 +102,7 @@ def quantize(
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header)
-        plan.save(folder / PLAN_FILE)
+        plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
     return out
 
@@ -106,13 +110,13 @@ def quantize(
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds weights that :func:`quantize` wrote, and nothing of a run."""
     file = folder / FILE_NAME
-    if not file.is_file() or (folder / PROFILE_FILE).exists():
+    if not file.is_file() or RunFolder(folder).profile.exists():
         return False
     try:
         with safe_open(str(file), framework="pt") as opened:
             return "bitplan" in (opened.metadata() or {})
     except SafetensorError:  # damaged; whoever loads it says how
-        return (folder / PLAN_FILE).is_file()
+        return RunFolder(folder).plan.is_file()
 
 
 def load(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -139,12 +143,12 @@ def load_packed(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: bool = True
 ) -> LoadedModel:
     """:func:`load` with identity and, if wanted, the tokenizer."""
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     packed, others, header = read_checkpoint(folder)
     if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
         raise ValueError(
-            f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
-            "the plan again."
+            f"{RunFolder(folder).plan} is not the plan {folder / FILE_NAME} was packed from. "
+            "Quantize the plan again."
         )
     _check_scales(folder / FILE_NAME, packed)
     skeleton, workload = _skeleton(folder, plan, tokenizer)
@@ -187,11 +191,9 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f" The nearest is {near[0]!r}." if near else ""
             raise ValueError(
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
-                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+                f"has no such layer.{did_you_mean(name, names)} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
     without_weights = next(model.parameters()).is_meta
@@ -219,9 +221,8 @@ def assignment_formats(plan: Plan) -> dict[str, Format]:
 
 
 def _pack(
-    model: nn.Module, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
+    renderer: Renderer, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
 ) -> Iterator[tuple[str, PackedTensor]]:
-    renderer = Renderer(model, units, plan.rounding)
     formats = assignment_formats(plan)
     with reporter.bar("Packing", len(units), [unit.weights for unit in units]) as advance:
         for unit in units:

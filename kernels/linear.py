@@ -31,7 +31,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.fmt = packed.fmt
         self.shape = packed.shape
-        self.meta = PackedMeta.of(self.fmt, self.shape) if self.fmt.kind == "int" else None
+        self.meta = PackedMeta.of(self.fmt, self.shape) if self.fmt.integer else None
         for name, part in packed.tensors.items():
             self.register_buffer(name, part)
         self.bias = bias
@@ -48,7 +48,7 @@ class PackedModule(nn.Module):
 
     def rows(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, or its rows with the given indices [n], as [n, cols]."""
-        if self.meta is None:  # floats, and blocks, which are unpacked whole
+        if self.meta is None:  # its family decodes it
             return self.packed().dequantize(indices, dtype)
         zero = self._buffers.get("zero")
         rows: Tensor = dequantize(self.codes, self.scale, zero, indices, *self.meta)

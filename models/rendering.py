@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from .._base.progress import Reporter
 from ..quantizers.format import Format
 from ..quantizers.store import Renderings, Rows
 from .find import is_conv1d, weight_matrix
@@ -27,12 +29,19 @@ class Renderer:
         model: The module that holds the original weights.
         units: The units; only their matrices are rendered.
         rounding: Name of the rounding method.
+        folder: Where the store keeps codes that cannot be recomputed; None for memory.
 
     Attributes:
         store: The renderings.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[UnitInfo], rounding: str = "rtn") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[UnitInfo],
+        rounding: str = "rtn",
+        folder: Path | None = None,
+    ) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
         self._modules: dict[str, nn.Module] = {}
         self._canonical: dict[nn.Module, str] = {}
@@ -42,7 +51,7 @@ class Renderer:
                 owner = name if name in unit.modules else _owner(unit, module, modules)
                 self._modules.setdefault(owner, module)
                 self._canonical[module] = owner
-        self.store = Renderings(self.weight, rounding)
+        self.store = Renderings(self.weight, rounding, folder)
 
     @property
     def names(self) -> list[str]:
@@ -60,9 +69,9 @@ class Renderer:
         assert matrix is not None
         return matrix.detach().float()
 
-    def fit(self, formats: Sequence[Format], advance: Callable[[], None]) -> None:
-        """Make the renderings of all matrices; ``advance`` is called per matrix."""
-        self.store.fit(self.names, formats, advance)
+    def fit(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
+        """Make the renderings of all matrices that are not there yet."""
+        self.store.fit(self.names, formats, reporter)
 
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
@@ -77,6 +86,7 @@ class Renderer:
         Each module renders its weight just before its own forward pass and forgets it right
         after, so only one rendered matrix exists at a time; a backward pass renders it again.
         """
+        self.store.complete(assignment.items())  # runs the model, so not while it is changed
         handles: list[Any] = []
         swaps: list[_WeightSwap] = []
         for name, module in self.hooked_modules():

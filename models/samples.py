@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .names import BUILTIN, SELF
 from .workload import Batch, LoadedModel, samples_in, take
 
-BUILTIN = "builtin"
-SELF = "self"
 _OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
 Split = Literal["calibration", "evaluation"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +19,13 @@ from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from .metrics import METRICS, Scores, Task
+from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
 
-DEFAULT_FORMATS = (
-    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
-    *(f"int{bits}-g32-asym" for bits in (2, 3, 4)),
-    *(f"int{bits}-g128-asym" for bits in (3, 4)),
-    "bf16",
-)
 _HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
 _HEADER_START = 1000
 _SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
@@ -76,29 +71,32 @@ def profile(
     units = find_units(loaded.module, include, exclude, groups)
     samples = _as_samples(loaded, batches, seed)
     origin = provenance(loaded, units, samples, metric, rounding, seed)
-    return price(loaded, units, candidates, samples, origin, reporter or Reporter(quiet=True))
+    renderer = Renderer(loaded.module, units, rounding)
+    show = reporter or Reporter(quiet=True)
+    return price(loaded, units, candidates, renderer, samples, origin, show)
 
 
 def price(
     model: LoadedModel,
     units: tuple[UnitInfo, ...],
     formats: tuple[Format, ...],
+    renderer: Renderer,
     samples: Samples,
-    origin: dict[str, Any],
+    origin: Provenance,
     reporter: Reporter,
 ) -> SensitivityTable:
     """Make the table that ``origin`` (see :func:`provenance`) describes.
 
+    The renderings that are priced stay in ``renderer``, for whoever measures or writes them.
+
     Raises:
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
-    renderer = Renderer(model.module, units, origin["rounding"])
-    sizes = [renderer.weight(name).numel() for name in renderer.names]
-    with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
-        renderer.fit(formats, lambda: advance(1))
-    with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
-        task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
-        scores = METRICS.get(origin["metric"])(task)
+    renderer.fit(formats, reporter)
+    with reporter.bar(f"Profiling ({origin.metric})", samples.count) as advance:
+        seed = origin.seed or 0
+        task = Task(model, units, formats, renderer, samples, seed, advance)
+        scores = METRICS.get(origin.metric)(task)
     values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
     if scores.diagonal is None:
         kl, stderr = _prices(scores)
@@ -114,6 +112,7 @@ def price(
         stderr=stderr * scale,
         scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
         diagonal=scores.diagonal,
+        signed=scores.signed,
         provenance=origin,
     )
 
@@ -142,24 +141,20 @@ def provenance(
     metric: str,
     rounding: str,
     seed: int,
-) -> dict[str, Any]:
+) -> Provenance:
     """What produced a table; equal provenance of two runs means equal tables."""
-    return {
-        "model": {
-            "id": model.id,
-            "revision": model.revision,
-            "sha256": state_sha256(model.module),
-        },
-        "definition_sha256": definition_sha256(model),
-        "dtype": model.source_dtype,
-        "metric": metric,
-        "rounding": rounding,
-        "calibration": samples.describe() | _counted(model, samples),
-        "seed": seed,
-        "outside_bytes": _outside_bytes(model, units),
-        "layer_types": _layer_types(model.module, units),
-        "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
-    }
+    return Provenance(
+        model=ModelRef(id=model.id, revision=model.revision, sha256=state_sha256(model.module)),
+        definition_sha256=definition_sha256(model),
+        dtype=model.source_dtype,
+        metric=metric,
+        rounding=rounding,
+        calibration=samples.describe() | _counted(model, samples),
+        seed=seed,
+        outside_bytes=_outside_bytes(model, units),
+        layer_types=_layer_types(model.module, units),
+        versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
+    )
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.rendering import Renderer, Rows
+from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, samples_in
 from ..quantizers.format import Format
+from ..quantizers.store import Rows
 from .errors import map_errors
 from .probes import (
     Factors,

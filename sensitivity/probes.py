@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..models.rendering import Renderer, Rows, first_input
+from ..models.rendering import Renderer, first_input
 from ..models.workload import Batch, LoadedModel, samples_in
 from ..quantizers.format import Format
+from ..quantizers.store import Rows
 from .errors import map_errors
 
 # Gradient with respect to the logits [samples, positions, classes], from the logits themselves.

@@ -50,7 +50,7 @@ def write_folder(
 
     def tensors() -> Iterator[dict[str, Tensor]]:
         for name, packed in source.each():
-            parts = packed.tensors if packed.fmt.kind == "float" else pack(packed)
+            parts = packed.tensors if packed.fmt.floating else pack(packed)
             yield {f"{name}.{part}": tensor for part, tensor in parts.items()}
         for name, tensor in source.others():
             yield {name: tensor}
@@ -115,7 +115,7 @@ def linear_names(source: Source, also: Sequence[str] = ()) -> list[str]:
     modules = dict(source.model.module.named_modules(remove_duplicate=False))
     transposed = _is_transposed(source.model.module)
     for unit in source.units:
-        quantized = source.formats[unit.name].kind == "int"
+        quantized = source.formats[unit.name].integer
         module = modules[unit.name]
         linear = isinstance(module, nn.Linear | PackedLinear) and not transposed
         if quantized and not linear and unit.name not in also:

@@ -217,7 +217,7 @@ class QuantizedConv2d(nn.Module):
 
 def dense_weight(name: str, packed: PackedTensor) -> nn.Module:
     """A module without inputs that gives a weight [rows, cols]."""
-    if packed.fmt.kind == "float":
+    if packed.fmt.floating:
         return Float(packed)
     if dequantizes(packed.fmt, packed.shape[1]):
         return Dequantized(name, packed)
@@ -246,7 +246,7 @@ def quantized_copy(source: Source) -> nn.Module:
 
 def _replacement(name: str, packed: PackedTensor, module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Embedding | PackedEmbedding):
-        if packed.fmt.kind == "int":
+        if packed.fmt.integer:
             raise ValueError(
                 f"{name} is an embedding, which is looked up and not multiplied, so it cannot be "
                 f"{packed.fmt}. Leave it out of the plan (--exclude '{name}')."

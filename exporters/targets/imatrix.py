@@ -8,8 +8,9 @@ import numpy as np
 from torch import nn
 
 from ...kernels.linear import PackedLinear
+from ...models.names import BUILTIN
 from ...models.rendering import Renderer
-from ...models.samples import BUILTIN, calibration_samples
+from ...models.samples import calibration_samples
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
 from ..source import Source

@@ -86,7 +86,7 @@ class Mlx(Exporter):
             bits, size = entry["bits"], entry["group_size"]
             symmetric = torch.equal(biases, scales * -(2 ** (bits - 1)))
             try:
-                fmt = Format.integer(bits, size, symmetric)
+                fmt = Format.of_integers(bits, size, symmetric)
             except (KeyError, ValueError) as error:
                 raise ValueError(
                     f"{path}: {module!r} has {bits} bits by groups of {size}, for which bitplan "
@@ -134,7 +134,7 @@ def _config(source: Source) -> dict[str, Any]:
     ]
     for name in (*embeddings, *linear_names(source, also=embeddings)):
         fmt = formats.get(name)
-        config[name] = _entry(fmt) if fmt and fmt.kind == "int" else False
+        config[name] = _entry(fmt) if fmt and fmt.integer else False
     return config
 
 

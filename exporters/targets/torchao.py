@@ -43,7 +43,7 @@ class TorchAO(Exporter):
 
 def _entry(fmt: Format | None) -> dict[str, Any] | None:
     """The configuration of one module; None leaves it as it is."""
-    if fmt is None or fmt.kind == "float":
+    if fmt is None or fmt.floating:
         return None
     return {
         "_type": "IntxWeightOnlyConfig",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..._base.registry import Registry
-from ...models.rendering import Renderer
-from ...models.samples import Samples
 from ...models.units import UnitInfo
-from ...models.workload import LoadedModel
 from ...quantizers.format import Format
+
+if TYPE_CHECKING:  # so that the names of metrics can be listed without torch
+    from ...models.rendering import Renderer
+    from ...models.samples import Samples
+    from ...models.workload import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)

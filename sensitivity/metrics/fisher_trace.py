@@ -26,6 +26,15 @@ def fisher_trace(task: Task) -> Scores:
 
     References:
         Dong et al. (2020), HAWQ-V2, Sec. 3.2.
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = fisher_trace(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), True)
+        >>> print(scores.values.mean(0)[:, 1].round(5))  # at 4 bits
+        [0.00313 0.00063 0.00115 0.00147]
     """
     generator = torch.Generator().manual_seed(task.seed)
     (norms,), positions = gradient_scores(task, label_upstream(generator), [gradient_norm])

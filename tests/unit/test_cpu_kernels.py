@@ -22,7 +22,7 @@ from bitplan.kernels.cpu import FEW, CpuWeight
 from bitplan.kernels.layouts import CpuLayout, DenseLayout, PlaneLayout, StoredLayout, prepare
 from bitplan.kernels.linear import PackedLinear
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods import METHODS
+from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ compiled = pytest.mark.skipif(
 
 def pack(weight: Tensor, spec: str) -> PackedTensor:
     fmt = Format.parse(spec)
-    return PackedTensor.pack(weight, fmt, METHODS.get("rtn")(weight, fmt))
+    return METHODS.get("rtn")(weight, fmt, Evidence())
 
 
 def error(found: Tensor, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> float:
@@ -310,7 +310,9 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
 def test_the_library_is_built_once_and_again_if_damaged(
     monkeypatch: pytest.MonkeyPatch, fresh: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (built, *_) = _REAL_CACHE.glob("cpu-*.so")
+    compiler = native._compiler()
+    assert compiler is not None
+    built = _REAL_CACHE / f"cpu-{native._key(compiler)}.so"
     script, log = fresh / "c++", fresh / "log"
     script.write_text(  # "compiles" by copying
         f'#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit\n'

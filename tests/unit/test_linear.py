@@ -13,14 +13,14 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 SPECS = ["int4-g64-asym", "int3-g32", "int8-gc-asym", "int5-gt", "bf16"]
 
 
 def pack(matrix: Tensor, spec: str = "int4-g64-asym") -> PackedTensor:
     """Pack a weight [rows, cols]."""
     fmt = Format.parse(spec)
-    return PackedTensor.pack(matrix.detach(), fmt, rtn(matrix.detach(), fmt))
+    return PackedTensor.pack(matrix.detach(), fmt, fit_grid(matrix.detach(), fmt))
 
 
 class TinyModel(nn.Module):
