@@ -160,5 +160,5 @@ class MethodContract(Contract):
     ) -> None:
         """Rather than store something else."""
         weight[2, 3] = bad
-        with pytest.raises(ValueError, match="nan|inf"):
+        with pytest.raises(ValueError, match=r"nan|inf"):
             self.plugin(name)(weight, Format.parse("int4-g32"), evidence)
