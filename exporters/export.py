@@ -11,7 +11,7 @@ from .._base.files import atomic_path, check_place
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed
-from ..models.find import find_units
+from ..models.find import find_matrices
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
@@ -93,7 +93,9 @@ def export(
         if rules is None or not round_up:
             return plan
         formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
-        rounded, differences = snap(find_units(model.module), plan, formats, rules)
+        rounded, differences = snap(
+            find_matrices(model.module, plan.assignments), plan, formats, rules
+        )
         changed.update(differences)
         return rounded
 
@@ -141,12 +143,12 @@ def check_written(exporter: Exporter, source: Source, path: Path, rules: Rules |
     """
     wanted, shapes, total = source.formats, source.shapes, 0
     count = rules.stored_bytes if rules else Format.stored_bytes
-    integers = {name for name, fmt in wanted.items() if fmt.kind != "float"}
+    integers = {name for name, fmt in wanted.items() if not fmt.floating}
     floats = wanted.keys() - integers
     for stored in exporter.read(path, source.model):
         fmt = wanted.get(stored.name)
         if fmt is None or stored.name not in integers:
-            if stored.fmt.kind == "float":
+            if stored.fmt.floating:
                 total += stored.nbytes if fmt else 0
                 floats -= {stored.name}
                 continue
@@ -201,15 +203,15 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
         return  # another model's profile
     units = [
         UnitInfo(
-            module,
-            (module,),
-            (shape,),
+            part.name,
+            (part.name,),
+            (part.shape,),
             unit.kind,
             unit.layer,
             unit.aliases if len(unit.modules) == 1 else (),
         )
         for unit in table.units
-        for module, shape in zip(unit.modules, unit.shapes, strict=True)
+        for part in unit.parts
     ]
     check(units, assignment_formats(plan), rules, plan.model.id)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder
-from ..models.find import find_units
+from ..models.find import find_matrices
 from ..models.identity import state_sha256
 from ..models.load import load_model
 from ..models.workload import LoadedModel
@@ -98,7 +98,7 @@ def recognize(path: Path) -> tuple[str, Exporter]:
 
 
 def _check_modules(path: Path, found: list[Stored], model: LoadedModel) -> None:
-    shapes = {unit.name: unit.shapes[0] for unit in find_units(model.module)}
+    shapes = {unit.name: unit.shapes[0] for unit in find_matrices(model.module)}
     for stored in found:
         if shapes.get(stored.name) != stored.shape:
             has = shapes.get(stored.name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
@@ -67,7 +67,7 @@ class Source:
     @property
     def aliases(self) -> dict[str, str]:
         """Alias -> canonical module name."""
-        return {alias: unit.name for unit in self.units for alias in unit.aliases}
+        return {alias: unit.parts[0].module for unit in self.units for alias in unit.aliases}
 
     def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
         """Name and packed weight of every matrix in turn, with a progress bar."""
@@ -146,7 +146,7 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
         return renderer.store.packed(name, formats[name])
 
     run = plan_runner(model, renderer, formats)
-    everything = find_units(model.module)
+    everything = find_matrices(model.module, plan.assignments)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
@@ -177,7 +177,4 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
 
 
 def _unpacked(model: LoadedModel) -> tuple[UnitInfo, ...]:
-    try:
-        return find_units(model.module)
-    except ValueError:  # every matrix is packed
-        return ()
+    return find_matrices(model.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from .._base.files import atomic_path, check_place
 from .._base.hints import did_you_mean
 from .._base.progress import Reporter
-from ..kernels.linear import PackedLinear, compute_in, replace
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
 from ..models.load import check_model, find_device, load_model
+from ..models.packed_modules import PackedLinear
+from ..models.packing import compute_in, replace
 from ..models.rendering import Renderer
-from ..models.units import UnitInfo
+from ..models.sites import places
+from ..models.units import Ranges, UnitInfo
 from ..models.workload import LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
@@ -28,6 +30,7 @@ from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
 
+_HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
 GENERATION_FILE = "generation_config.json"
 
 
@@ -50,7 +53,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     units = planned_units(model, plan)
     renderer = Renderer(model, units, plan.rounding)
     packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
-    replace(model, packed, _aliases(units))
+    replace(model, packed, _aliases(units), rows_of(units))
     return model
 
 
@@ -159,7 +162,8 @@ def load_packed(
         for name, owner in header["tied"].items()
         if owner not in others
     }
-    replace(skeleton, packed | halves, header["aliases"] | aliases)
+    rows = rows_of(find_matrices(skeleton, plan.assignments))
+    replace(skeleton, packed | halves, header["aliases"] | aliases, rows)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in others.items()
@@ -177,7 +181,7 @@ def load_packed(
 
 
 def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
-    """The units a plan assigns, one per matrix.
+    """The units a plan assigns, one per part.
 
     Args:
         model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
@@ -187,7 +191,7 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
     """
-    units = find_units(model)
+    units = find_matrices(model, plan.assignments)
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
@@ -230,9 +234,15 @@ def _pack(
             advance(1)
 
 
+def rows_of(units: Sequence[UnitInfo]) -> dict[str, Ranges]:
+    """Name -> rows of the parts that are not whole matrices."""
+    parts = (part for unit in units for part in unit.parts)
+    return {part.name: part.rows for part in parts if part.rows is not None}
+
+
 def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
-    """Alias -> canonical module name."""
-    return {alias: unit.name for unit in units for alias in unit.aliases}
+    """Alias -> canonical matrix name."""
+    return {alias: unit.parts[0].module for unit in units for alias in unit.aliases}
 
 
 def save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
@@ -263,20 +273,18 @@ def _check_scales(path: Path, packed: Mapping[str, PackedTensor]) -> None:
 
 
 def _take_halves(model: nn.Module, others: dict[str, Tensor]) -> dict[str, PackedTensor]:
-    """Move the 16-bit weights of linear layers and embeddings out of ``others``.
+    """Move the 16-bit weights of the large kinds of layers out of ``others``.
 
     As packed weights they are used as they are stored, at half the memory of float32.
     """
     formats = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     taken = {}
-    for name, module in model.named_modules():
-        weight = others.get(f"{name}.weight")
-        if type(module) in {nn.Linear, nn.Embedding} and weight is not None:
-            if weight.dtype not in formats or getattr(module, "max_norm", None) is not None:
-                continue
-            rows, cols = weight.shape
+    for place in places(model):
+        weight = others.get(place.key)
+        if place.site_name in _HALVED and weight is not None and weight.dtype in formats:
             fmt = Format.parse(formats[weight.dtype])
-            taken[name] = PackedTensor(fmt, (rows, cols), {"weight": others.pop(f"{name}.weight")})
+            matrix = place.matrix(others.pop(place.key)).contiguous()
+            taken[place.name] = PackedTensor(fmt, place.shape, {"weight": matrix})
     return taken
 
 

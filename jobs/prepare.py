@@ -76,7 +76,9 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
     check(settings)
     reporter.say(f"Loading {settings.model}")
     model = load_model(settings.model, settings.device)
-    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
+    units = find_units(
+        model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
+    )
     samples = calibration_samples(
         model,
         settings.calibration,
@@ -92,7 +94,10 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
         "parameters stay as they are"
     )
-    origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
+    selected = bool(settings.include or settings.exclude)
+    origin = provenance(
+        model, units, samples, settings.metric, settings.rounding, settings.seed, selected
+    )
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"

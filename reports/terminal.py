@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from .._base.registry import Registry
 from ..jobs.listing import JobInfo
 from ..models.wording import words_of
 from ..quantizers.candidates import DEFAULT_FORMATS
-from ..quantizers.format import Format
+from ..quantizers.format import FAMILIES, Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
 from .summary import comparison, facts
@@ -143,11 +142,24 @@ def formats_table() -> Table:
     return table
 
 
+def families_table() -> Table:
+    """The families of formats: what their names look like, what they are, and where from."""
+    table = Table("name", "formats", "what they are", "from", box=box.SIMPLE_HEAD)
+    for name in FAMILIES.names():
+        kind = FAMILIES.get(name)
+        text = FAMILIES.docstring(name)
+        what = plain(text.partition("\n")[0])
+        table.add_row(
+            name, escape(kind.grammar), escape(what), escape(plain(_first_reference(text)))
+        )
+    return table
+
+
 def plugins_table(registry: Registry[Any]) -> Table:
     """Every plugin with the first line of its docstring and the first of its references."""
     table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
     for name in registry.names():
-        text = inspect.getdoc(registry.get(name)) or ""
+        text = registry.docstring(name)
         what = plain(text.partition("\n")[0])
         table.add_row(name, escape(what), escape(plain(_first_reference(text))))
     return table

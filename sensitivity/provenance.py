@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..models.wording import Words, words_of
 
-_NEEDED = ("model", "metric", "rounding", "calibration", "versions")  # what a plan must state
+_NEEDED = ("model", "metric", "rounding", "calibration")  # what a plan must state
 
 
 class ModelRef(BaseModel):

@@ -83,7 +83,7 @@ def fake_table(
     group = np.array([1.0 if f.group_size == 64 else 1.25 for f in parsed])
     noise = random.lognormal(0, 0.08, (len(units), len(formats)))
     kl = level[:, None] * noise * group * 4.0 ** (4 - np.array([f.bits for f in parsed]))
-    kl[:, [f.kind == "float" for f in parsed]] = 0.0
+    kl[:, [f.floating for f in parsed]] = 0.0
     return SensitivityTable(
         units=units,
         formats=formats,

@@ -114,13 +114,13 @@ def _stuck(
     ``others`` is bool [U], the units that it does not keep as floats anyway.
     """
     formats = [Format.parse(name) for name in table.formats]
-    floats = np.array([fmt.kind == "float" for fmt in formats])
+    floats = np.array([fmt.floating for fmt in formats])
     weights = np.array([unit.weights for unit in table.units])
     stuck = others & (refused | floats).all(axis=1)
     if floats.all() or 2 * weights[stuck].sum() <= weights[others].sum():
         return ""
     unit = table.units[int(stuck.argmax())]
-    reasons = (reason(unit, fmt, rules) for fmt in formats if fmt.kind != "float")
+    reasons = (reason(unit, fmt, rules) for fmt in formats if not fmt.floating)
     return (
         f"{rules.name} runs {stuck.sum():,} of {others.sum():,} units in no smaller format of the "
         f"profile: {unit.name!r} fails its rules ({next(filter(None, reasons))}). Search, or "

@@ -37,6 +37,12 @@ def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Mitchell, O'Sullivan and Dunning (2011), "PuLP: a linear programming toolkit for Python";
         Yao et al. (2021), "HAWQ-V3: dyadic neural network quantization", ICML: bits by ILP.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = ilp(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.gap
+        ([1, 0, 1, 1], 104, 0.17578125, 0.0)
     """
     problem.check_feasible(max_bytes)
     program, take = _program(problem, max_bytes)

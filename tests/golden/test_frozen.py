@@ -31,13 +31,14 @@ from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.kernels.latency import Device
 from bitplan.models.load import load_model
 from bitplan.models.workload import LoadedModel
-from bitplan.quantizers.format import BLOCKS
-from bitplan.quantizers.methods import METHODS
+from bitplan.quantizers.block_sizes import BLOCKS
+from bitplan.quantizers.methods.rtn import fit_grid
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.limits import Limits
 from bitplan.search.problem import Constraint
 from bitplan.search.solvers import SOLVERS
+from bitplan.testing.plans import mixed
 from bitplan.tests.golden import frozen_inputs as inputs
 from bitplan.tests.golden.freezing import (
     Frozen,
@@ -47,7 +48,6 @@ from bitplan.tests.golden.freezing import (
     plain,
     tensor_digests,
 )
-from bitplan.tests.plans import mixed
 
 METRICS = ("fisher", "fisher_diagonal", "imatrix", "weight_mse")
 # Scales fitted to small measured KL, which rounding touches in the fourth digit.
@@ -57,7 +57,7 @@ GROUPS = ("32", "64", "128", "256", "c", "t")
 PACKED = [
     *(f"int{bits}-g{g}{z}" for bits in range(1, 9) for g in GROUPS for z in ("", "-asym")),
     *("bf16", "fp16", "fp32"),
-    *(name for name in BLOCKS if Format.parse(name).kind == "block"),
+    *(name for name in BLOCKS if Format.parse(name).block_size > 1),
 ]
 CHECKPOINTS = [
     (name, runtime)
@@ -172,7 +172,7 @@ def test_profiles_of_smollm2(metric: str, smollm2: LoadedModel, update: bool) ->
 def check_packed(frozen: Frozen, weight: Tensor) -> None:
     for spec in PACKED:
         fmt = Format.parse(spec)
-        packed = PackedTensor.pack(weight, fmt, METHODS.get("rtn")(weight, fmt))
+        packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
         assert packed.nbytes == fmt.stored_bytes((weight.shape[0], weight.shape[1]))
         parts = dict(packed.tensors) | {"dequantized": packed.dequantize()}
         frozen.check(spec, {name: digest(part) for name, part in parts.items()})

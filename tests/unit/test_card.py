@@ -12,7 +12,7 @@ from bitplan.exporters.source import open_source
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Baseline, Measured
-from bitplan.tests.plans import mixed
+from bitplan.testing.plans import mixed
 
 
 def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Plan
 from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.plans import hand_made, mixed
 from bitplan.tests.fakes import fake_table
-from bitplan.tests.plans import hand_made, mixed
 
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.frontier import Frontier, UniformPoint
 from bitplan.search.hull import lower_hull, undominated
 from bitplan.search.problem import Problem
 from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.problems import synthetic_problem
 
 INF = np.inf
 

@@ -19,13 +19,13 @@ from bitplan.quantizers.methods import METHODS
 def fits(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, str]]:
     """Counts the fits of every weight and format from here on."""
     counted: Counter[tuple[int, str]] = Counter()
-    method = METHODS.get("rtn")
+    fit_grid = METHODS.trait("rtn", "grid")
 
     def counting(weight: Tensor, fmt: Format) -> object:
         counted[weight.data_ptr(), fmt.name] += 1
-        return method(weight, fmt)
+        return fit_grid(weight, fmt)
 
-    monkeypatch.setitem(METHODS._found, "rtn", counting)
+    monkeypatch.setitem(METHODS._traits, "rtn", {"grid": counting})
     return counted
 
 

@@ -18,7 +18,6 @@ import pytest
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.blackbox import study as studies
 from bitplan.search.blackbox.storage import open_storage
 from bitplan.search.blackbox.trials import run_trials
@@ -26,6 +25,7 @@ from bitplan.search.levels import MAX_GROUPS, Groups
 from bitplan.search.oracle import Choice, Oracle
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
+from bitplan.testing.problems import synthetic_problem
 
 SEQUENCES, LENGTH = 2, 4
 EACH = SEQUENCES * LENGTH  # tokens per trial

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from bitplan.models.find import find_units
-from bitplan.models.fusion import fuse
-from bitplan.models.identity import state_sha256
-from bitplan.models.workload import LoadedModel
-from bitplan.quantizers.format import Format
-from bitplan.quantizers.runtimes import Rules, byte_count
-from bitplan.search.plan import BudgetRef, Plan
-from bitplan.sensitivity.provenance import ModelRef
+from ..models.find import find_matrices
+from ..models.fusion import fuse
+from ..models.identity import state_sha256
+from ..models.workload import LoadedModel
+from ..quantizers.format import Format
+from ..quantizers.runtimes import Rules, byte_count
+from ..search.plan import BudgetRef, Plan
+from ..sensitivity.provenance import ModelRef
 
 
 def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:
     """A plan with these formats, its bytes counted."""
-    shapes = {unit.name: unit.shapes[0] for unit in find_units(model.module)}
+    shapes = {unit.name: unit.shapes[0] for unit in find_matrices(model.module)}
     count = byte_count(runtime)
     size = sum(count(Format.parse(fmt), shapes[name]) for name, fmt in formats.items())
     weights = sum(shapes[name][0] * shapes[name][1] for name in formats)
@@ -46,7 +46,7 @@ def mixed(model: LoadedModel, rules: Rules | None, formats: Sequence[str] = ()) 
     """A plan that goes through a runtime's candidates, and keeps its rules."""
     offered = formats or [c for c in (rules.candidates if rules else ("int4-g32", "int8-g64"))]
     turn = cycle([name for name in offered if name != "keep"])
-    units = find_units(model.module)
+    units = find_matrices(model.module)
     groups = [[i] for i in range(len(units))]
     for rule in rules.fusion_groups if rules else ():
         groups = [members for _, members in fuse(units, rule) if len(members) > 1] + [

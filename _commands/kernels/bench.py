@@ -1,4 +1,4 @@
-"""Commands on the speed of kernels: measure it, and list the devices whose speed is known."""
+"""`bitplan kernels bench`: the speed of kernels, measured on this machine."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from . import options
-from .console import hint, out
+from .. import options
+from ..console import hint, out
+from ..derive import split
+from ..lazy import verb
 
 if TYPE_CHECKING:
-    from ..kernels.lab.bench import Row
-    from ..kernels.latency import Device
+    from ...kernels.lab.bench import Row
+    from ...kernels.latency import Device
 
-app = typer.Typer()
+app = verb()
 
 _FOR_REFIT = ((2048, 2048), (1024, 1024), (4096, 2048))  # outputs and inputs
 
@@ -76,10 +77,10 @@ def bench(
     """
     import torch
 
-    from .._base.files import check_file, write_json
-    from .._base.progress import Reporter
-    from ..kernels.lab import bench as measuring
-    from ..models.load import find_device
+    from ..._base.files import check_file, write_json
+    from ..._base.progress import Reporter
+    from ...kernels.lab import bench as measuring
+    from ...models.load import find_device
 
     where = find_device(device)
     options.check_json(json_file, "--json", "timings.json")
@@ -124,39 +125,9 @@ _KEYS = ("bits", "m", "n", "k", "seconds", "speedup_vs_fp32")
 _FP32 = 32
 
 
-@app.command()
-def devices() -> None:
-    """List the devices whose speed can be predicted, with their kernels and how sure that is."""
-    from ..kernels.latency import DENSE, Device, names
-
-    table = Table("--latency-device", "kernel", "memory", "16-bit peak", "its efficiency there")
-    table.box = box.SIMPLE_HEAD
-    for name in names():
-        device = Device.load(name)
-        kernels = [device.default, *sorted(set(device.kernels) - {device.default, DENSE})]
-        for kernel in kernels:
-            numbers = device.kernels[kernel]
-            reached = numbers.eta_bandwidth
-            why = f": {reached.source}" if reached.basis == "assumed" else " to published timings"
-            table.add_row(
-                name if kernel == device.default else f"{name}:{kernel}",
-                escape(numbers.description),
-                f"{device.bandwidth.value / 1e12:.3g} TB/s",
-                f"{device.peak.value / 1e12:,.4g} T",
-                escape(reached.basis + why),
-            )
-    out.print(table)
-    out.print(
-        "What the maker publishes is exact; what a launch takes in a running model is assumed "
-        "everywhere. Matrices that are not quantized run on torch's own kernel. A file that "
-        "`bitplan kernels bench --refit` wrote works like a name.",
-        markup=False,
-    )
-
-
 def _whole(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in options.split(text)]
+        return [int(part) for part in split(text)]
     except ValueError as error:
         raise ValueError(f"{option} {text!r} must be whole numbers such as 1,8,64.") from error
 
@@ -196,7 +167,7 @@ def _base(device: Any) -> Device:
     """
     import torch
 
-    from ..kernels.latency import FOLDER, Device, names
+    from ...kernels.latency import FOLDER, Device, names
 
     if device.type == "cpu":
         cores = torch.get_num_threads()
@@ -228,7 +199,7 @@ def _table(rows: list[Row], about: str) -> Table:
 
 def _note(rows: list[Row]) -> str:
     """Why many vectors at a time are slower than float32 on a CPU; empty if they are not."""
-    from ..kernels.cpu import FEW
+    from ...kernels.cpu import FEW
 
     many = sorted(row.speedup_vs_fp32 for row in rows if row.bits != _FP32 and row.m > FEW)
     if not many or many[0] >= 1:
@@ -242,7 +213,7 @@ def _note(rows: list[Row]) -> str:
 
 def _fit_table(device: Device, rows: list[Row]) -> Table:
     """How far the fitted model is from the timings it was fitted to."""
-    from ..kernels.lab.bench import errors_of
+    from ...kernels.lab.bench import errors_of
 
     table = Table("m", "median error", "largest", title=f"Latency model {device.name}")
     errors = dict(enumerate(map(abs, errors_of(device, rows))))

@@ -1,4 +1,4 @@
-"""Commands for other tools: export a plan, import theirs, list the targets."""
+"""`bitplan export`: a plan's weights, or the plan itself, for another tool."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from . import options
-from .console import hint, out
+from .console import out
+from .lazy import verb
 
 if TYPE_CHECKING:
     from ..exporters.export import Exported
     from ..exporters.verify import Comparison
 
-app = typer.Typer()
+app = verb()
 
 _TARGET = typer.Option("--to", help="Target; see `bitplan exporters`. A runtime's name works too.")
 
@@ -124,65 +123,6 @@ def export(
                 f"{done.path} does not compute what the plan does: KL {comparison.kl:.2g} is above "
                 f"{comparison.max_kl:.2g}, the most that the arithmetic of {done.target} explains."
             )
-
-
-@app.command(name="import")
-def import_(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE|FOLDER", help="A GGUF file, or a quantized folder.")
-    ],
-    plan_file: Annotated[
-        Path, typer.Option("--out", "-o", help="Write the plan to this .json file.")
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="The original model: needed to measure the plan, and to name modules."),
-    ] = None,
-    quiet: options.QuietOption = False,
-) -> None:
-    """Read another tool's choice of bits per layer as a plan, to measure and compare it."""
-    from .._base.progress import Reporter
-    from ..exporters.importing import import_plan
-
-    options.check_json(plan_file)
-    plan = import_plan(path, model, Reporter(quiet))
-    plan.save(plan_file)
-    out.print(f"{plan_file}: {len(plan.assignments):,} matrices, {plan.bpw:.3f} bpw", markup=False)
-    if plan.note:
-        out.print(f"Note: {plan.note}", markup=False)
-    if model is not None:
-        hint("Next:", "eval", plan_file)
-
-
-@app.command()
-def exporters() -> None:
-    """List the targets: what they are for, what they write, and what to install to run it."""
-    from ..exporters.targets import EXPORTERS, shown_name
-    from ..reports.words import plain
-
-    shown = Table(
-        "--to", "what", "writes", "plan", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    runtimes, tools, here = [], [], []
-    known = [shown_name(key) for key in EXPORTERS.names()]
-    for key in EXPORTERS.names():
-        exporter, name = EXPORTERS.get(key)(), shown_name(key)
-        what = plain((exporter.__doc__ or "").split("\n")[0])
-        form = exporter.suffix or exporter.form or ""
-        shown.add_row(name, escape(what), form, exporter.config_suffix or "")
-        others = [runtime for runtime in exporter.runtimes if runtime not in known]
-        if others:
-            runtimes.append(f"{', '.join(others)} ({name})")
-        if exporter.extra:
-            tools.append(exporter.extra)
-            here += [name] * exporter.installed()
-    out.print(shown)
-    out.print(f"\n--to also takes what reads the files: {'; '.join(runtimes)}.", markup=False)
-    out.print(
-        f"--verify runs the tool, which pip install 'bitplan[NAME]' adds for {', '.join(tools)}. "
-        f"Installed here: {', '.join(here) or 'none'}.",
-        markup=False,
-    )
 
 
 def _other_bytes(done: Exported) -> str:

@@ -1,4 +1,4 @@
-"""Commands on the kernels themselves."""
+"""`bitplan kernels check`: compile, count and judge, for processors that need not be here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from . import bench, options
-from .console import out
+from .. import options
+from ..console import out
+from ..lazy import verb
 
-app = typer.Typer()
-kernels = typer.Typer(no_args_is_help=True, help="Look at the kernels that run packed weights.")
-kernels.add_typer(bench.app)
-app.add_typer(kernels, name="kernels")
+app = verb()
 
 
-@kernels.command()
+@app.command()
 def check(
     arch: Annotated[
         str, typer.Option(help="Processors to compile for, comma-separated.")
@@ -60,10 +58,10 @@ def check(
     time, they do not give it. Exits with 1 if a kernel fails. Needs Triton, which comes with
     pip install 'bitplan\[kernels]'.
     """
-    from .._base.files import write_json
-    from .._base.progress import Reporter
-    from ..kernels.gemm import require_triton
-    from ..kernels.lab import check as static
+    from ..._base.files import write_json
+    from ..._base.progress import Reporter
+    from ...kernels.gemm import require_triton
+    from ...kernels.lab import check as static
 
     options.check_json(json_file, "--json", "counters.json")
     cases = static.parse_cases(arch, bits, group, zero, dtype, tokens, cell)
