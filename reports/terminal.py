@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,7 +147,7 @@ def families_table() -> Table:
     table = Table("name", "formats", "what they are", "from", box=box.SIMPLE_HEAD)
     for name in FAMILIES.names():
         kind = FAMILIES.get(name)
-        text = inspect.getdoc(kind) or ""
+        text = FAMILIES.docstring(name)
         what = plain(text.partition("\n")[0])
         table.add_row(
             name, escape(kind.grammar), escape(what), escape(plain(_first_reference(text)))

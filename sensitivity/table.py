@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from .._base.files import atomic_path, write_json
 from ..models.fusion import fuse
-from ..models.units import UnitInfo
+from ..models.units import Ranges, UnitInfo
 from ..quantizers.format import Format
 from .provenance import Provenance
 from .shrinkage import Shrinkage
@@ -250,14 +250,11 @@ def _ratio(value: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.
 
 
 def _unit_json(unit: UnitInfo) -> dict[str, Any]:
-    return {
-        "name": unit.name,
-        "modules": list(unit.modules),
-        "shapes": [list(shape) for shape in unit.shapes],
-        "kind": unit.kind,
-        "layer": unit.layer,
-        "aliases": list(unit.aliases),
-    }
+    """A unit as JSON; ``rows`` is there only for one that has some rows of a matrix, not all."""
+    entry = asdict(unit)
+    if not unit.rows:
+        del entry["rows"]
+    return entry
 
 
 def _unit(entry: dict[str, Any]) -> UnitInfo:
@@ -268,4 +265,9 @@ def _unit(entry: dict[str, Any]) -> UnitInfo:
         kind=entry["kind"],
         layer=entry["layer"],
         aliases=tuple(entry["aliases"]),
+        rows=tuple(_ranges(some) for some in entry.get("rows", ())),
     )
+
+
+def _ranges(some: list[list[int]] | None) -> Ranges | None:
+    return None if some is None else tuple((int(start), int(stop)) for start, stop in some)

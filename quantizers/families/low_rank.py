@@ -186,4 +186,4 @@ def _factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(basis.T @ error, full_matrices=False)
     share = values[:rank].sqrt()
     left = (basis @ left[:, :rank]) * share
-    return left.half(), (share[:, None] * right[:rank]).half()
+    return left.half().contiguous(), (share[:, None] * right[:rank]).half().contiguous()

@@ -42,7 +42,8 @@ class Oven:
 
 def bake(*words: str) -> tuple[Oven, int, Any]:
     """The settings that a command line means, the option of the command itself, and its output."""
-    app, found = typer.Typer(), {}
+    app = typer.Typer()
+    found: dict[str, Any] = {}
 
     @app.command()
     @derived

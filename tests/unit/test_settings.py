@@ -151,7 +151,7 @@ def test_every_setting_says_what_it_means(settings: type[Any]) -> None:
 
 def test_limits_of_a_saved_profile_are_those_of_a_search() -> None:
     limits: dict[str, Any] = {"pins": {"lm_head": "int6-g64"}, "runtime": "vllm"}
-    more = {"latency_device": "h100", "max_ms": 2.0, "batch": 4}
+    more: dict[str, Any] = {"latency_device": "h100", "max_ms": 2.0, "batch": 4}
     searched = SearchSettings("4bpw", **limits, **more).limits()
     assert SolveSettings(**limits, **more).limits() == searched
     fused = FrontierSettings(**limits, formats=("int4-gc",), groups=("q,k",)).limits()

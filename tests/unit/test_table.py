@@ -173,6 +173,21 @@ def test_a_profile_of_schema_1_is_read(tmp_path: Path) -> None:
     assert '"schema": 2' in (tmp_path / "new.json").read_text()
 
 
+def test_units_of_some_rows_of_a_matrix(tmp_path: Path) -> None:
+    names = ("up[rows:0]", "up[rows:1]")
+    rows = (((0, 2), (6, 8)), ((2, 6),))
+    units = tuple(
+        UnitInfo(name, (name, "down"), ((4, 8), (2, 8)), "up", 0, (), (some, None))
+        for name, some in zip(names, rows, strict=True)
+    )
+    size = stored_bytes(units, [Format.parse("int4-g32")])
+    path = tmp_path / "profile.safetensors"
+    SensitivityTable(units, ("int4-g32",), size, np.ones((2, 1)), np.ones((2, 1))).save(path)
+    found = SensitivityTable.load(path)
+    assert found.units == units
+    assert [part.module for part in found.units[0].parts] == ["up", "down"]
+
+
 def test_provenance_is_checked(tmp_path: Path) -> None:
     good = table()
     assert replace(good, provenance={"seed": 1}).provenance == good.provenance  # type: ignore[arg-type]
