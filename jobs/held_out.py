@@ -20,6 +20,7 @@ from ..models.samples import Samples, check_text, evaluation_samples
 from ..models.workload import LoadedModel
 from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Baseline, KVCache, Measured, Plan, plan_key
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
+from .renderings import plan_renderer
 
 
 class HeldOut:
@@ -110,6 +111,7 @@ class HeldOut:
                     text=self.samples.source,
                     text_sha256=self.samples.sha256,
                 ),
+                "codes_sha256": self._renderer.store.digest(assignment_formats(plans[best])),
                 "baselines": [
                     _baseline(name, plans[name], measured[name], result)
                     for name in plans
@@ -161,7 +163,9 @@ def run_eval(
         quantized = load_packed(target, device, torch.float32)
         run = with_cache(quantized, quantized.logits, plan.kv_cache)
     else:
-        run = plan_run(model, Renderer(model.module, units, plan.rounding), plan)
+        beside = target if target.is_dir() else target.parent
+        renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
+        run = plan_run(model, renderer, plan)
     before = plan.measured
     samples = evaluation_samples(
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -18,20 +18,27 @@ from ..models.find import as_stored, find_units, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
 from ..models.load import check_model, find_device, load_model
 from ..models.rendering import Renderer
+from ..models.samples import Samples
 from ..models.units import UnitInfo
-from ..models.workload import LoadedModel, Workload
+from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
+from ..quantizers.methods import METHODS
 from ..quantizers.packed import PackedTensor
 from ..quantizers.runtimes import byte_count
 from ..search.plan import PLAN_FILE, Plan
 from ..sensitivity.estimate import as_loaded_model
 from ..sensitivity.table import PROFILE_FILE
+from .renderings import plan_renderer
 
 GENERATION_FILE = "generation_config.json"
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: Plan | Path | str,
+    batches: Samples | Sequence[Batch] | None = None,
+) -> nn.Module:
     """Replace the planned layers of a model by packed ones, in place.
 
     The model's other layers stay as they are; the original weights of the replaced ones are
@@ -39,7 +46,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Args:
         model: The very model the plan was made for (its weights are compared by hash).
-        plan: The plan.
+        plan: The plan or its path, which may be in the folder of its run.
+        batches: Calibration batches of the profile, for rounding methods that need data.
 
     Returns:
         ``model``.
@@ -47,8 +55,13 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
+    plan, beside = _opened(plan)
     units = planned_units(model, plan)
-    renderer = Renderer(model, units, plan.rounding)
+    if METHODS.trait(plan.rounding, "needs"):
+        loaded = as_loaded_model(model)
+        renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
+    else:
+        renderer = Renderer(model, units, plan.rounding)
     packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
     replace(model, packed, _aliases(units))
     return model
@@ -60,6 +73,7 @@ def quantize(
     model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
     renderer: Renderer | None = None,
+    batches: Samples | Sequence[Batch] | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -73,6 +87,8 @@ def quantize(
         model: The original model, when it is loaded already.
         reporter: Where progress is shown.
         renderer: That of the run which made the plan, when it is at hand.
+        batches: Calibration batches of the profile, for rounding methods that need data; by
+            default those that the plan names.
 
     Returns:
         The folder.
@@ -80,7 +96,7 @@ def quantize(
     Raises:
         ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    plan, beside = _opened(plan)
     out = Path(out).resolve()
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
@@ -93,7 +109,9 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    renderer = renderer or Renderer(model.module, units, plan.rounding)
+    renderer = renderer or plan_renderer(
+        plan, model, units, beside=beside, batches=batches, reporter=reporter
+    )
     packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
@@ -230,6 +248,14 @@ def _pack(
         for unit in units:
             yield unit.name, renderer.store.packed(unit.name, formats[unit.name])
             advance(1)
+
+
+def _opened(plan: Plan | Path | str) -> tuple[Plan, Path | None]:
+    """A plan, and the folder it lies in."""
+    if isinstance(plan, Plan):
+        return plan, None
+    path = Path(plan)
+    return Plan.load(path), path.resolve().parent
 
 
 def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:

@@ -22,10 +22,12 @@ from ..models.wording import words_of
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
+from ..quantizers.store import RENDERINGS_FOLDER
 from ..search.blackbox.storage import shown
 from ..search.budget import Budget
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
+from ..sensitivity.evidence import calibrated
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.table import PROFILE_FILE, SensitivityTable, stored_bytes
 from .settings import ProfileSettings, SearchSettings
@@ -64,8 +66,10 @@ class Work:
         )
 
 
-def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
+def prepare(settings: ProfileSettings, reporter: Reporter, run: Path | None = None) -> Work:
     """Load a model, find its units and choose its calibration sequences.
+
+    Codes that cannot be recomputed are kept in the folder ``run``, if there is one.
 
     Raises:
         ValueError: If a name is unknown, or the model or text cannot be used.
@@ -95,7 +99,16 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
     formats = resolve_formats(settings.formats, model.source_dtype)
-    renderer = Renderer(model.module, units, settings.rounding)
+    renderer = calibrated(
+        model,
+        units,
+        settings.rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin["model"]["sha256"],
+        folder=run / RENDERINGS_FOLDER if run else None,
+        reporter=reporter,
+    )
     return Work(model, units, formats, samples, origin, renderer)
 
 
@@ -148,6 +161,7 @@ def profile_stage(work: Work, run: Path, reporter: Reporter) -> SensitivityTable
         if not path.with_suffix(".json").exists():  # the disk was full
             table.save(path)
         reporter.say(f"Profile found in {path}, not computed again")
+        work.renderer.complete(work.formats, reporter)  # what it priced is what will be measured
         return table
     run.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=run):

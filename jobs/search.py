@@ -58,7 +58,7 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
     check(settings)
     argv = ["bitplan", "profile", settings.model]
     with _job(run, argv, {"profile": asdict(settings)}, reporter) as job, job.stage("profile"):
-        return profile_stage(prepare(settings, reporter), run, reporter)
+        return profile_stage(prepare(settings, reporter, run), run, reporter)
 
 
 def run_search(
@@ -81,7 +81,7 @@ def run_search(
     limits = search.limits()
     check(settings, search)
     with _job(run, argv, recorded, reporter) as job:
-        loaded = prepare(settings, reporter)
+        loaded = prepare(settings, reporter, run)
         goal = Goal(search, limits, loaded)
         goal.resolve(goal.problem(loaded.blank_table()))  # what cannot fit is found out here
         samples = _evaluation(loaded.model, settings, search)
@@ -126,6 +126,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
             "every worker the same file; the built-in prose differs between versions of Python."
         )
     table = search.limits().for_runtime(loaded.blank_table())
+    loaded.renderer.complete(loaded.formats, reporter)
     with TemporaryDirectory() as folder:
         truth = Truth(
             loaded.model,

@@ -146,6 +146,8 @@ class Plan(_Strict):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
+        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
+            them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
@@ -172,6 +174,7 @@ class Plan(_Strict):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
     created: str
@@ -202,7 +205,10 @@ class Plan(_Strict):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically, keys in declaration order."""
-        write_json(path, self.model_dump(by_alias=True))
+        content = self.model_dump(by_alias=True)
+        if self.codes_sha256 is None:
+            del content["codes_sha256"]  # earlier versions read plans that have none
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: Path) -> Plan:

@@ -21,6 +21,7 @@ from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
 from ..quantizers.format import Format, resolve_formats
+from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
@@ -76,8 +77,16 @@ def profile(
     units = find_units(loaded.module, include, exclude, groups)
     samples = _as_samples(loaded, batches, seed)
     origin = provenance(loaded, units, samples, metric, rounding, seed)
-    renderer = Renderer(loaded.module, units, rounding)
     show = reporter or Reporter(quiet=True)
+    renderer = calibrated(
+        loaded,
+        units,
+        rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin["model"]["sha256"],
+        reporter=show,
+    )
     return price(loaded, units, candidates, renderer, samples, origin, show)
 
 

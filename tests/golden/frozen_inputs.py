@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bitplan import Format, SensitivityTable
 from bitplan.models.load import load_model
+from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
 from bitplan.search.problem import Problem
-from bitplan.models.units import UnitInfo
 
 WORDS = ("the", "a", "model", "weight", "code", "scale", "of", "every", "stores", "row", "by", "to")
 TABLE_FORMATS = (
