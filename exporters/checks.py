@@ -157,7 +157,7 @@ def nearest_format(unit: UnitInfo, fmt: Format, rules: Rules) -> Format | None:
     """The format a runtime takes for a unit that is closest to ``fmt`` from above.
 
     The fewest bits that are not fewer; of those one that is asymmetric if ``fmt`` is, of the same
-    kind (integers, blocks), the nearest group size, the fewest bytes.
+    family (integers, blocks), the nearest group size, the fewest bytes.
     """
     taken = [f for f in rules.all_formats() if not _refusal(unit, f, rules) and f.bits >= fmt.bits]
     shape = unit.shapes[0]
@@ -167,7 +167,7 @@ def nearest_format(unit: UnitInfo, fmt: Format, rules: Rules) -> Format | None:
         return (
             other.bits,
             other.symmetric != fmt.symmetric,
-            other.kind != fmt.kind,
+            other.family != fmt.family,
             max(groups, 1 / groups),
             rules.stored_bytes(other, shape),
         )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._base.progress import Reporter
+from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..jobs.renderings import plan_renderer
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
@@ -21,7 +22,7 @@ from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Source:
     @property
     def aliases(self) -> dict[str, str]:
         """Alias -> canonical module name."""
-        return {alias: unit.name for unit in self.units for alias in unit.aliases}
+        return {alias: unit.parts[0].module for unit in self.units for alias in unit.aliases}
 
     def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
         """Name and packed weight of every matrix in turn, with a progress bar."""
@@ -104,12 +105,12 @@ def open_source(
     reporter = reporter or Reporter(quiet=True)
     plan, layers, beside = target, None, None
     if isinstance(target, Path):
-        beside = target if target.is_dir() else target.parent
+        beside = RunFolder.around(target)
         if is_packed(target) and weights:
             return _unchanged(_from_folder(target, like, reporter), target, change)
         if is_packed(target) and (target / "config.json").is_file():
             layers = str(target)  # the original may be gone
-        plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+        plan = Plan.load(plan_path(target))
     assert isinstance(plan, Plan)
     if model is None:
         name = layers or plan.original()
@@ -133,7 +134,7 @@ def _unchanged(
     if change and change(source.plan, source.model) != source.plan:
         raise ValueError(
             f"{folder} is packed, so its formats cannot be changed. Give its plan "
-            f"({folder / PLAN_FILE}) instead."
+            f"({RunFolder(folder).plan}) instead."
         )
     return source
 
@@ -158,12 +159,12 @@ def _from_plan(
         return renderer.store.packed(name, formats[name])
 
     run = plan_runner(model, renderer, formats)
-    everything = find_units(model.module)
+    everything = find_matrices(model.module, plan.assignments)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
 def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
     packed, others, header = read_checkpoint(folder)
@@ -189,7 +190,4 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
 
 
 def _unpacked(model: LoadedModel) -> tuple[UnitInfo, ...]:
-    try:
-        return find_units(model.module)
-    except ValueError:  # every matrix is packed
-        return ()
+    return find_matrices(model.module)

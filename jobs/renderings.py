@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from .._base.progress import Reporter
 from ..models.rendering import Renderer
@@ -19,10 +18,10 @@ from ..models.samples import (
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel
 from ..quantizers.format import Format
-from ..quantizers.store import RENDERINGS_FOLDER
 from ..search.plan import Plan
 from ..sensitivity.evidence import calibrated
-from .record import JOB_FILE, JobRecord
+from .folder import RunFolder
+from .record import JobRecord
 
 
 def plan_renderer(
@@ -30,7 +29,7 @@ def plan_renderer(
     model: LoadedModel,
     units: Sequence[UnitInfo],
     *,
-    beside: Path | None = None,
+    beside: RunFolder | None = None,
     batches: Samples | Sequence[Batch] | None = None,
     reporter: Reporter | None = None,
 ) -> Renderer:
@@ -51,7 +50,7 @@ def plan_renderer(
         ValueError: If the calibration data are needed and not found, or the codes made from them
             are not those that were priced.
     """
-    kept = beside / RENDERINGS_FOLDER if beside else None
+    kept = beside.renderings if beside else None
     if kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK)):
         kept = None
     renderer = calibrated(
@@ -71,7 +70,7 @@ def plan_renderer(
             f"Rounding by {plan.rounding!r} on this machine does not give the codes that were "
             f"priced and measured (sha256 {plan.codes_sha256[:12]}…, here {str(found)[:12]}…): "
             "processors and versions of torch add up differently. Use the plan in the folder of "
-            f"its run, with the {RENDERINGS_FOLDER} folder, or search again here."
+            "its run, with the renderings folder, or search again here."
         )
     return renderer
 
@@ -79,7 +78,7 @@ def plan_renderer(
 def recorded_samples(
     plan: Plan,
     model: LoadedModel,
-    beside: Path | None = None,
+    beside: RunFolder | None = None,
     batches: Samples | Sequence[Batch] | None = None,
 ) -> Samples:
     """The calibration sequences that a plan was made from.
@@ -110,12 +109,12 @@ def recorded_samples(
         why = f"what is called {name!r} here is another text, or is cut into other tokens"
     raise ValueError(
         f"The weights were rounded by {plan.rounding!r} on {what}, which are needed to round them "
-        f"again, and {why}. Use the plan in the folder of its run, with the {RENDERINGS_FOLDER} "
+        f"again, and {why}. Use the plan in the folder of its run, with the renderings "
         "folder, or put the text in the current folder; from Python, give the batches."
     )
 
 
-def _candidates(plan: Plan, model: LoadedModel, beside: Path | None) -> Iterator[Samples]:
+def _candidates(plan: Plan, model: LoadedModel, beside: RunFolder | None) -> Iterator[Samples]:
     wanted = plan.calibration
     for source in _sources(plan, beside) if model.is_language_model else (BUILTIN,):
         try:
@@ -130,14 +129,14 @@ def _candidates(plan: Plan, model: LoadedModel, beside: Path | None) -> Iterator
             continue
 
 
-def _sources(plan: Plan, beside: Path | None) -> Iterator[str]:
+def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str]:
     """Where the calibration text may be; a plan holds its name without the folder."""
     name = str(plan.calibration.get("source"))
     if name in (BUILTIN, SELF):
         yield name
         return
-    if beside is not None and (beside / JOB_FILE).is_file():
-        settings = JobRecord.load(beside).settings
+    if beside is not None and beside.job.is_file():
+        settings = JobRecord.load(beside.path).settings
         yield str(settings.get("profile", {}).get("calibration"))
     words = shlex.split(plan.command or "")
     for i, word in enumerate(words):
@@ -146,4 +145,4 @@ def _sources(plan: Plan, beside: Path | None) -> Iterator[str]:
             yield value or "".join(words[i + 1 : i + 2])
     yield name
     if beside is not None:
-        yield str(beside / name)
+        yield str(beside.path / name)

@@ -37,10 +37,12 @@ class PlaneClass(NamedTuple):
 
     @staticmethod
     def of(fmt: Format, zero: ZeroKind = "code") -> PlaneClass:
-        """The class of an integer format; ``zero`` says how to keep its zero points, if any."""
-        return PlaneClass(
-            fmt.bits, max(fmt.group_size, WHOLE_ROW), "none" if fmt.symmetric else zero
-        )
+        """The class of a format of codes; ``zero`` says how to keep its zero points, if any."""
+        if fmt.levels is not None:
+            zero = "table"
+        elif fmt.symmetric:
+            zero = "none"
+        return PlaneClass(fmt.bits, max(fmt.group_size, WHOLE_ROW), zero)
 
     @property
     def implicit_zero(self) -> float:
@@ -82,10 +84,10 @@ class Block(NamedTuple):
 
     @staticmethod
     def of(packed: PackedTensor, row: int = 0, col: int = 0, zero: ZeroKind = "code") -> Block:
-        """A packed weight at some place of a larger one.
+        """The codes of a packed weight at some place of a larger one.
 
         Args:
-            packed: The weight, in an integer format.
+            packed: The weight, in a format of codes.
             row: Its first row there.
             col: Its first column there.
             zero: How to keep its zero points, if any: ``code`` or ``half``.
@@ -94,7 +96,7 @@ class Block(NamedTuple):
             ValueError: If its format has no codes.
         """
         grid = packed.grid()
-        if grid is None:
+        if grid is None or packed.fmt.layout != "codes":
             raise ValueError(f"A {packed.fmt} weight has no codes to lay out. Use it as it is.")
         codes = unpack_bits(packed.tensors["codes"], packed.fmt.bits, packed.shape[1])
         return Block(row, col, codes, grid.scale, grid.zero, PlaneClass.of(packed.fmt, zero))

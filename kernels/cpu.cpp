@@ -21,13 +21,13 @@ inline int64_t vecs(const Weight& w) { return (w.groups + LANES - 1) / LANES; }
 
 template <int BITS, typename Value = Code<BITS>>
 inline __attribute__((always_inline)) void row_grid(const Weight& w, int64_t row, Grid grid) {
-  if (BITS >= BF16) {
+  if (BITS == BF16 || BITS == FP16) {
     *grid.scale = vec{1};
     *grid.shift = vec{};
     return;
   }
   constexpr float BASE = Value::BASE, UNIT = Value::UNIT;
-  const float middle = BITS == 1 ? 0.5f : float(1 << (BITS - 1));
+  const float middle = BITS == TABLE ? 0 : BITS == 1 ? 0.5f : float(1 << (BITS - 1));
   const int64_t first = w.per_tensor ? 0 : row * w.groups;
   for (int64_t v = 0; v < vecs(w); v++) {
     const int64_t left = w.groups - LANES * v, count = left < LANES ? left : LANES;
@@ -178,14 +178,14 @@ struct Inputs {
 
 template <int BITS>
 constexpr int64_t block_bytes() {
-  return BITS >= BF16 ? 2 * BLOCK : 8 * BITS;
+  return BITS == TABLE ? 4 * 8 : BITS >= BF16 ? 2 * BLOCK : 8 * BITS;
 }
 
 // M rows of activations times rows [begin, end) of the weight; y is float32 [M, rows].
 template <int BITS, int M, bool HALVES>
 void product(const Weight& w, Inputs in, float* y, const float* bias, int64_t begin, int64_t end,
              Grid grid) {
-  const Decoder<BITS> decode;
+  const Decoder<BITS> decode(w);
   const int64_t blocks = (w.cols + BLOCK - 1) / BLOCK;
   const float* const scale = (const float*)grid.scale;
   const int shift = w.log_group - 6;  // block b is in group b >> shift
@@ -244,7 +244,7 @@ void products(const Weight& w, Inputs in, int64_t m, float* y, const float* bias
 template <int BITS>
 void unpack(const Weight& w, const int64_t* indices, float* out, int64_t begin, int64_t end,
             Grid grid) {
-  const Decoder<BITS> decode;
+  const Decoder<BITS> decode(w);
   const float* const scale = (const float*)grid.scale;
   const float* const shift = (const float*)grid.shift;
   for (int64_t n = begin; n < end; n++, out += w.cols) {
@@ -271,7 +271,7 @@ void by_bits(int bits, Call call) {
   case B: return call.template operator()<B>();
     BITPLAN_CASE(1) BITPLAN_CASE(2) BITPLAN_CASE(3) BITPLAN_CASE(4)
     BITPLAN_CASE(5) BITPLAN_CASE(6) BITPLAN_CASE(7) BITPLAN_CASE(8)
-    BITPLAN_CASE(BF16) BITPLAN_CASE(FP16)
+    BITPLAN_CASE(BF16) BITPLAN_CASE(FP16) BITPLAN_CASE(TABLE)
 #undef BITPLAN_CASE
   }
 }
@@ -378,5 +378,5 @@ void bitplan_unpack(const Weight* weight, const int64_t* indices, int64_t first,
 }
 
 // Changes whenever the arguments do, so that a library of another version is not called.
-int bitplan_abi() { return 1; }
+int bitplan_abi() { return 2; }
 }

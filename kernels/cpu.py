@@ -25,6 +25,7 @@ from .native import NativeWeight
 FEW = 32  # rows of activations up to which the fused kernel beats unpacking a tile for BLAS
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOATS = {"bf16": 16, "fp16": 17}  # formats of plain weights, as cpu.cpp numbers them
+_TABLE = 18  # likewise for 4-bit codes that index a table
 _WHOLE_ROW = 62  # log2 of more columns than there are
 _TRIAL = (1024, 1024)  # shape of the comparison with float32
 _ROUNDS = 12
@@ -36,7 +37,7 @@ class CpuWeight:
     """A packed weight [rows, cols] on a CPU, as the kernels see it: pointers to its stored parts.
 
     Args:
-        packed: The weight; an integer format, bf16 or fp16.  Its tensors are kept, not copied.
+        packed: The weight, in a format that :func:`takes` says.  Its tensors are kept, not copied.
 
     Raises:
         RuntimeError: If there are no compiled kernels.
@@ -49,7 +50,8 @@ class CpuWeight:
         self.fmt, self.shape = packed.fmt, packed.shape
         # Their addresses must stay valid as long as this object.
         self.parts = {name: part.contiguous() for name, part in packed.tensors.items()}
-        self._codes = self.parts["weight" if packed.fmt.kind == "float" else "codes"]
+        self._codes = self.parts["weight" if packed.fmt.floating else "codes"]
+        self._levels = torch.tensor(packed.fmt.levels or (), dtype=torch.float32, device="cpu")
         self._linear, self._unpack = library.bitplan_linear, library.bitplan_unpack
         self._small = math.prod(packed.shape) < _ONE_THREAD
         self._point()
@@ -68,8 +70,9 @@ class CpuWeight:
             row_bytes=self._codes.shape[1] * self._codes.itemsize,  # one row may have any stride
             groups=fmt.groups(cols),
             log_group=int(math.log2(fmt.group_size)) if fmt.group_size > 0 else _WHOLE_ROW,
-            bits=_FLOATS.get(fmt.name, fmt.bits),
+            bits=_FLOATS.get(fmt.name, _TABLE if fmt.levels else fmt.bits),
             per_tensor=int(scale is not None and scale.numel() == 1),
+            levels=self._levels.data_ptr(),
         )
         self._pointer = ctypes.addressof(self.native)
 
@@ -173,6 +176,13 @@ def _checked(indices: Tensor, rows: int) -> Tensor:
             f"has rows 0 to {rows - 1}."
         )
     return indices
+
+
+def takes(fmt: Format) -> bool:
+    """Whether the kernels read a format: integers, 4-bit codes of levels, bf16 and fp16."""
+    if fmt.levels is not None:
+        return fmt.layout == "codes" and fmt.bits == 4 and not fmt.rank
+    return fmt.integer or fmt.name in _FLOATS
 
 
 @cache

@@ -1,7 +1,7 @@
 // Packed codes and 16-bit floats as registers of float32; part of cpu.cpp.
 //
 // A block is 64 codes of one row, 8 * b bytes, LSB first. A decoder turns it into 64 floats
-// BASE + code * UNIT, with BASE and UNIT of struct Code.
+// BASE + code * UNIT, with BASE and UNIT of struct Code, or what a table has for the code.
 
 #pragma once
 
@@ -27,6 +27,7 @@ constexpr int LANES = 8;
 constexpr int64_t BLOCK = 64;
 constexpr int PARTS = BLOCK / LANES;
 constexpr int BF16 = 16, FP16 = 17;  // "bits" of plain 16-bit weights
+constexpr int TABLE = 18;  // and of 4-bit codes that index a table
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
@@ -42,6 +43,7 @@ struct Weight {
   int32_t log_group;     // column k has scale k >> log_group; at least 5
   int32_t bits;
   int32_t per_tensor;
+  const float* levels;   // 16 values that the codes of a TABLE stand for
 };
 
 inline float from_bits(uint32_t bits) {
@@ -116,7 +118,7 @@ template <int BITS>
 struct Decoder {
   __m512i gather, shifts, spread[4];
 
-  Decoder() {
+  explicit Decoder(const Weight&) {
     alignas(64) uint8_t bytes[64];
     // Codes 8i ... 8i + 7 fill the b bytes from b * i on: put them into 64-bit lane i.
     for (int i = 0; i < 64; i++) bytes[i] = uint8_t((i / 8) * BITS + (i % 8 < BITS ? i % 8 : 0));
@@ -156,6 +158,8 @@ constexpr int64_t WHOLE = 0;  // words are read across blocks, so their true num
 
 template <int BITS>
 struct Decoder {
+  explicit Decoder(const Weight&) {}
+
   inline void operator()(const uint8_t* p, int64_t left, vec f[PARTS]) const {
     uint8_t copy[8 * BITS + 8];
     if (left < 8 * BITS + 8) {  // words are read whole: not beyond the end
@@ -216,6 +220,8 @@ struct Halves {
 
 template <>
 struct Decoder<BF16> {
+  explicit Decoder(const Weight&) {}
+
   inline void operator()(const uint8_t* p, int64_t left, vec f[PARTS]) const {
     const Halves from(p, left);
 #pragma GCC unroll 8
@@ -229,6 +235,8 @@ struct Decoder<BF16> {
 
 template <>
 struct Decoder<FP16> {
+  explicit Decoder(const Weight&) {}
+
   inline void operator()(const uint8_t* p, int64_t left, vec f[PARTS]) const {
     const Halves from(p, left);
 #pragma GCC unroll 8
@@ -236,7 +244,30 @@ struct Decoder<FP16> {
   }
 };
 
+template <>
+struct Decoder<TABLE> {
+  Decoder<4> codes;
+  float levels[16];
+
+  explicit Decoder(const Weight& w) : codes(w) { memcpy(levels, w.levels, sizeof levels); }
+
+  inline void operator()(const uint8_t* p, int64_t left, vec f[PARTS]) const {
+    codes(p, left, f);
+#pragma GCC unroll 8
+    for (int i = 0; i < PARTS; i++) {
+#ifdef BITPLAN_VBMI
+      const __m512i code = _mm512_srli_epi32((__m512i)f[i], 19);  // the high bits of the mantissa
+      f[i] = (vec)_mm512_permutexvar_ps(code, _mm512_loadu_ps(levels));
+#else
+      const ivec code = __builtin_convertvector(f[i], ivec);
+      for (int lane = 0; lane < LANES; lane++) f[i][lane] = levels[code[lane]];
+#endif
+    }
+  }
+};
+
 template <> struct Code<BF16> { static constexpr float BASE = 0, UNIT = 1; };
 template <> struct Code<FP16> { static constexpr float BASE = 0, UNIT = 1; };
+template <> struct Code<TABLE> { static constexpr float BASE = 0, UNIT = 1; };
 
 }  // namespace

@@ -49,7 +49,7 @@ class PackedMeta(NamedTuple):
         parts = {"codes": codes, "scale": scale}
         if zero is not None:
             parts["zero"] = zero
-        fmt = Format.integer(self.bits, self.group_size, self.symmetric)
+        fmt = Format.of_integers(self.bits, self.group_size, self.symmetric)
         return PackedTensor(fmt, (self.rows, self.cols), parts)
 
 

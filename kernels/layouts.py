@@ -39,7 +39,7 @@ class StoredLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        if self.packed.fmt.kind != "int":  # floats, and blocks, which are unpacked at every call
+        if not self.packed.fmt.integer:  # whatever it is, it is decoded at every call
             return linear(x, self.packed.dequantize(dtype=x.dtype), bias)
         parts = self.packed.tensors
         meta = PackedMeta.of(self.packed.fmt, self.packed.shape)
@@ -69,13 +69,42 @@ class CpuLayout:
 
 @dataclass(frozen=True, slots=True)
 class PlaneLayout:
-    """Planes of bits in the order that matrix instructions take, for the Triton kernels."""
+    """Planes of bits in the order that matrix instructions take, for the Triton kernels.
+
+    Attributes:
+        pack: The codes.
+        low_rank: The factors [rows, rank] and [rank, cols] of what is added to them, if any.
+    """
 
     pack: PlanePack
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
-        return plane_linear(x, self.pack, bias)
+        return plane_linear(x, self.pack, bias, low_rank=self.low_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectedLayout:
+    """Codes laid out for a CPU, and the product with their low-rank correction beside it.
+
+    Both in float32, so that the sum is rounded once.
+
+    Attributes:
+        codes: The weight without its correction.
+        left: Float32 [rows, rank].
+        right: Float32 [rank, cols].
+    """
+
+    codes: Layout
+    left: Tensor
+    right: Tensor
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See :class:`Layout`."""
+        wide = x.float()
+        outputs = self.codes.linear(wide, None if bias is None else bias.float())
+        return (outputs + linear(linear(wide, self.right), self.left)).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +132,13 @@ def prepare(packed: PackedTensor, device: torch.device) -> Layout:
     kernel = kernel_for(device)
     parts = {name: part.to(device) for name, part in packed.tensors.items()}
     here = PackedTensor(packed.fmt, packed.shape, parts)
-    if kernel == "triton" and packed.fmt.kind == "int":
-        return PlaneLayout(PlanePack.from_packed(here, order_of(device)))
-    if kernel == "cpu" and packed.fmt.kind != "block" and packed.fmt.name != "fp32":
+    low_rank = (parts["left"], parts["right"]) if packed.fmt.rank else None
+    if kernel == "triton" and packed.fmt.layout == "codes":
+        return PlaneLayout(PlanePack.from_packed(here, order_of(device)), low_rank)
+    if kernel == "cpu" and low_rank:
+        left, right = (factor.float() for factor in low_rank)
+        return CorrectedLayout(prepare(here.coded(), device), left, right)
+    if kernel == "cpu" and cpu.takes(packed.fmt):
         if native.library() is not None and cpu.faster(packed.fmt):
             return CpuLayout(StoredLayout(here), CpuWeight(here))
         return DenseLayout(here.dequantize())

@@ -25,7 +25,7 @@ from .._base.files import atomic_path
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("cpu_decode.h"))
-ABI = 1  # what bitplan_abi() says
+ABI = 2  # what bitplan_abi() says
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 600  # seconds
@@ -46,6 +46,7 @@ class NativeWeight(ctypes.Structure):
         ("log_group", ctypes.c_int32),
         ("bits", ctypes.c_int32),
         ("per_tensor", ctypes.c_int32),
+        ("levels", ctypes.c_void_p),
     )
 
 

@@ -20,8 +20,6 @@ from ..quantizers.packed import PackedTensor
 from .blocks import UNIT, UNIT_BYTES, Block, Part, PlaneClass, ZeroKind, read_zeros
 from .planes import CELLS, Cell, Order, unpack_cells
 
-_FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanePack:
@@ -61,8 +59,17 @@ class PlanePack:
     def from_packed(
         packed: PackedTensor, order: Order = "nvidia", zero: ZeroKind = "code"
     ) -> PlanePack:
-        """Lay out one packed weight in an integer format."""
-        return PlanePack.from_blocks([Block.of(packed, zero=zero)], packed.shape, order)
+        """Lay out the codes of one packed weight, without a correction that is added to them.
+
+        Raises:
+            ValueError: If its format has no codes to lay out.
+        """
+        levels, codebook = packed.fmt.levels, None
+        if levels is not None:
+            device = packed.tensors["codes"].device
+            codebook = torch.tensor(levels, dtype=torch.float32, device=device)
+        block = Block.of(packed, zero=zero)
+        return PlanePack.from_blocks([block], packed.shape, order, codebook=codebook)
 
     @staticmethod
     def from_blocks(
@@ -203,8 +210,8 @@ def resident_bytes(
 ) -> int:
     """Bytes of a weight [rows, cols] in memory, ready to compute with.
 
-    For an integer format the bytes of its ``PlanePack``, whatever the processor family; for a
-    float format those of the plain tensor.
+    For a format of codes the bytes of its ``PlanePack``, whatever the processor family, and of its
+    low-rank correction; for any other what is stored, which is computed with as it is.
 
     Args:
         fmt: The format.
@@ -212,15 +219,17 @@ def resident_bytes(
         zero: How zero points are kept, if any: ``code`` or ``half``.
         cell: Shape of a cell; by default the one that wastes least.
     """
-    if fmt.kind == "float":
-        return math.prod(shape) * _FLOAT_BYTES[fmt.name]
+    if fmt.layout != "codes":
+        return fmt.stored_bytes(shape)
     cell, kind = cell or choose_cell(shape), PlaneClass.of(fmt, zero)
     row_blocks, col_blocks = -(-shape[0] // cell.rows), -(-shape[1] // cell.cols)
     per_cell = 4 * kind.bits * cell.words + 4
     per_scale_row = 2 * cell.rows + kind.zero_bytes(cell)
     table = 2 * 4 * 4
     scales = kind.scale_rows(shape[1], cell) * per_scale_row
-    return row_blocks * (col_blocks * per_cell + scales + table)
+    values = 0 if fmt.levels is None else 4 * len(fmt.levels) + 8 * len(fmt.levels) ** 2
+    correction = 2 * min(fmt.rank, *shape) * sum(shape)
+    return row_blocks * (col_blocks * per_cell + scales + table) + values + correction
 
 
 def _check_cover(blocks: Sequence[Block], shape: tuple[int, int], cell: Cell) -> None:

@@ -91,7 +91,7 @@ class Replay:
         self._model, self._renderer, self._samples = model, renderer, samples
         self._top_k, self._cache_bytes = top_k, cache_bytes
         self._reference: dict[int, TopK] = {}
-        sample = take(samples.batches[0], slice(1))
+        sample = take(samples.batches[0], 0, 1)
         with torch.no_grad():
             self._prefix = Prefix(blocks_of(model.module, units).values())
             trace = self._prefix.trace(model.logits, sample, renderer.hooked_modules())
@@ -184,7 +184,7 @@ class Replay:
             size = samples_in(batch)
             low, high = max(sequences.start - first, 0), min(sequences.stop - first, size)
             if low < high:
-                yield _Piece(index, first + low, take(batch, slice(low, high)))
+                yield _Piece(index, first + low, take(batch, low, high))
             first += size
 
     def _reference_of(self, piece: _Piece) -> TopK:

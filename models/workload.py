@@ -131,17 +131,19 @@ def samples_in(batch: Batch) -> int:
     return next(value.shape[0] for value in values if isinstance(value, Tensor))
 
 
-def take(batch: Batch, samples: slice) -> Batch:
-    """Some samples of a batch."""
+def take(batch: Batch, low: int, high: int, step: int = 1) -> Batch:
+    """Some samples of a batch; what has another first dimension than samples stays whole."""
+    count = samples_in(batch)
 
-    def part(value: Any) -> Any:
-        return value[samples] if isinstance(value, Tensor) else value
+    def some(value: Any) -> Any:
+        divides = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        return value[low:high:step] if divides else value
 
     if isinstance(batch, Tensor):
-        return batch[samples]
+        return batch[low:high:step]
     if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
-    return tuple(part(value) for value in batch)
+        return {key: some(value) for key, value in batch.items()}
+    return tuple(some(value) for value in batch)
 
 
 def parameter_dtype(module: nn.Module) -> str:

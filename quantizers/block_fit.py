@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .blocks import Layout, layouts
-from .format import BLOCKS, Format
-from .grid import Grid, exponent, nearest_level, row_chunks
+from .format import Format
+from .lines import Grid, exponent, nearest_level, row_chunks
 
 REFITS = 2  # least-squares scales of the codes found
 _LEAST = 1e-30
@@ -31,12 +31,12 @@ def fit_blocks(weight: Tensor, fmt: Format, ratios: Sequence[float]) -> Grid:
         error, after they were rounded to what the block stores.
     """
     rows, cols = weight.shape
-    block, layout = BLOCKS[fmt.name], layouts()[fmt.name]
-    count = math.ceil(cols / block.block_size)
+    layout = layouts()[fmt.name]
+    count = math.ceil(cols / fmt.block_size)
     parts: list[Grid] = []
     for some in row_chunks(weight.shape):
-        chunk = pad(weight[some].detach().float(), (0, count * block.block_size - cols))
-        groups = chunk.view(-1, block.block_size // block.group_size, block.group_size)
+        chunk = pad(weight[some].detach().float(), (0, count * fmt.block_size - cols))
+        groups = chunk.view(-1, fmt.block_size // fmt.group_size, fmt.group_size)
         fit = _Fit(groups, fmt, layout, ratios)
         grid = fit.exponents() if "e" in layout.fields else fit.halves()
         if layout.scale_range is not None:

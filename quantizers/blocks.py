@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .format import BLOCKS
+from .block_sizes import BLOCKS
+from .format import Format
+from .lines import Grid, Line, exponent
 
 # The 16 levels of IQ4_NL, finer near zero; and of FP4 (E2M1), in halves of its smallest step.
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -137,6 +139,22 @@ def unpack_blocks(
     assert found["d"] is not None
     codes ^= layout.flip
     return codes.view(rows, -1), found["d"], found["m"], found["scales"], found["mins"]
+
+
+def block_line(fmt: Format, grid: Grid) -> Line:
+    """What the codes of every group [rows, groups] stand for, from the fields of its block."""
+    layout = layouts()[fmt.name]
+    scale = exponent(grid.scale) if grid.scale.dtype == torch.uint8 else grid.scale.float()
+    offset = None if grid.zero is None else grid.zero.float()
+    per_block = fmt.block_size // fmt.group_size
+    if grid.scales is not None:
+        scale = scale.repeat_interleave(per_block, 1) * (grid.scales.float() - layout.bias)
+    if grid.mins is not None and offset is not None:
+        offset = -(offset.repeat_interleave(per_block, 1) * grid.mins.float())
+    levels = None
+    if layout.levels is not None:
+        levels = torch.tensor(layout.levels, dtype=torch.float32, device=scale.device)
+    return Line(scale, torch.tensor(float(layout.zero)), offset, levels, whole=True)
 
 
 def _pack_codes(codes: Tensor, field: Codes) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .blocks import pack_blocks, unpack_blocks
-from .format import Format
-from .grid import FLOAT_DTYPES, Grid, decode, encode, grid_rows, row_chunks
+from .format import Fitted, Format, family_of
+from .lines import Grid
 
 _SPREAD = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # as many bytes as a byte has codes
 
@@ -51,25 +50,20 @@ class PackedTensor:
                 )
 
     @staticmethod
-    def pack(weight: Tensor, fmt: Format, grid: Grid | None) -> PackedTensor:
-        """Store ``weight`` [rows, cols], rounded to ``grid`` (None for a float format)."""
+    def pack(weight: Tensor, fmt: Format, grid: Fitted | None) -> PackedTensor:
+        """Store ``weight`` [rows, cols], rounded to ``grid``: what its family keeps of it."""
         rows, cols = weight.shape
-        if grid is None:
-            parts = {"weight": weight.detach().to(FLOAT_DTYPES[fmt.name]).contiguous()}
-            return PackedTensor(fmt, (rows, cols), parts)
-        if fmt.kind == "block":
-            blocks = torch.cat(
-                [_pack_blocks(weight, fmt, grid, r) for r in row_chunks(weight.shape)]
-            )
-            return PackedTensor(fmt, (rows, cols), {"blocks": blocks})
-        chunks = (
-            pack_bits(encode(weight[some], fmt, grid_rows(grid, some)), fmt.bits)
-            for some in row_chunks(weight.shape)
-        )
-        parts = {"codes": torch.cat(list(chunks)), "scale": grid.scale.contiguous()}
-        if grid.zero is not None:
-            parts["zero"] = pack_bits(grid.zero.reshape(1, -1), fmt.bits)[0]
-        return PackedTensor(fmt, (rows, cols), parts)
+        return PackedTensor(fmt, (rows, cols), family_of(fmt).pack(weight, fmt, grid))
+
+    @staticmethod
+    def of_codes(codes: Tensor, fmt: Format, grid: Grid) -> PackedTensor:
+        """Store given codes, uint8 [rows, cols], of a grid.
+
+        Raises:
+            ValueError: If the format is not one of codes alone.
+        """
+        rows, cols = codes.shape
+        return PackedTensor(fmt, (rows, cols), family_of(fmt).store(codes, fmt, grid))
 
     @property
     def nbytes(self) -> int:
@@ -77,39 +71,27 @@ class PackedTensor:
         return sum(part.nbytes for part in self.tensors.values())
 
     def grid(self) -> Grid | None:
-        """The scales and zero points; None for a float format."""
-        if self.fmt.kind == "float":
-            return None
-        if self.fmt.kind == "block":
-            return Grid(*unpack_blocks(self.fmt.name, self.tensors["blocks"])[1:])
-        scale = self.tensors["scale"]
-        if self.fmt.symmetric:
-            return Grid(scale, None)
-        zero = unpack_bits(self.tensors["zero"].view(1, -1), self.fmt.bits, scale.numel())
-        return Grid(scale, zero.view(scale.shape))
+        """The scales and zero points of the codes; None for a float format."""
+        return family_of(self.fmt).grid(self.fmt, self.tensors)
+
+    def fitted(self) -> Fitted | None:
+        """What ``render`` takes: the grid, or whatever else the family keeps of a weight."""
+        return family_of(self.fmt).fitted(self.fmt, self.tensors)
+
+    def coded(self) -> PackedTensor:
+        """The weight of the codes alone, without what the format adds to what they stand for."""
+        base = self.fmt.base
+        if base is None:
+            return self
+        parts = {name: self.tensors[name] for name in base.tensors(self.shape)}
+        return PackedTensor(base, self.shape, parts)
 
     def dequantize(
         self, rows: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """The weight [rows, cols], or some of its rows, as a plain tensor of ``dtype``."""
         some = slice(None) if rows is None else rows
-        if self.fmt.kind == "float":
-            return self.tensors["weight"][some].to(dtype)
-        if self.fmt.kind == "block":
-            codes, d, *rest = unpack_blocks(self.fmt.name, self.tensors["blocks"][some])
-            return decode(codes[:, : self.shape[1]], self.fmt, Grid(d, *rest)).to(dtype)
-        grid = self.grid()
-        assert grid is not None
-        part = self.tensors["codes"][some]
-        codes = unpack_bits(part, self.fmt.bits, self.shape[1])
-        return decode(codes, self.fmt, grid_rows(grid, some)).to(dtype)
-
-
-def _pack_blocks(weight: Tensor, fmt: Format, grid: Grid, rows: slice) -> Tensor:
-    part = grid_rows(grid, rows)
-    codes = encode(weight[rows], fmt, part)
-    padded = pad(codes, (0, -codes.shape[1] % fmt.block_size))
-    return pack_blocks(fmt.name, padded, *part)
+        return family_of(self.fmt).decode(self.fmt, self.shape[1], self.tensors, some).to(dtype)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from .._base.progress import Reporter
 from .._base.threads import parallel_map
-from .format import Format
-from .grid import Grid, grid_rows, render
+from .format import Fitted, Format
+from .grid import grid_rows, render
 from .methods import METHODS, Evidence
 from .packed import PackedTensor
 from .shelf import MEMORY, Shelf
 
 Rows = slice | Tensor  # a range of rows, or their indices
-RENDERINGS_FOLDER = "renderings"  # its name in a run folder
 
 
 class Evidences(Protocol):
@@ -64,11 +63,11 @@ class Renderings:
         self.evidence: Evidences | None = None
         self._method = METHODS.get(rounding)
         grid = METHODS.trait(rounding, "grid")
-        self._fit_grid: Callable[[Tensor, Format], Grid | None]
+        self._fit_grid: Callable[[Tensor, Format], Fitted | None]
         self._fit_grid = grid or METHODS.trait("rtn", "grid")
         self._rounds: Callable[[Format], bool] = METHODS.trait(rounding, "rounds", lambda _: True)
         self._only_grids = grid is not None
-        self._grids: dict[tuple[str, str], Grid | None] = {}
+        self._grids: dict[tuple[str, str], Fitted | None] = {}
         self._shelf = Shelf(folder, memory)
         self._hashes: dict[str, str] = {}
         self._ready: set[tuple[str, str]] = set()
@@ -158,7 +157,7 @@ class Renderings:
                 digest.update(_bytes(part))
         return digest.hexdigest()
 
-    def _grid(self, name: str, fmt: Format) -> Grid | None:
+    def _grid(self, name: str, fmt: Format) -> Fitted | None:
         key = (name, fmt.name)
         if key not in self._grids:
             self._grids[key] = self._fit_grid(self.weight(name), fmt)

@@ -26,17 +26,17 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
         family: The family of the device.
     """
     formats = [Format.parse(name) for name in table.formats]
-    types = table.provenance.get("layer_types", {})
+    types = table.provenance.layer_types
     size = table.bytes.copy()
     if family == "cpu":
         return size
     for u, unit in enumerate(table.units):
         kind = types.get(unit.name, "linear")
-        if kind in ("embedding", "convolution"):
+        if kind not in ("linear", "tied embedding"):
             continue
         for f, fmt in enumerate(formats):
             held = sum(_laid_out(fmt, shape) for shape in unit.shapes)
-            both = kind == "tied embedding" and fmt.kind == "int"
+            both = kind == "tied embedding" and fmt.layout == "codes"
             size[u, f] = held + (table.bytes[u, f] if both else 0)
     return size
 

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._base.progress import Advance, Reporter
 from ..models.identity import definition_sha256
 from ..models.rendering import Renderer, first_input
 from ..models.samples import Samples
+from ..models.sites import Place
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, samples_in
 from ..quantizers.methods import METHODS, Evidence
-from .probes import module_input
+from .uses import uses_of
 
 LIMIT = 1 << 31  # bytes of second moments and their factors at a time
 TOKENS = 2048  # per forward pass of a language model, whatever --batch-tokens: sums stay the same
@@ -85,6 +86,8 @@ class Moments:
     that looks rows up (an embedding, tied or not) has none: rows that are looked up are added to
     nothing, so their errors cannot make up for each other. Nor has one that nothing reaches.
     A convolution multiplies unfolded patches; each channel group has second moments of its own.
+    A weight that is no plain factor of its module's input (fused experts, recurrent and odd
+    layers) has none either.
 
     Args:
         model: The original model.
@@ -107,10 +110,7 @@ class Moments:
     ) -> None:
         self._model, self._samples, self.key = model, samples, key
         self._reporter, self._limit = reporter or Reporter(quiet=True), limit
-        self._weight = renderer.weight
-        self._modules: dict[str, list[nn.Module]] = {}
-        for name, module in renderer.hooked_modules():
-            self._modules.setdefault(name, []).append(module)
+        self._renderer, self._places = renderer, dict[str, list[Place]]()
 
     def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
         """The evidence on matrices, by name: as many at a time as there is room for.
@@ -119,7 +119,13 @@ class Moments:
             ValueError: If an input has NaN or Inf.
         """
         batches = _batches(self._samples())
-        inputs, rest = self._look(names, batches[0])
+        self._places = {}
+        for use in uses_of(self._model, self._renderer, batches).by_factors:
+            for part in self._renderer.parts_of(use.matrix):
+                self._places.setdefault(part.name, []).append(use.place)
+        known = [name for name in names if name in self._places]
+        inputs, rest = self._look(known, batches[0])
+        rest += [name for name in names if name not in self._places]
         if rest:
             yield dict.fromkeys(rest, Evidence())
         rounds: list[list[_Input]] = []
@@ -134,16 +140,16 @@ class Moments:
         for i, some in enumerate(rounds, 1):
             which = f" {i} of {len(rounds)}" if len(rounds) > 1 else ""
             with self._reporter.bar(f"Second moments of inputs{which}", count) as advance:
-                found = self._accumulate(some, batches, advance)
-            yield found
-            del found  # the next ones need the room
+                evidences = self._accumulate(some, batches, advance)
+            yield evidences
+            del evidences  # the next ones need the room
 
     def _look(self, names: Sequence[str], batch: Batch) -> tuple[list[_Input], list[str]]:
         """The inputs, as one batch shows them; and the matrices that have none."""
-        calls: dict[str, list[tuple[nn.Module, Tensor]]] = {name: [] for name in names}
+        calls: dict[str, list[tuple[Place, Tensor]]] = {name: [] for name in names}
 
-        def note(name: str, module: nn.Module, x: Tensor) -> None:
-            calls[name].append((module, x))  # kept, so that no other tensor gets its place
+        def note(name: str, place: Place, x: Tensor) -> None:
+            calls[name].append((place, x))  # kept, so that no other tensor gets its place
 
         self._run(names, [batch], note)
         shared: dict[Any, list[str]] = {}
@@ -153,11 +159,11 @@ class Moments:
             if not all(x.is_floating_point() for _, x in calls[name]):
                 lookups.append(name)
                 continue
-            same = tuple((id(x), x._version, _reading(module)) for module, x in calls[name])
+            same = tuple((id(x), x._version, _reading(place)) for place, x in calls[name])
             shared.setdefault(same or name, []).append(name)
             shapes[name] = (1, self._cols(name))
-            for module, x in calls[name][:1]:
-                parts, _, cols = next(_vectors(module, x)).shape
+            for place, x in calls[name][:1]:
+                parts, _, cols = next(_vectors(place, x)).shape
                 shapes[name] = (parts, cols)
         return [_Input(tuple(some), shapes[some[0]]) for some in shared.values()], lookups
 
@@ -167,8 +173,8 @@ class Moments:
         sums: dict[str, Tensor] = {}
         counts = {found.names[0]: 0 for found in inputs}
 
-        def add(name: str, module: nn.Module, x: Tensor) -> None:
-            for vectors in _vectors(module, x):  # [parts, count, cols]
+        def add(name: str, place: Place, x: Tensor) -> None:
+            for vectors in _vectors(place, x):  # [parts, count, cols]
                 if name not in sums:
                     parts, _, cols = vectors.shape
                     sums[name] = vectors.new_zeros(parts, cols, cols)
@@ -176,7 +182,7 @@ class Moments:
                 counts[name] += vectors.shape[1]
 
         self._run(list(counts), batches, add, advance)
-        result = {}
+        result: dict[str, Evidence] = {}
         for found in inputs:
             leader = found.names[0]
             moments = sums.pop(leader, None)
@@ -195,18 +201,18 @@ class Moments:
         self,
         names: Sequence[str],
         batches: Sequence[Batch],
-        visit: Callable[[str, nn.Module, Tensor], None],
+        visit: Callable[[str, Place, Tensor], None],
         advance: Advance = lambda _: None,
     ) -> None:
         """Run the model; ``visit`` sees the input of every use of the matrices."""
 
-        def watch(name: str, module: nn.Module) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                visit(name, module, first_input(args, kwargs))
+        def watch(name: str, place: Place) -> Any:
+            def hook(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                visit(name, place, first_input(args, kwargs))
 
-            return module.register_forward_pre_hook(hook, with_kwargs=True)
+            return place.module.register_forward_pre_hook(hook, with_kwargs=True)
 
-        handles = [watch(name, module) for name in names for module in self._modules[name]]
+        handles = [watch(name, place) for name in names for place in self._places[name]]
         try:
             with torch.no_grad():
                 for batch in batches:
@@ -217,21 +223,21 @@ class Moments:
                 handle.remove()
 
     def _cols(self, name: str) -> int:
-        return self._weight(name).shape[1]
+        return self._renderer.weight(name).shape[1]
 
 
-def _vectors(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The vectors that a module's matrix multiplies, float32 [parts, count, cols], in pieces.
+def _vectors(place: Place, x: Tensor) -> Iterator[Tensor]:
+    """The vectors that a matrix multiplies, float32 [parts, count, cols], in pieces.
 
     Images come one at a time: their patches are many times as large.
     """
     for piece in x.split(1) if x.dim() > 3 else (x,):
-        yield module_input(module, piece, 1)[0].transpose(0, 1).float()
+        yield place.site.inputs(place.module, piece, 1)[0].transpose(0, 1).float()
 
 
-def _reading(module: nn.Module) -> str:
-    """What besides its input decides which vectors a module multiplies."""
-    return module.extra_repr() if isinstance(module, nn.Conv2d) else ""
+def _reading(place: Place) -> str:
+    """What besides its input decides which vectors a matrix multiplies."""
+    return f"{place.site_name} {place.module.extra_repr()}" if place.site_name == "conv" else ""
 
 
 def _batches(samples: Samples) -> Sequence[Batch]:
@@ -240,4 +246,4 @@ def _batches(samples: Samples) -> Sequence[Batch]:
     if samples.length is None or not all(isinstance(batch, Tensor) for batch in batches):
         return batches
     ids = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
-    return ids.split(max(1, TOKENS // samples.length))
+    return list(ids.split(max(1, TOKENS // samples.length)))

@@ -76,7 +76,7 @@ def read_formats(
             raise ValueError(f"{path}: the quantization_config lacks {min(lacking)!r}.")
         bits, size = entry["bits"], entry["group_size"]
         try:
-            fmt = Format.integer(bits, max(size, 0), entry["sym"])
+            fmt = Format.of_integers(bits, max(size, 0), entry["sym"])
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"{path}: {name!r} has {bits} bits by groups of {size}, for which bitplan has no "
@@ -99,7 +99,7 @@ def most_used(source: Source) -> Format:
     weights: dict[Format, int] = {}
     for name, (rows, cols) in source.shapes.items():
         fmt = source.formats[name]
-        if fmt.kind == "int":
+        if fmt.integer:
             weights[fmt] = weights.get(fmt, 0) + rows * cols
     if not weights:
         raise ValueError("The plan keeps every matrix as it is: there is nothing to quantize.")

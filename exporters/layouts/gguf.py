@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from ...models.load import smollm2_path
 from ...models.workload import LoadedModel
+from ...quantizers.block_sizes import BLOCKS, INTEGER_BLOCKS
 from ...quantizers.blocks import pack_blocks
-from ...quantizers.format import BLOCKS, INTEGER_BLOCKS
 from ...quantizers.packed import PackedTensor, unpack_bits
 
 TYPE_OF_FORMAT = {fmt: name.upper() for name, fmt in INTEGER_BLOCKS.items()}
@@ -171,11 +171,11 @@ def _interleaved(reader: gguf.GGUFReader, rows: int) -> Iterator[Tensor]:
 def blocks_of(packed: PackedTensor, order: Tensor | None) -> Block:
     """A packed weight as llama.cpp stores it, its rows in the given order."""
     fmt, kind = packed.fmt, TYPE_OF_FORMAT[packed.fmt.name]
-    if fmt.kind == "float":
+    if fmt.floating:
         weight = packed.tensors["weight"]
         data = (weight if order is None else weight[order]).contiguous()
         return Block(kind, packed.shape, data.view(torch.uint8).numpy())
-    if fmt.kind == "block":
+    if fmt.block_size > 1:
         data = packed.tensors["blocks"]
     else:
         codes = unpack_bits(packed.tensors["codes"], fmt.bits, packed.shape[1])
@@ -208,9 +208,9 @@ def relative_distance(theirs: Tensor, ours: Tensor) -> float:
 
 def original_weight(module: nn.Module | None) -> Tensor | None:
     """The plain weight of a module as a matrix, if it has one."""
-    from ...models.find import weight_matrix
+    from ...models.layers import original_matrix
 
-    return None if module is None else weight_matrix(module)
+    return original_matrix(module)
 
 
 def copy_with(

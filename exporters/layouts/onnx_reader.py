@@ -52,7 +52,9 @@ def _read_nbits(node: ir.Node, shape: tuple[int, int]) -> Found:
     names = ("B", "scales", "zero_points")
     bits, size = (node.attributes[name].as_int() for name in ("bits", "block_size"))
     return _nbits(
-        dict(zip(names, stored, strict=False)), Format.integer(bits, size, len(stored) < 3), shape
+        dict(zip(names, stored, strict=False)),
+        Format.of_integers(bits, size, len(stored) < 3),
+        shape,
     )
 
 
@@ -77,7 +79,7 @@ def _read_dequantized(node: ir.Node, shape: tuple[int, int]) -> Found:
     size = block.as_int() if block else PER_CHANNEL
     symmetric = codes.dtype.name.startswith("INT")
     bits = 4 if codes.dtype.name.endswith("4") else 8
-    fmt = Format.integer(bits, size, symmetric)
+    fmt = Format.of_integers(bits, size, symmetric)
 
     def read() -> PackedTensor:
         numbers = _tensor(codes).short()[:, : shape[1]]

@@ -30,7 +30,7 @@ def grid_of(packed: PackedTensor) -> tuple[Tensor, Tensor]:
         ValueError: If the format is no integer one, or has no integer zero point (one bit).
     """
     fmt, grid = packed.fmt, packed.grid()
-    if grid is None or fmt.kind != "int" or (fmt.symmetric and fmt.bits == 1):
+    if grid is None or not fmt.integer or (fmt.symmetric and fmt.bits == 1):
         raise ValueError(f"A weight in {fmt} has no integer zero point. Use another format.")
     scale, zero = grid.scale, grid.zero
     if zero is None:

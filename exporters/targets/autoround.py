@@ -127,7 +127,7 @@ def _packing_format(source: Source) -> str:
 
 
 def _entry(fmt: Format) -> dict[str, Any]:
-    if fmt.kind == "float":
+    if fmt.floating:
         return {"bits": 32 if fmt.name == "fp32" else 16, "data_type": "float"}
     return {
         "bits": fmt.bits,
@@ -144,8 +144,8 @@ def _config(source: Source, packing: str) -> dict[str, Any]:
     for name in linear_names(source):
         fmt = formats.get(name)
         if fmt != usual:
-            extra[name] = left if fmt is None or fmt.kind == "float" else _entry(fmt)
-    quantized = [name for name, fmt in formats.items() if fmt.kind == "int"]
+            extra[name] = left if fmt is None or fmt.floating else _entry(fmt)
+    quantized = [name for name, fmt in formats.items() if fmt.integer]
     return {
         "quant_method": "auto-round",
         "packing_format": packing,

@@ -96,7 +96,7 @@ def _config(source: Source) -> dict[str, Any]:
     most_used(source)  # refuses a plan that quantizes nothing
     targets: dict[Format, list[str]] = {}
     for name, fmt in source.formats.items():
-        if fmt.kind == "int":
+        if fmt.integer:
             targets.setdefault(fmt, []).append(name)
     quantized = {name for names in targets.values() for name in names}
     groups = {
@@ -152,7 +152,7 @@ def _parse(path: Path, module: str, weights: dict[str, Any]) -> Format:
         )
     size = {"group": weights.get("group_size"), "channel": 0}.get(weights["strategy"])
     try:
-        return Format.integer(weights["num_bits"], size, weights["symmetric"])  # type: ignore[arg-type]
+        return Format.of_integers(weights["num_bits"], size, weights["symmetric"])  # type: ignore[arg-type]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: {module!r} has {weights['num_bits']} bits by {weights['strategy']} "

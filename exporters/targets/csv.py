@@ -26,7 +26,7 @@ class Csv(Exporter):
         formats, shapes, count = source.formats, source.shapes, byte_count(source.plan.runtime)
         for unit in source.units:
             fmt, (rows, cols) = formats[unit.name], shapes[unit.name]
-            group = "" if fmt.kind == "float" else cols if fmt.group_size == 0 else fmt.group_size
+            group = "" if fmt.floating else cols if fmt.group_size == 0 else fmt.group_size
             size = count(fmt, (rows, cols))
             table.writerow(
                 [unit.name, fmt.name, fmt.bits, group, int(fmt.symmetric), rows, cols, size]

@@ -26,7 +26,7 @@ class ExLlamaV3(Exporter):
         bits = {}
         for unit in source.everything:
             fmt = formats.get(unit.name)
-            bits[unit.name] = fmt.bits if fmt and fmt.kind == "int" else UNQUANTIZED
+            bits[unit.name] = fmt.bits if fmt and fmt.integer else UNQUANTIZED
         tensors = {
             name: width
             for name, width in bits.items()

@@ -92,7 +92,7 @@ def _config(source: Source) -> dict[str, Any]:
     by_format: dict[Format | None, list[str]] = {}
     for name in linear_names(source):
         fmt = formats.get(name)
-        by_format.setdefault(fmt if fmt and fmt.kind == "int" else None, []).append(name)
+        by_format.setdefault(fmt if fmt and fmt.integer else None, []).append(name)
     dynamic: dict[str, dict[str, Any]] = {}
     for fmt, names in by_format.items():
         for name in names if fmt != usual else []:

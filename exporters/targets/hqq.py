@@ -25,7 +25,7 @@ class Hqq(Exporter):
                 "axis": 1,
             }
             for name, fmt in source.formats.items()
-            if fmt.kind == "int"
+            if fmt.integer
         }
         return json.dumps(layers, indent=1) + "\n"
 

@@ -23,7 +23,7 @@ class Json(Exporter):
         modules: dict[str, dict[str, Any]] = {}
         for name, fmt in source.formats.items():
             entry: dict[str, Any] = {"format": fmt.name, "bits": fmt.bits, "shape": shapes[name]}
-            if fmt.kind == "int":
+            if fmt.layout == "codes":
                 entry |= {"group_size": fmt.group_size or shapes[name][1], "sym": fmt.symmetric}
             modules[name] = entry | {"bytes": count(fmt, shapes[name])}
         data = {

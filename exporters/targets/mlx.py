@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...kernels.linear import PackedEmbedding
+from ...models.layers import layer_kind
 from ...models.measure import Run
 from ...models.workload import LoadedModel
 from ...quantizers.format import Format
@@ -86,7 +86,7 @@ class Mlx(Exporter):
             bits, size = entry["bits"], entry["group_size"]
             symmetric = torch.equal(biases, scales * -(2 ** (bits - 1)))
             try:
-                fmt = Format.integer(bits, size, symmetric)
+                fmt = Format.of_integers(bits, size, symmetric)
             except (KeyError, ValueError) as error:
                 raise ValueError(
                     f"{path}: {module!r} has {bits} bits by groups of {size}, for which bitplan "
@@ -129,12 +129,10 @@ def _config(source: Source) -> dict[str, Any]:
     usual = _entry(most_used(source))
     config: dict[str, Any] = dict(usual)
     formats, modules = source.formats, source.model.module.named_modules()
-    embeddings = [
-        name for name, m in modules if isinstance(m, torch.nn.Embedding | PackedEmbedding)
-    ]
+    embeddings = [name for name, m in modules if layer_kind(m) == "embedding"]
     for name in (*embeddings, *linear_names(source, also=embeddings)):
         fmt = formats.get(name)
-        config[name] = _entry(fmt) if fmt and fmt.kind == "int" else False
+        config[name] = _entry(fmt) if fmt and fmt.integer else False
     return config
 
 

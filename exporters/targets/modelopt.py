@@ -20,7 +20,7 @@ class ModelOpt(Exporter):
     def config(self, source: Source) -> str:
         """Algorithm and group size by module, and the modules that are left out."""
         formats = source.formats
-        layers = {name: _entry(fmt) for name, fmt in formats.items() if fmt.kind == "int"}
+        layers = {name: _entry(fmt) for name, fmt in formats.items() if fmt.integer}
         data = {
             "producer": {"name": "bitplan", "version": source.plan.versions.get("bitplan", "")},
             "quantization": {

@@ -22,7 +22,7 @@ class Nncf(Exporter):
     def config(self, source: Source) -> str:
         """A list of passes; every pass ignores the modules of all others."""
         formats = source.formats
-        kinds = dict.fromkeys(f for f in formats.values() if f.kind == "int")
+        kinds = dict.fromkeys(f for f in formats.values() if f.integer)
         names = [unit.name for unit in source.everything]
         passes = []
         for fmt in kinds:

@@ -3,8 +3,8 @@
 A method says of itself, as traits of its registration:
 
 ``grid``
-    ``(weight, fmt) -> Grid | None`` if its codes are the nearest ones on a grid: whoever keeps the
-    grid can make the codes again at any time.
+    ``(weight, fmt) -> Fitted | None`` if its codes are the nearest ones on a grid: whoever keeps
+    the grid can make the codes again at any time.
 ``needs``
     Names of the fields of :class:`Evidence` that it works from; without any it needs no data.
 ``rounds``

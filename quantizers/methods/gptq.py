@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..format import Format
-from ..grid import CHUNK, Grid
+from ..lines import CHUNK, Grid
 from ..packed import PackedTensor
 from . import METHODS, Evidence
 from .rtn import fit_grid, rtn
@@ -20,7 +20,7 @@ ATTEMPTS = 8  # each with ten times the damping, the first two with the same
 
 def has_own_codes(fmt: Format) -> bool:
     """Whether GPTQ has codes of its own for a format: if it is one of integers."""
-    return fmt.kind == "int"
+    return fmt.integer
 
 
 @METHODS.register("gptq", needs={"hessian"}, rounds=has_own_codes)
@@ -118,7 +118,7 @@ def _round(weight: Tensor, fmt: Format, feedback: Tensor) -> tuple[Tensor, Grid]
         scale, zero = scale.flatten(0, 1), zero.flatten(0, 1)
         return rounded.flatten(0, 1), Grid(scale, None if fmt.symmetric else zero)
     grid = fit_grid(weight, fmt)
-    assert grid is not None
+    assert isinstance(grid, Grid)
     scale, zero = _lines(grid, fmt)
     every = (*blocks.shape[:2], 1)
     scale, zero = (part.expand(len(weight), 1).reshape(every) for part in (scale, zero))
@@ -141,7 +141,7 @@ def _round_groups(
         target = sweep.target(start, min(start + fmt.group_size, cols))
         size = target.shape[1]
         fitted = fit_grid(sweep.expected(target, start).transpose(1, 2).reshape(-1, size), fmt)
-        assert fitted is not None
+        assert isinstance(fitted, Grid)
         scale, zero = (part.expand(parts * count, 1) for part in _lines(fitted, fmt))
         scale, zero = scale.view(parts, count), zero.view(parts, count)
         grid[0][:, :, group], grid[1][:, :, group] = scale.half(), zero.to(torch.uint8)

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from ..block_fit import fit_blocks
-from ..format import PER_TENSOR, Format
-from ..grid import Grid, group_blocks, row_chunks
+from ..format import Fitted, Format, family_of
 from ..packed import PackedTensor
 from . import METHODS, Evidence
 
-MAX_FLOAT16 = torch.finfo(torch.float16).max
-# Where to clip, relative to the largest weights of a group: with few levels, far inside.
-LEAST_RATIO = {1: 0.2, 2: 0.5, 3: 0.8, 4: 0.88, 5: 0.95, 6: 0.975, 7: 0.985, 8: 0.994}
-RATIOS = {bits: torch.linspace(1, least, 4).tolist() for bits, least in LEAST_RATIO.items()}
-REFINEMENTS = 2
 
-
-def fit_grid(weight: Tensor, fmt: Format) -> Grid | None:
+def fit_grid(weight: Tensor, fmt: Format) -> Fitted | None:
     r"""Fit a grid to ``weight`` [rows, cols]; rounding to nearest on it is ``render``.
 
-    Per group of weights w_i with root mean square r, the scale and the zero point minimize
+    Every family fits its own grids (``Family.fit``).  In an integer format, per group of weights
+    w_i with root mean square r, the scale and the zero point minimize
 
         sum_i (|w_i| + r) (w_i - rendered_i)^2
 
@@ -33,29 +23,22 @@ def fit_grid(weight: Tensor, fmt: Format) -> Grid | None:
     search gave *more* KL divergence than no clip search for int3- and int4-g64-asym on SmolLM2.
 
     Returns:
-        The grid; None for a float format, which has none.
+        The grid, or what else the family keeps of the weight; None for a float format.
 
     Raises:
         ValueError: If the weight has NaN or Inf, or values too large for a float16 scale (or
             for ``fp16`` itself).
+
+    >>> import torch
+    >>> weight, fmt = torch.tensor([[-1.0, 0.5, 3.0, 3.0]]), Format.parse("int2-gc-asym")
+    >>> grid = fit_grid(weight, fmt)
+    >>> grid.scale, grid.zero
+    (tensor([[1.4639]], dtype=torch.float16), tensor([[1]], dtype=torch.uint8))
     """
-    weight = weight.detach()
-    _check_range(weight, fmt)
-    if fmt.kind == "float":
-        return None
-    if fmt.kind == "block":
-        return fit_blocks(weight, fmt, RATIOS[fmt.bits])
-    if fmt.group_size == PER_TENSOR:
-        weight = weight.reshape(1, -1)
-    shape = (weight.shape[0], fmt.groups(weight.shape[1]))
-    scale = torch.empty(shape, dtype=torch.float16, device=weight.device)
-    zero = torch.empty(shape, dtype=torch.uint8, device=weight.device)
-    for rows in row_chunks(weight.shape):
-        for block, groups in group_blocks(weight[rows], fmt):
-            fit = _fit(block.reshape(-1, block.shape[2]).float(), fmt)
-            scale[rows, groups] = fit.scale.view(block.shape[:2]).half()
-            zero[rows, groups] = fit.zero.view(block.shape[:2]).to(torch.uint8)
-    return Grid(scale, None if fmt.symmetric else zero)
+    family, weight = family_of(fmt), weight.detach()
+    family.check(weight, fmt)
+    fitted: Fitted | None = family.fit(weight, fmt)
+    return fitted
 
 
 @METHODS.register("rtn", grid=fit_grid)
@@ -75,98 +58,3 @@ def rtn(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
         the k-quants of llama.cpp do without an importance matrix.
     """
     return PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
-
-
-class _Fit:
-    """The best scale and zero point so far of every group of ``weight`` [groups, size]."""
-
-    def __init__(self, weight: Tensor, fmt: Format) -> None:
-        self.weight = weight
-        self.salience = weight.abs().add_(weight.square().mean(1, keepdim=True).sqrt_())
-        self.max_code = 2**fmt.bits - 1
-        self.error = torch.full_like(weight[:, 0], torch.inf)
-        self.scale = torch.zeros_like(self.error)
-        self.zero = torch.full_like(self.error, fmt.zero_point)
-        self._position = torch.empty_like(weight)
-        self._codes = torch.empty_like(weight)
-
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        """Take the scale and zero point, both [groups], wherever they lower the error."""
-        scale = scale.half().float()
-        error = self._round(scale, zero)
-        error = error.mul_(error).mul_(self.salience).sum(1).mul_(scale).mul_(scale)
-        better = (error < self.error) & (scale != 0)  # float16 may round a scale to 0
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
-
-    def shift_zero(self) -> None:
-        """Offer the two neighbouring zero points."""
-        scale, zero = self.scale, self.zero
-        self.offer(scale, (zero + 1).clamp_(max=self.max_code))
-        self.offer(scale, (zero - 1).clamp_(min=0))
-
-    def refit_scale(self) -> None:
-        """Offer the scale with the least error for the present codes."""
-        self._round(self.scale, self.zero)
-        steps = self._codes.sub_(self.zero[:, None])
-        salient = torch.mul(steps, self.salience, out=self._position)
-        norm = steps.mul_(salient).sum(1)
-        scale = salient.mul_(self.weight).sum(1).div_(norm)
-        self.offer(torch.where(norm > 0, scale, self.scale), self.zero)
-
-    def _round(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Set the codes; return the rounding errors [groups, size] in units of the scale."""
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        torch.mul(self.weight, inverse[:, None], out=self._position).add_(zero[:, None])
-        torch.round(self._position, out=self._codes).clamp_(0, self.max_code)
-        return self._position.sub_(self._codes)
-
-
-def _fit(weight: Tensor, fmt: Format) -> _Fit:
-    """Fit scales and zero points to ``weight`` [groups, size]."""
-    fit = _Fit(weight, fmt)
-    for scale, zero in _unclipped(weight, fmt):
-        for ratio in RATIOS[fmt.bits]:
-            fit.offer(scale * ratio, zero)
-    for _ in range(REFINEMENTS):
-        if not fmt.symmetric:
-            fit.shift_zero()
-        fit.refit_scale()
-    return fit
-
-
-def _unclipped(weight: Tensor, fmt: Format) -> list[tuple[Tensor, Tensor]]:
-    """Scales and zero points [groups] whose grids reach the largest weights."""
-    max_code = 2**fmt.bits - 1
-    low = weight.amin(1).clamp_(max=0)
-    high = weight.amax(1).clamp_(min=0)
-    if fmt.symmetric:  # the grid reaches further on one side; the sign of the scale says which
-        zero = torch.full_like(low, fmt.zero_point)
-        largest = torch.where(high > -low, high, low)
-        starts = [(largest / -fmt.zero_point, zero), (largest / (max_code - fmt.zero_point), zero)]
-    else:
-        width = high - low
-        zero = torch.where(width == 0, 0, -low / width * max_code).round_()
-        starts = [(width / max_code, zero)]
-    return starts
-
-
-def _check_range(weight: Tensor, fmt: Format) -> None:
-    low, high = (float(end) for end in torch.aminmax(weight))
-    largest = max(-low, high)
-    if not math.isfinite(largest):
-        raise ValueError(f"The weight contains {largest} and cannot be quantized.")
-    if fmt.kind == "float":
-        needed = largest if fmt.name == "fp16" else 0.0
-    elif fmt.kind == "block":
-        needed = largest / 8
-    elif fmt.symmetric:
-        needed = largest / fmt.zero_point
-    else:
-        needed = (high - low) / (2**fmt.bits - 1)
-    if needed > MAX_FLOAT16:
-        raise ValueError(
-            f"A weight of {largest:g} does not fit {fmt}: float16 ends at {MAX_FLOAT16:g}. "
-            "Keep it in bf16 or fp32."
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ..._base.files import read_toml
+from ..._base.hints import did_you_mean
 from ..format import PER_CHANNEL, PER_TENSOR, Format
 
 FOLDER = Path(__file__).resolve().parent
@@ -135,8 +135,7 @@ class Rules(_Strict):
             ValueError: If there are no such rules, or their file is not valid.
         """
         if name not in names():
-            close = difflib.get_close_matches(name, names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, names())
             raise ValueError(f"Unknown runtime {name!r}.{hint} Available: {', '.join(names())}.")
         return cls.read(FOLDER / f"{name}.toml")
 
@@ -170,7 +169,7 @@ class Rules(_Strict):
 
     def stored_bytes(self, fmt: Format, shape: tuple[int, int]) -> int:
         """Bytes of a [rows, cols] matrix in a file for this runtime."""
-        if fmt.kind != "int" or not self.storage:
+        if not fmt.integer or not self.storage:
             return fmt.stored_bytes(shape)
         return sum(stored.nbytes(fmt, shape) for stored in self.storage)
 
@@ -189,7 +188,7 @@ class Rules(_Strict):
         Returns:
             The reason, which begins with the name of the rule.
         """
-        if (reason := self._format_refusal(fmt)) or fmt.kind == "float":
+        if (reason := self._format_refusal(fmt)) or fmt.floating:
             return reason
         if self.must_stay_float(name):
             return f"unquantized: {name} must stay one of {', '.join(self.floats)}"
@@ -206,12 +205,19 @@ class Rules(_Strict):
         return None
 
     def _format_refusal(self, fmt: Format) -> str | None:
-        if fmt.kind == "float":
+        if fmt.floating:
             taken = ", ".join(self.floats) or "no float format"
             return None if fmt.name in self.floats else f"floats: it takes {taken}, not {fmt.name}"
-        if fmt.kind == "block":
+        if fmt.block_size > 1:
             taken = ", ".join(self.blocks) or "no blocks of llama.cpp"
             return None if fmt.name in self.blocks else f"blocks: it takes {taken}, not {fmt.name}"
+        return self._integer_refusal(fmt)
+
+    def _integer_refusal(self, fmt: Format) -> str | None:
+        if not fmt.integer:
+            parts = ("integers", self.integers), ("blocks of llama.cpp", self.blocks)
+            taken = ", ".join([name for name, held in parts if held] + ["floats"])
+            return f"families: it takes {taken}, not {fmt.name}"
         sets = [s for s in self.integers if fmt.bits in s.bits]
         if not sets:
             taken = ", ".join(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..._base.registry import Registry
-from ...models.rendering import Renderer
-from ...models.samples import Samples
 from ...models.units import UnitInfo
-from ...models.workload import LoadedModel
 from ...quantizers.format import Format
+
+if TYPE_CHECKING:  # so that the names of metrics can be listed without torch
+    from ...models.rendering import Renderer
+    from ...models.samples import Samples
+    from ...models.workload import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Task:
         samples: Calibration batches.
         seed: Seed of every random draw.
         advance: Called with a number of finished samples, for the progress bar.
+        unreached: Filled by the metric with the experts that no sample reached, whose price is
+            that of their kind.
     """
 
     model: LoadedModel
@@ -37,6 +42,7 @@ class Task:
     samples: Samples
     seed: int
     advance: Callable[[int], None]
+    unreached: list[str] = field(default_factory=list)
 
     def unit_index(self) -> dict[str, int]:
         """Canonical module name -> index of its unit."""

@@ -8,15 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.workload import samples_in
-from ..probes import (
-    Factors,
-    Product,
-    Upstream,
-    check_reached,
-    gradient_products,
-    positions_in,
-    stream,
-)
+from ..experts import Reach
+from ..factors import Gradient, Product, gradient_products
+from ..probes import Upstream, positions_in, stream
+from ..uses import uses_of
 from . import Task
 
 
@@ -41,21 +36,22 @@ def gradient_scores(
     index = task.unit_index()
     shape = (len(products), task.samples.count, len(task.units), len(task.formats))
     scores = np.zeros(shape)
-    reached: set[str] = set()
+    uses = uses_of(task.model, task.renderer, task.samples.batches)
+    reach = Reach(task.renderer, uses)
     positions = np.zeros((task.samples.count, 1, 1))
     start = 0
-    for batch in task.samples.batches:
+    for batch in uses.pieces(task.samples.batches):
         count = samples_in(batch)
         rows = scores[:, start : start + count]
 
-        def visit(name: str, factors: Factors, rows: NDArray[np.float64] = rows) -> None:
-            found = gradient_products(factors, task.renderer, name, task.formats, products)
+        def visit(name: str, source: Gradient, rows: NDArray[np.float64] = rows) -> None:
+            found = gradient_products(source, task.renderer, name, task.formats, products)
             if not np.isfinite(found).all():
                 raise ValueError(
                     f"The gradient of {name!r} is NaN or Inf on a calibration batch. Check the "
                     f"model there, or leave it out with --exclude {name!r}."
                 )
-            reached.add(name)
+            reach.saw(name, source)
             rows[:, :, index[name]] += found
 
         # No name for the logits: the last batch's would stay in memory during the next one.
@@ -64,5 +60,5 @@ def gradient_scores(
         )
         start += count
         task.advance(count)
-    check_reached(task.renderer.names, reached)
+    task.unreached.extend(reach.extend(scores, products, task.units, task.formats))
     return scores, positions

@@ -19,6 +19,7 @@ from bitplan.models.load import load_model
 from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import Provenance
 
 WORDS = ("the", "a", "model", "weight", "code", "scale", "of", "every", "stores", "row", "by", "to")
 TABLE_FORMATS = (
@@ -121,16 +122,18 @@ def table(units: int = 30, samples: int = 8) -> SensitivityTable:
         kl=kl,
         stderr=kl / 4,
         scores=scores,
-        provenance={
-            "model": {"id": "toy", "revision": None, "sha256": "0" * 64},
-            "dtype": "bfloat16",
-            "metric": "fisher",
-            "rounding": "rtn",
-            "calibration": {"source": "toy"},
-            "versions": {},
-            "outside_bytes": 12_345,
-            "layer_types": {},
-        },
+        provenance=Provenance.model_validate(
+            {
+                "model": {"id": "toy", "revision": None, "sha256": "0" * 64},
+                "dtype": "bfloat16",
+                "metric": "fisher",
+                "rounding": "rtn",
+                "calibration": {"source": "toy"},
+                "versions": {},
+                "outside_bytes": 12_345,
+                "layer_types": {},
+            }
+        ),
     )
 
 

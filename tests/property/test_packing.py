@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.checkpoint import FILE_NAME, write_checkpoint
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid, decode, encode, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
-rtn = METHODS.trait("rtn", "grid")
+fit_grid = METHODS.trait("rtn", "grid")
 
 integers = st.builds(
-    Format.integer, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()
+    Format.of_integers, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()
 )
 formats = integers | st.sampled_from([Format.parse(name) for name in ("bf16", "fp16", "fp32")])
 
@@ -48,7 +48,7 @@ def test_unpacking_inverts_packing(bits: int, rows: int, count: int, seed: int) 
 @given(weights(), formats)
 @settings(max_examples=60, deadline=None)
 def test_stored_bytes_are_exact(weight: Tensor, fmt: Format) -> None:
-    packed = PackedTensor.pack(weight, fmt, rtn(weight, fmt))
+    packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
     expected = fmt.stored_bytes((weight.shape[0], weight.shape[1]))
     assert packed.nbytes == expected
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def test_stored_bytes_are_exact(weight: Tensor, fmt: Format) -> None:
 @given(weights(), integers)
 @settings(max_examples=100, deadline=None)
 def test_rendering_is_decoding_the_codes(weight: Tensor, fmt: Format) -> None:
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     assert grid is not None
     rendered = render(weight, fmt, grid)
     assert torch.equal(rendered, decode(encode(weight, fmt, grid), fmt, grid))
@@ -82,11 +82,11 @@ def unclipped(weight: Tensor, fmt: Format) -> Grid:
 @given(weights(), st.integers(2, 8), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_clip_search_never_loses_to_no_clipping(weight: Tensor, bits: int, symmetric: bool) -> None:
-    fmt = Format.integer(bits, -1, symmetric)
+    fmt = Format.of_integers(bits, -1, symmetric)
     salience = weight.abs() + weight.square().mean().sqrt()
     searched, plain = (
         float((render(weight, fmt, grid) - weight).square().mul(salience).sum())
-        for grid in (rtn(weight, fmt), unclipped(weight, fmt))
+        for grid in (fit_grid(weight, fmt), unclipped(weight, fmt))
     )
     assert searched <= plain * (1 + 1e-3) + 1e-30
 
@@ -95,7 +95,7 @@ def test_clip_search_never_loses_to_no_clipping(weight: Tensor, bits: int, symme
 @settings(max_examples=60, deadline=None)
 def test_packed_linear_is_linear(weight: Tensor, fmt: Format, biased: bool) -> None:
     rows, cols = weight.shape
-    packed = PackedTensor.pack(weight, fmt, rtn(weight, fmt))
+    packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
     x = torch.randn(3, cols, generator=torch.Generator().manual_seed(0))
     bias = torch.nn.Parameter(torch.ones(rows)) if biased else None
     expected = torch.nn.functional.linear(x, packed.dequantize(), bias).detach()

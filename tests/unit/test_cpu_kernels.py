@@ -20,7 +20,7 @@ from bitplan.kernels import cpu, native
 from bitplan.kernels.backend import kernel_for
 from bitplan.kernels.cpu import FEW, CpuWeight
 from bitplan.kernels.layouts import CpuLayout, DenseLayout, PlaneLayout, StoredLayout, prepare
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
@@ -310,7 +310,9 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
 def test_the_library_is_built_once_and_again_if_damaged(
     monkeypatch: pytest.MonkeyPatch, fresh: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (built, *_) = _REAL_CACHE.glob("cpu-*.so")
+    compiler = native._compiler()
+    assert compiler is not None
+    built = _REAL_CACHE / f"cpu-{native._key(compiler)}.so"
     script, log = fresh / "c++", fresh / "log"
     script.write_text(  # "compiles" by copying
         f'#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit\n'

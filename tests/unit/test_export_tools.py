@@ -18,10 +18,10 @@ from bitplan.models.find import find_units
 from bitplan.models.measure import Run
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods.rtn import rtn
+from bitplan.quantizers.methods.rtn import fit_grid
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.runtimes import Rules
-from bitplan.tests.plans import hand_made, mixed
+from bitplan.testing.plans import hand_made, mixed
 
 # Target, its runtime, the largest relative error of the logits. Zero: equal bit for bit.
 FOLDERS = [
@@ -43,7 +43,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def integer_formats(runtime: str) -> list[str]:
-    return [fmt.name for fmt in Rules.load(runtime).all_formats() if fmt.kind == "int"]
+    return [fmt.name for fmt in Rules.load(runtime).all_formats() if fmt.integer]
 
 
 def matrices(model: LoadedModel, runtime: str) -> list[str]:
@@ -208,7 +208,7 @@ def test_output_channels_with_formats_of_their_own_run(tmp_path: Path) -> None:
     blocks = []
     for spec, rows in (("int4-g32", slice(0, 20)), ("int8-g64-asym", slice(20, 32))):
         fmt = Format.parse(spec)
-        blocks.append(PackedTensor.pack(weight[rows], fmt, rtn(weight[rows], fmt)))
+        blocks.append(PackedTensor.pack(weight[rows], fmt, fit_grid(weight[rows], fmt)))
     module = nn.Sequential(QuantizedLinear("0", blocks, None)).eval()
     x = torch.randn(3, 64, generator=generator)
     onnx_ir.save(

@@ -1,23 +1,37 @@
 """Format names, layouts and the byte formula."""
 
+import pickle
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 
-from bitplan.quantizers.format import PER_CHANNEL, PER_TENSOR, Format, resolve_formats
+from bitplan.quantizers.format import (
+    PER_CHANNEL,
+    PER_TENSOR,
+    Family,
+    Format,
+    families,
+    resolve_formats,
+)
 
 
 def test_parse_reads_every_field() -> None:
     fmt = Format.parse("int4-g64-asym")
-    assert (fmt.kind, fmt.bits, fmt.group_size, fmt.symmetric) == ("int", 4, 64, False)
+    assert (fmt.family, fmt.bits, fmt.group_size, fmt.symmetric) == ("integers", 4, 64, False)
+    assert fmt.integer and not fmt.floating and fmt.layout == "codes"
     assert str(fmt) == fmt.name == "int4-g64-asym"
     assert Format.parse("int8-gc").group_size == PER_CHANNEL
     assert Format.parse("int8-gt").group_size == PER_TENSOR
-    assert Format.parse("bf16").kind == "float"
+    assert Format.parse("bf16").floating and not Format.parse("bf16").integer
+    assert Format.parse("q4_k").block_size == 256 and not Format.parse("q4_k").integer
 
 
 def test_integer_is_the_inverse_of_the_name() -> None:
     for spec in ("int4-g64-asym", "int3-gc", "int1-gt-asym", "int8-g256"):
         fmt = Format.parse(spec)
-        assert Format.integer(fmt.bits, fmt.group_size, fmt.symmetric) == fmt
+        assert Format.of_integers(fmt.bits, fmt.group_size, fmt.symmetric) == fmt
 
 
 @pytest.mark.parametrize("spec", ["int9-g64", "int4-g48", "int4", "int4-g64-sym", "", "INT4-g64"])
@@ -31,12 +45,36 @@ def test_unknown_names_get_near_ones() -> None:
         Format.parse("int4-g64-asymm")
 
 
-@pytest.mark.parametrize(
-    "spec", ["nf4-g64", "mxfp6", "nvfp4", "cb3-gc", "int4-g64+sp0.5", "bf16+lr16"]
-)
-def test_formats_of_later_versions_say_so(spec: str) -> None:
-    with pytest.raises(ValueError, match="not available in this version"):
+def test_unknown_names_get_the_grammar_of_every_family() -> None:
+    with pytest.raises(ValueError, match=r"Unknown format 'nf4-g65'. Did you mean 'nf4-g64'") as e:
+        Format.parse("nf4-g65")
+    for family in families():
+        assert family.grammar in str(e.value)
+
+
+@pytest.mark.parametrize("spec", ["nf4-gt", "int4-g64+lr0", "bf16+lr16", "q4_k+lr8", "mxfp6"])
+def test_what_no_family_has_is_unknown(spec: str) -> None:
+    with pytest.raises(ValueError, match="Unknown format"):
         Format.parse(spec)
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: type(family).__name__)
+def test_every_family_reads_its_own_names(family: Family[Any]) -> None:
+    for name in {*family.examples, *family.names()}:
+        fmt = Format.parse(name)
+        assert Format.parse(fmt.name) == fmt == pickle.loads(pickle.dumps(fmt))
+        assert fmt.stored_bytes((5, 300)) > 0
+
+
+def test_names_bytes_and_traits_load_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from bitplan.quantizers.format import Format, families\n"
+        "for family in families():\n"
+        "    for name in family.examples:\n"
+        "        Format.parse(name).stored_bytes((5, 100))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +110,6 @@ def test_layout_of_a_short_last_group() -> None:
 def test_resolve_formats() -> None:
     formats = resolve_formats(["int4-g64", "keep", "bf16", "int4-g64"], "bfloat16")
     assert [fmt.name for fmt in formats] == ["int4-g64", "bf16"]
+    assert resolve_formats(["keep"], "float16") == (Format.parse("fp16"),)
     with pytest.raises(ValueError, match="No format was given"):
         resolve_formats([], "bf16")

@@ -51,7 +51,7 @@ class Given:
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> str:
     CALLS.clear()
-    traits = {"needs": {"hessian"}, "rounds": lambda fmt: fmt.kind == "int"}
+    traits = {"needs": {"hessian"}, "rounds": lambda fmt: fmt.integer}
     monkeypatch.setitem(METHODS._found, "shifted", shifted)
     monkeypatch.setitem(METHODS._traits, "shifted", traits)
     return "shifted"
@@ -91,7 +91,7 @@ def test_codes_of_other_methods_are_kept(method: str, where: str, tmp_path: Path
             assert torch.equal(out, expected[some])
             assert torch.equal(made.rows(name, fmt, slice(4, 9)), expected[4:9])
             assert torch.equal(made.packed(name, fmt).dequantize(), expected)
-    assert set(CALLS) == {(name, f.name) for name in WEIGHTS for f in FORMATS if f.kind == "int"}
+    assert set(CALLS) == {(name, f.name) for name in WEIGHTS for f in FORMATS if f.integer}
     assert set(CALLS.values()) == {1}
     written = sorted(tmp_path.rglob("*.safetensors"))
     assert len(written) == (len(CALLS) if where == "folder" else 0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitplan._base.progress import Reporter
 from bitplan.exporters.export import export
 from bitplan.exporters.source import open_source
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.held_out import run_eval
 from bitplan.jobs.materialize import apply, load, quantize
 from bitplan.jobs.prepare import prepare
@@ -82,7 +83,7 @@ def searched(
 def priced(run: Path, model: Path) -> dict[str, PackedTensor]:
     """What the store of the run holds of its plan."""
     plan = Plan.load(run / "plan.json")
-    store = prepare(settings(model), QUIET, run).renderer.store
+    store = prepare(settings(model), QUIET, RunFolder(run)).renderer.store
     return {name: store.packed(name, Format.parse(f)) for name, f in plan.assignments.items()}
 
 
