@@ -19,7 +19,6 @@ from .packed import PackedTensor
 from .shelf import MEMORY, Shelf
 
 Rows = slice | Tensor  # a range of rows, or their indices
-RENDERINGS_FOLDER = "renderings"  # its name in a run folder
 
 
 class Evidences(Protocol):
