@@ -94,7 +94,7 @@ def export(
             return plan
         formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
         rounded, differences = snap(
-            find_matrices(model.module, plan.assignments), plan, formats, rules
+            find_matrices(model.module, plan.row_ranges), plan, formats, rules
         )
         changed.update(differences)
         return rounded

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from .._base.records import Record, Strict
+from ..models.units import Ranges, by_matrix, matrix_name, overlap, ranges_fault
 from ..quantizers.format import Format
 from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
@@ -239,13 +240,28 @@ class Plan(Record):
     @model_validator(mode="after")
     def _check_rows(self) -> Self:
         for name, rows in self.row_sets.items():
-            ends = [end for pair in rows.rows for end in pair]
-            if name not in self.assignments or not ends or ends != sorted(set(ends)):
+            if name not in self.assignments:
+                raise ValueError(f"row_sets.{name}: it has no format in assignments")
+            if rows.module != matrix_name(name) or rows.module == name:
+                raise ValueError(f"row_sets.{name}: a part of {rows.module!r} has another name")
+            if fault := ranges_fault(tuple(rows.rows)):
+                raise ValueError(f"row_sets.{name}: {fault}")
+        for name in self.assignments:
+            if matrix_name(name) != name and name not in self.row_sets:
+                raise ValueError(f"assignments.{name}: row_sets does not say which rows these are")
+        for matrix, parts in by_matrix(self.row_ranges).items():
+            if matrix in self.assignments:
+                raise ValueError(f"assignments.{matrix}: its rows have formats of their own")
+            if shared := overlap(parts.values()):
                 raise ValueError(
-                    f"row_sets.{name}: it must have a format, and rows as ascending ranges that do "
-                    f"not touch or overlap, not {rows.rows}"
+                    f"row_sets: parts of {matrix} share rows {shared[0]} to {shared[1] - 1}"
                 )
         return self
+
+    @property
+    def row_ranges(self) -> dict[str, Ranges]:
+        """:attr:`row_sets` as ranges by the name of the part."""
+        return {name: tuple(rows.rows) for name, rows in self.row_sets.items()}
 
     @property
     def total_bytes(self) -> int:

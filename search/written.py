@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..sensitivity.table import SensitivityTable
 from .coverage import coverage_of, model_sizes
 from .hull import lower_hull
-from .plan import BudgetRef, KVCache, Latency, Plan
+from .plan import BudgetRef, KVCache, Latency, Plan, RowSet
 from .problem import Problem, Solution
 
 SEARCH_PACKAGES = (
@@ -83,6 +83,12 @@ def plan_from_choice(
             module: table.formats[f]
             for unit, f in zip(table.units, choice.tolist(), strict=True)
             for module in unit.modules
+        },
+        row_sets={
+            part.name: RowSet(module=part.module, rows=list(part.rows))
+            for unit in table.units
+            for part in unit.parts
+            if part.rows is not None
         },
         goal=goal,
         budget=budget,
