@@ -209,6 +209,7 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
             unit.kind,
             unit.layer,
             unit.aliases if len(unit.modules) == 1 else (),
+            () if part.rows is None else (part.rows,),
         )
         for unit in table.units
         for part in unit.parts

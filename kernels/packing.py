@@ -289,8 +289,8 @@ def resident_bytes(
         shape: (rows, cols).
         zero: How zero points are kept, if any: ``code`` or ``half``.
         cell: Shape of a cell; by default the one that wastes least.
-        parts: Shapes of all parts of a matrix, if the weight is one of these; its bytes are then at
-            most so many, whatever the formats of the others.
+        parts: Shapes of all parts of a matrix, if the weight is one of these; it takes at most so
+            many bytes then, whatever the formats of the others.
     """
     if fmt.layout != "codes":
         return fmt.stored_bytes(shape)
@@ -301,8 +301,8 @@ def resident_bytes(
     per_scale_row = 2 * cell.rows + kind.zero_bytes(cell)
     table = 2 * 4 * 4
     rows = shape[0]
-    if parts:  # a class more per part, at most, and the order of the rows
-        table = (len(parts) + 1) * 4 * 4 + 4 * cell.rows
+    if parts:  # a class more per part, at most, and the order of the rows both ways
+        table = (len(parts) + 1) * 4 * 4 + 2 * 4 * cell.rows
         rows = sum(count for count, _ in parts)
     scales = kind.scale_rows(shape[1], cell) * per_scale_row
     values = 0 if fmt.levels is None else 4 * len(fmt.levels) + 8 * len(fmt.levels) ** 2

@@ -28,12 +28,8 @@ class PackedRows(nn.Module):
         self.parts = nn.ModuleList(PackedModule(packed, None, like) for packed, _ in parts)
         together = torch.cat([rows for _, rows in parts])
         self.shape = (len(together), parts[0][0].shape[1])
-        part, place = torch.empty_like(together), torch.empty_like(together)
-        for i, (_, rows) in enumerate(parts):
-            part[rows], place[rows] = i, torch.arange(len(rows), device=rows.device)
-        self.register_buffer("part", part, persistent=False)  # of every row
-        self.register_buffer("place", place, persistent=False)  # in that part
-        self.register_buffer("numbers", together, persistent=False)  # rows, one part after another
+        # Where every row is, when one part comes after the other.
+        self.register_buffer("order", together.argsort().int(), persistent=False)
 
     @property
     def like(self) -> Tensor:
@@ -47,25 +43,20 @@ class PackedRows(nn.Module):
     def packed(self) -> list[tuple[PackedTensor, Tensor]]:
         """The packed parts, and the rows that each of them has, int64."""
         modules = self.modules_of_parts()
-        numbers = self.get_buffer("numbers").split([module.shape[0] for module in modules])
+        numbers = self.get_buffer("order").argsort().split([module.shape[0] for module in modules])
         return [(m.packed(), rows) for m, rows in zip(modules, numbers, strict=True)]
 
     def rows(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, or its rows with the given indices [n], as [n, cols]."""
-        if indices is None:
-            whole = torch.empty(self.shape, dtype=dtype, device=self.like.device)
-            first = 0
-            for module in self.modules_of_parts():
-                some = self.get_buffer("numbers")[first : first + module.shape[0]]
-                whole[some.to(whole.device)] = module.rows(None, dtype)
-                first += module.shape[0]
-            return whole
-        part, place = (self.get_buffer(name)[indices] for name in ("part", "place"))
-        result = torch.empty(len(part), self.shape[1], dtype=dtype, device=self.like.device)
-        for i, module in enumerate(self.modules_of_parts()):
-            chosen = (part == i).nonzero()[:, 0]
+        device, order = self.like.device, self.get_buffer("order")
+        at = order if indices is None else order[indices.to(order.device)]
+        result = torch.empty(len(at), self.shape[1], dtype=dtype, device=device)
+        first = 0
+        for module in self.modules_of_parts():
+            chosen = ((at >= first) & (at < first + module.shape[0])).nonzero()[:, 0]
             if len(chosen):
-                result[chosen] = module.rows(place[chosen], dtype)
+                result[chosen.to(device)] = module.rows(at[chosen].long() - first, dtype)
+            first += module.shape[0]
         return result
 
     def extra_repr(self) -> str:

@@ -168,6 +168,21 @@ def split_rows(
     )
 
 
+def whole_matrices(units: Sequence[UnitInfo]) -> list[UnitInfo]:
+    """The units with one for all parts of a matrix together, in the place of the first.
+
+    Args:
+        units: Units of one part each; those of a matrix are all of its rows.
+    """
+    found: dict[str, UnitInfo] = {}
+    for unit in units:
+        ((rows, cols),), name = unit.shapes, unit.parts[0].module
+        if name in found:
+            rows += found[name].shapes[0][0]
+        found[name] = replace(unit, name=name, modules=(name,), shapes=((rows, cols),), rows=())
+    return list(found.values())
+
+
 def by_matrix(row_sets: Mapping[str, Ranges]) -> dict[str, dict[str, Ranges]]:
     """Matrix -> its parts with their rows, of rows by part."""
     found: dict[str, dict[str, Ranges]] = {}
