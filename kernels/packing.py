@@ -21,6 +21,8 @@ from ..quantizers.packed import PackedTensor
 from .blocks import UNIT, UNIT_BYTES, Block, Part, PlaneClass, ZeroKind, read_zeros
 from .planes import CELLS, Cell, Order, unpack_cells
 
+_ROW_BYTES = 16  # of the order of rows in parts: of stored ones, laid out ones, outputs and biases
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanePack:
@@ -196,10 +198,7 @@ class PlanePack:
         """Values of all rows as they lie, [.., laid_rows, ..], as those of the weight's rows."""
         if self.targets is None:
             return laid
-        shape = list(laid.shape)
-        shape[dim] = self.shape[0] + 1  # the last for padding
-        found = laid.new_zeros(shape).index_copy_(dim, self.targets.long(), laid)
-        return found.narrow(dim, 0, self.shape[0])
+        return laid.index_select(dim, self.targets.argsort()[: self.shape[0]])  # padding is last
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [rows, cols]."""
@@ -293,7 +292,7 @@ def resident_bytes(
             many bytes then, whatever the formats of the others.
     """
     if fmt.layout != "codes":
-        return fmt.stored_bytes(shape)
+        return fmt.stored_bytes(shape) + (_ROW_BYTES * shape[0] if parts else 0)
     cell = cell or (choose_row_cell(parts) if parts else choose_cell(shape))
     kind = PlaneClass.of(fmt, zero)
     row_blocks, col_blocks = -(-shape[0] // cell.rows), -(-shape[1] // cell.cols)
@@ -301,8 +300,8 @@ def resident_bytes(
     per_scale_row = 2 * cell.rows + kind.zero_bytes(cell)
     table = 2 * 4 * 4
     rows = shape[0]
-    if parts:  # a class more per part, at most, and the order of the rows both ways
-        table = (len(parts) + 1) * 4 * 4 + 2 * 4 * cell.rows
+    if parts:  # a class more per part, at most
+        table = (len(parts) + 1) * 4 * 4 + _ROW_BYTES * cell.rows
         rows = sum(count for count, _ in parts)
     scales = kind.scale_rows(shape[1], cell) * per_scale_row
     values = 0 if fmt.levels is None else 4 * len(fmt.levels) + 8 * len(fmt.levels) ** 2

@@ -27,22 +27,20 @@ class RowsLayout:
 
     Attributes:
         layouts: What multiplies, one after the other.
-        rows: The rows of the weight that each of them has, int64.
-        order: Where every row of the weight is among all of these; None if they lie in order.
+        rows: The rows of the weight that each of them has, int32.
+        order: Where every row of the weight is among all of these, int32.
     """
 
     layouts: tuple[Layout, ...]
     rows: tuple[Tensor, ...]
-    order: Tensor | None
+    order: Tensor
 
     @staticmethod
     def of(layouts: Sequence[Layout], rows: Sequence[Tensor], device: torch.device) -> RowsLayout:
         """Layouts with the rows they have; together all rows of the weight, each once."""
-        together = torch.cat(list(rows))
-        order = together.argsort()
-        in_order = bool((together == torch.arange(len(together), device=together.device)).all())
-        there = tuple(some.to(device) for some in rows)
-        return RowsLayout(tuple(layouts), there, None if in_order else order.to(device))
+        there = [some.to(device, torch.int32) for some in rows]
+        order = torch.cat(there).argsort().int()
+        return RowsLayout(tuple(layouts), tuple(there), order)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Layout`."""
@@ -50,8 +48,7 @@ class RowsLayout:
             layout.linear(x, None if bias is None else bias[rows])
             for layout, rows in zip(self.layouts, self.rows, strict=True)
         ]
-        found = torch.cat(outputs, dim=-1)
-        return found if self.order is None else found.index_select(-1, self.order)
+        return torch.cat(outputs, dim=-1).index_select(-1, self.order)
 
 
 def on_planes(fmt: Format, device: torch.device) -> bool:
@@ -106,7 +103,7 @@ def stored_rows(parts: Sequence[PackedRows]) -> Layout:
     """The stored parts themselves, through the custom op: any device, compiled or traced."""
     layouts = [StoredLayout(packed) for packed, _ in parts]
     rows = [some for _, some in parts]
-    return RowsLayout(tuple(layouts), tuple(rows), torch.cat(rows).argsort())
+    return RowsLayout.of(layouts, rows, rows[0].device)
 
 
 def _planes_of_rows(parts: Sequence[PackedRows], device: torch.device, cell: Cell) -> PlaneLayout:
