@@ -104,8 +104,8 @@ def measure(
         name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens)
         for name in candidates
     }
-    reference = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
-    return measured, reference
+    perplexity = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
+    return measured, perplexity
 
 
 def plan_runner(model: LoadedModel, renderer: Renderer, assignment: Assignment) -> Run:

@@ -98,28 +98,48 @@ class Prefix:
 
         The blocks are given up unless each ran once, in order.
         """
-        started: list[nn.Module] = []
-        finished: list[nn.Module] = []
         steps: dict[str, list[int]] = {}
         states: States = {}
+        order: list[int] = []
         with ExitStack() as undo:
+            step = undo.enter_context(self.counted())
             for name, module in modules:
 
                 def use(*_: Any, name: str = name) -> None:
-                    steps.setdefault(name, []).append(len(finished) + 1 if started else 0)
+                    steps.setdefault(name, []).append(step())
 
                 undo.callback(module.register_forward_pre_hook(use).remove)
-            for block in self.blocks:
-                enter = block.register_forward_pre_hook(lambda module, _: started.append(module))
-                leave = block.register_forward_hook(lambda module, *_: finished.append(module))
-                undo.callback(enter.remove)
-                undo.callback(leave.remove)
+            for border, block in enumerate(self.blocks, 1):
+
+                def leave(*_: Any, border: int = border) -> None:
+                    order.append(border)
+
+                undo.callback(block.register_forward_hook(leave).remove)
             for block in self.blocks[-1:]:
                 undo.enter_context(_captured(block, 0, states.__setitem__))
             run(batch)
-        if finished != self.blocks:
+        if order != list(range(1, len(self.blocks) + 1)):
             self.blocks = []
         return Trace(steps, sum(map(_state_bytes, states.values())))
+
+    @contextmanager
+    def counted(self) -> Iterator[Callable[[], int]]:
+        """Inside the block, say at which step of :attr:`Trace.steps` a single pass is."""
+        started, finished = 0, 0
+
+        def enter(*_: Any) -> None:
+            nonlocal started
+            started += 1
+
+        def leave(*_: Any) -> None:
+            nonlocal finished
+            finished += 1
+
+        with ExitStack() as undo:
+            for block in self.blocks:
+                undo.callback(block.register_forward_pre_hook(enter).remove)
+                undo.callback(block.register_forward_hook(leave).remove)
+            yield lambda: finished + 1 if started else 0
 
     def run(
         self,
@@ -157,6 +177,41 @@ class Prefix:
         ordered = all(a < b for a, b in pairwise(passed))
         return logits, found if ordered else {}
 
+    def until(
+        self, run: Run, batch: Batch, states: Mapping[int, State], start: int, stop: int
+    ) -> State:
+        """Run from one border to another and no further.
+
+        Args:
+            run: As in :meth:`run`.
+            batch: The inputs.
+            states: States at some borders, among them ``start`` unless that is 0.
+            start: The border to start from.
+            stop: The border to stop at, among the blocks there are; 0 stops before the first.
+
+        Returns:
+            The state at ``stop``, None at border 0.
+        """
+
+        def stop_before(*_: Any) -> None:
+            raise _Stopped(None)
+
+        def stop_after(_module: nn.Module, _args: Any, output: State) -> None:
+            raise _Stopped(output)
+
+        if stop:
+            handle = self.blocks[stop - 1].register_forward_hook(stop_after)
+        else:
+            handle = self.blocks[0].register_forward_pre_hook(stop_before)
+        try:
+            with self._resumed(states, start):
+                run(batch)
+        except _Stopped as stopped:
+            return stopped.state
+        finally:
+            handle.remove()
+        raise AssertionError(f"the model never came to border {stop}")
+
     def can_skip(self, run: Run, batch: Batch, borders: Collection[int]) -> bool:
         """Whether the model gives the same logits started from each of its own states.
 
@@ -182,6 +237,14 @@ class Prefix:
             for border, block in enumerate(self.blocks[:start], 1):
                 undo.enter_context(_skipped(block, states, border, start))
             yield
+
+
+class _Stopped(Exception):
+    """Ends a forward pass that has done its part."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
 
 
 def trial_inputs(batch: Batch, is_text: bool) -> Batch:

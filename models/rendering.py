@@ -92,6 +92,10 @@ class Renderer:
         """Make the renderings of all matrices that are not there yet."""
         self.store.fit(self.names, formats, reporter)
 
+    def complete(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
+        """:meth:`fit` for the formats whose codes are kept; the others are fitted when needed."""
+        self.store.complete(((name, fmt) for name in self.names for fmt in formats), reporter)
+
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:

@@ -131,16 +131,16 @@ def samples_in(batch: Batch) -> int:
     return next(value.shape[0] for value in values if isinstance(value, Tensor))
 
 
-def take(batch: Batch, low: int, high: int) -> Batch:
+def take(batch: Batch, low: int, high: int, step: int = 1) -> Batch:
     """Some samples of a batch; what has another first dimension than samples stays whole."""
     count = samples_in(batch)
 
     def some(value: Any) -> Any:
         divides = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-        return value[low:high] if divides else value
+        return value[low:high:step] if divides else value
 
     if isinstance(batch, Tensor):
-        return batch[low:high]
+        return batch[low:high:step]
     if isinstance(batch, Mapping):
         return {key: some(value) for key, value in batch.items()}
     return tuple(some(value) for value in batch)

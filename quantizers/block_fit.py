@@ -36,7 +36,7 @@ def fit_blocks(weight: Tensor, fmt: Format, ratios: Sequence[float]) -> Grid:
     parts: list[Grid] = []
     for some in row_chunks(weight.shape):
         chunk = pad(weight[some].detach().float(), (0, count * fmt.block_size - cols))
-        groups = chunk.view(-1, fmt.block_size // fmt.group_size, fmt.group_size)
+        groups = chunk.reshape(-1, fmt.block_size // fmt.group_size, fmt.group_size)
         fit = _Fit(groups, fmt, layout, ratios)
         grid = fit.exponents() if "e" in layout.fields else fit.halves()
         if layout.scale_range is not None:

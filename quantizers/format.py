@@ -55,7 +55,7 @@ class Format:
             integers z: what most runtimes take.
         floating: Whether weights are plain floats, each rounded by itself.
         block_size: Weights that rows are stored in multiples of.
-        levels: What codes stand for instead of c - z [2^b].
+        levels: What codes stand for instead of c - z [2^b], ascending.
         base: The format of the codes, if something is added to what they stand for.
         rank: Of the low-rank correction ``left @ right`` that is added; 0 for none.
     """

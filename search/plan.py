@@ -190,6 +190,8 @@ class Plan(Record):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
+        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
+            them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
@@ -224,6 +226,7 @@ class Plan(Record):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
     created: str

@@ -23,6 +23,7 @@ from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
+from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
@@ -76,8 +77,16 @@ def profile(
     samples = _as_samples(loaded, batches, seed)
     selected = bool(include or exclude)
     origin = provenance(loaded, units, samples, metric, rounding, seed, selected)
-    renderer = Renderer(loaded.module, units, rounding)
     show = reporter or Reporter(quiet=True)
+    renderer = calibrated(
+        loaded,
+        units,
+        rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin.model.sha256,
+        reporter=show,
+    )
     return price(loaded, units, candidates, renderer, samples, origin, show)
 
 

@@ -19,16 +19,24 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "Contract": ".contract",
     "ExporterContract": ".exporter",
+    "FamilyContract": ".family",
+    "MethodContract": ".method",
     "MetricContract": ".metric",
+    "SiteContract": ".site",
     "SolverContract": ".solver",
     "toy_problem": ".problems",
+    "toy_of": ".toys",
     "toy_task": ".toys",
 }
 __all__ = [
     "Contract",
     "ExporterContract",
+    "FamilyContract",
+    "MethodContract",
     "MetricContract",
+    "SiteContract",
     "SolverContract",
+    "toy_of",
     "toy_problem",
     "toy_task",
 ]
@@ -36,9 +44,13 @@ __all__ = [
 if TYPE_CHECKING:
     from .contract import Contract as Contract
     from .exporter import ExporterContract as ExporterContract
+    from .family import FamilyContract as FamilyContract
+    from .method import MethodContract as MethodContract
     from .metric import MetricContract as MetricContract
     from .problems import toy_problem as toy_problem
+    from .site import SiteContract as SiteContract
     from .solver import SolverContract as SolverContract
+    from .toys import toy_of as toy_of
     from .toys import toy_task as toy_task
 
 

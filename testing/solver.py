@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ..search.problem import Constraint, Problem, Solution
-from ..search.solvers import SOLVERS, Solver
+from ..search.problem import Constraint, Problem
+from ..search.solvers import SOLVERS, Solver, abilities
 from .contract import Contract
-from .problems import brute_force, budgets, equipped, synthetic_problem, toy_oracle, toy_problem
+from .problems import brute_force, budgets, equipped, synthetic_problem, toy_problem
 
 ROUNDING = 1e-9  # relative
 ORACLE_PLANS = 64  # an oracle's tokens pay for so many plans
@@ -31,10 +31,6 @@ class SolverContract(Contract):
     def plugin(self, name: str) -> Solver:
         """The solver."""
         return SOLVERS.get(name)
-
-    def bound_reaches(self, name: str, solution: Solution, max_bytes: int) -> int:
-        """Bytes up to which no plan may have a loss below ``solution.lower_bound``."""
-        return max_bytes
 
     def test_respects_bytes_and_counts_exactly(self, name: str, problem: Problem) -> None:
         """``bytes`` and ``loss`` are the sums of the table's."""
@@ -61,14 +57,32 @@ class SolverContract(Contract):
 
     @pytest.mark.parametrize("seed", range(4))
     def test_a_bound_holds_and_a_claimed_optimum_is_one(self, name: str, seed: int) -> None:
-        """Against all 1,024 plans of a small problem."""
+        """Against all 1,024 plans of a small problem, which an exact solver finds the best of."""
         small = equipped(synthetic_problem(5, 4, seed))
         for max_bytes in budgets(small, 4):
             solution = self.plugin(name)(small, max_bytes)
-            best = brute_force(small, self.bound_reaches(name, solution, max_bytes))
+            # Whoever looks for the fewest bytes has a bound on plans of no more than those.
+            reach = solution.bytes if abilities(name).seeks_target else max_bytes
+            best = brute_force(small, reach)
             assert solution.lower_bound <= best * (1 + ROUNDING)
-            if solution.lower_bound == solution.loss:
+            if solution.lower_bound == solution.loss or abilities(name).exact:
                 assert solution.loss == pytest.approx(best, rel=ROUNDING)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_looks_for_the_fewest_bytes_if_it_says_so(self, name: str, seed: int) -> None:
+        """Within the target; any other solver spends the budget on quality, whatever the target."""
+        small = synthetic_problem(5, 4, seed)
+        losses = np.geomspace(brute_force(small, small.bytes.max() * 5), small.loss[:, 0].sum(), 5)
+        most = int(small.bytes.max(axis=1).sum())
+        for target in map(float, losses[1:-1]):
+            problem = replace(equipped(small), max_loss=target)
+            solution = self.plugin(name)(problem, most)
+            if not abilities(name).seeks_target:
+                free = self.plugin(name)(equipped(small), most)
+                assert solution.choice.tolist() == free.choice.tolist()
+                continue
+            assert solution.loss <= target
+            assert brute_force(small, solution.bytes - 1) > target
 
     def test_single_unit_and_single_format(self, name: str) -> None:
         """There is one plan."""
@@ -93,28 +107,43 @@ class SolverContract(Contract):
         )
         assert solution.lower_bound <= solution.loss < 0
 
-    def test_obeys_further_constraints_or_refuses_them(self, name: str, problem: Problem) -> None:
-        """As ``Problem.require_bytes_only`` does."""
+    def test_obeys_further_limits_or_refuses_them(self, name: str, problem: Problem) -> None:
+        """As it says; a refusal (``Problem.require_bytes_only``) names the limit."""
         cost = np.random.default_rng(1).random(problem.bytes.shape)
         limit = 0.8 * cost.min(axis=1).sum() + 0.2 * cost.max(axis=1).sum()
         limited = replace(problem, constraints=(Constraint("latency", cost, float(limit), "ms"),))
         max_bytes = budgets(problem, 4)[2]
-        try:
-            choice = self.plugin(name)(limited, max_bytes).choice
-        except ValueError as error:
-            assert "latency" in str(error)
+        if not abilities(name).limits:
+            with pytest.raises(ValueError, match="latency"):
+                self.plugin(name)(limited, max_bytes)
             return
+        choice = self.plugin(name)(limited, max_bytes).choice
         assert cost[np.arange(len(choice)), choice].sum() <= limit
         assert problem.bytes[np.arange(len(choice)), choice].sum() <= max_bytes
 
-    def test_measures_if_it_says_so_within_its_tokens(self, name: str) -> None:
-        """A solver marked as measuring asks the oracle, and a run gives no other solver one."""
-        problem = toy_problem()
-        measures = getattr(self.plugin(name), "measures", False)
-        known = toy_oracle(problem, ORACLE_PLANS)
-        first = self.plugin(name)(replace(problem, oracle=known), 128)
-        assert (known.tokens > 0) == measures
-        assert known.tokens <= known.max_tokens
-        again = self.plugin(name)(replace(problem, oracle=toy_oracle(problem, ORACLE_PLANS)), 128)
-        assert first.choice.tolist() == again.choice.tolist()
-        assert first.bytes <= 128
+    def test_needs_no_weights_per_unit_if_it_says_so(self, name: str, problem: Problem) -> None:
+        """Rows may be KV caches; other solvers may refuse, but not with another plan."""
+        max_bytes = budgets(problem, 3)[1]
+        unknown = replace(problem, unit_weights=None)
+        try:
+            solution = self.plugin(name)(unknown, max_bytes)
+        except ValueError as error:
+            assert not abilities(name).mixed_rows
+            assert "weights" in str(error)
+            return
+        assert solution.choice.tolist() == self.plugin(name)(problem, max_bytes).choice.tolist()
+
+    def test_asks_the_oracle_if_it_says_so(self, name: str) -> None:
+        """Within its tokens, for a better plan by its figures; a run gives no other solver one."""
+        problem, max_bytes = toy_problem(ORACLE_PLANS), 112
+        oracle = problem.oracle
+        assert oracle is not None
+        solution = self.plugin(name)(problem, max_bytes)
+        assert (oracle.tokens > 0) == abilities(name).needs_oracle
+        assert oracle.tokens <= oracle.max_tokens
+        assert solution.bytes <= max_bytes
+        again = self.plugin(name)(toy_problem(ORACLE_PLANS), max_bytes)
+        assert solution.choice.tolist() == again.choice.tolist()
+        if abilities(name).needs_oracle:
+            table = self.plugin("certified")(replace(problem, oracle=None), max_bytes)
+            assert oracle.mean_kl(solution.choice) < oracle.mean_kl(table.choice)

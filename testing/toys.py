@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..models.find import find_units
 from ..models.rendering import Renderer
 from ..models.samples import samples_from_batches
-from ..models.workload import LoadedModel, Workload
+from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.format import Format
 from ..sensitivity.metrics import Task
 
@@ -63,10 +63,15 @@ def seeded(module: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def toy_model(std: float = 0.2, seed: int = 0) -> LoadedModel:
+def toy_of(module: nn.Module, batches: Sequence[Batch] = (), std: float = 0.2) -> LoadedModel:
+    """A module with seeded weights, frozen, and batches [samples, ...] of its inputs."""
+    seeded(module, std)
+    return LoadedModel("toy", module, "float32", Workload(module, batches))
+
+
+def toy_model(std: float = 0.2) -> LoadedModel:
     """A :class:`ToyNetwork` with seeded weights; it has no tokenizer, so labels are sampled."""
-    module = seeded(ToyNetwork(), std, seed)
-    return LoadedModel("toy", module, "float32", Workload(module))
+    return toy_of(ToyNetwork(), std=std)
 
 
 def toy_task(

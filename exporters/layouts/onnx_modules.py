@@ -238,7 +238,8 @@ def quantized_copy(source: Source) -> nn.Module:
     for owner, packed in source.each("Packing"):
         for name in names[owner]:
             place = parameters.get(name)
-            if place is not None and packed.fmt.floating:
+            plain = name in modules and _has_form(modules[name])
+            if place is not None and not plain and packed.fmt.floating:
                 dense = place.restored(packed.dequantize()).contiguous()
                 place.module._parameters[place.attribute] = nn.Parameter(dense, False)
                 continue
@@ -249,9 +250,14 @@ def quantized_copy(source: Source) -> nn.Module:
     return result.eval()
 
 
+def _has_form(module: nn.Module) -> bool:
+    """Whether a module has a counterpart with a quantized weight."""
+    return layer_kind(module) != "other" and not runs_own_code(module)
+
+
 def _replacement(name: str, packed: PackedTensor, module: nn.Module | None) -> nn.Module | None:
     kind = layer_kind(module)
-    if module is None or kind == "other" or runs_own_code(module):
+    if module is None or not _has_form(module):
         what = "a parameter" if module is None else f"a {type(module).__name__}"
         raise ValueError(
             f"{name} is {what}, for which the ONNX export has no quantized form. Leave it out of "

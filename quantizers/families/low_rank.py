@@ -53,10 +53,10 @@ class LowRank(Family[Corrected]):
     True
     >>> import torch
     >>> from bitplan.quantizers.grid import render
-    >>> from bitplan.quantizers.methods import METHODS
+    >>> from bitplan.quantizers.methods.rtn import fit_grid
     >>> weight = torch.tensor([[0.5, 0.3, -0.2, 0.1], [0.1, -0.4, 0.2, 0.3]])
     >>> for fmt in map(Format.parse, ("int2-gc", "int2-gc+lr1", "int2-gc+lr2")):
-    ...     error = render(weight, fmt, METHODS.get("rtn")(weight, fmt)) - weight
+    ...     error = render(weight, fmt, fit_grid(weight, fmt)) - weight
     ...     print(f"{fmt}: {error.norm():.3f}")
     int2-gc: 0.183
     int2-gc+lr1: 0.087
@@ -186,4 +186,4 @@ def _factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(basis.T @ error, full_matrices=False)
     share = values[:rank].sqrt()
     left = (basis @ left[:, :rank]) * share
-    return left.half(), (share[:, None] * right[:rank]).half()
+    return left.half().contiguous(), (share[:, None] * right[:rank]).half().contiguous()

@@ -51,6 +51,16 @@ def gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
         Frantar et al. (2023), "GPTQ: Accurate Post-Training Quantization for Generative
         Pre-trained Transformers", algorithm 1.  The form with errors of the original weights is
         LDLQ, Chee et al. (2023), "QuIP", theorem 6.
+
+    Example:
+        >>> weight = torch.tensor([[0.3, 0.3, 0.3, 1.0]])
+        >>> evidence = Evidence(hessian=0.9 + 0.1 * torch.eye(4))  # inputs that go together
+        >>> for method in (rtn, gptq):
+        ...     packed = method(weight, Format.parse("int2-gc"), evidence)
+        ...     error = packed.dequantize() - weight
+        ...     print(packed.dequantize()[0], f"{(error @ evidence.hessian @ error.T).item():.3f}")
+        tensor([0.4414, 0.4414, 0.4414, 0.8828]) 0.092
+        tensor([0.4414, 0.4414, -0.0000, 0.8828]) 0.031
     """
     if evidence.hessian is None or not has_own_codes(fmt):
         return rtn(weight, fmt, evidence)
@@ -87,7 +97,7 @@ def _feedback(hessian: Tensor) -> Tensor:
         damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(dead, mean[:, None], damping[:, None]))
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         if not failed.any() and lower.isfinite().all():
-            factor = lower.flip(-2, -1)
+            factor: Tensor = lower.flip(-2, -1)
             return (factor / factor.diagonal(dim1=-2, dim2=-1)[:, None]).to(hessian.dtype)
         if attempt:
             damping = torch.where(failed > 0, 10 * damping, damping)
@@ -180,7 +190,7 @@ class _Sweep:
         end = start + target.shape[1]
         weight = self.weight[:, start:end]
         back = self.feedback[:, start:end, start:end].transpose(1, 2)
-        made_up = torch.linalg.solve_triangular(
+        made_up: Tensor = torch.linalg.solve_triangular(
             back, target - weight, upper=False, unitriangular=True
         )
         return weight + made_up

@@ -56,5 +56,14 @@ def rtn(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
     References:
         Clip search by squared error: OCTAV, Sakr et al. (2022).  Weighting by magnitude is what
         the k-quants of llama.cpp do without an importance matrix.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[-0.4, 0.0, 0.1, 0.3]])
+        >>> packed = rtn(weight, Format.parse("int3-gc-asym"), Evidence())
+        >>> packed.dequantize()
+        tensor([[-0.3999,  0.0000,  0.1000,  0.2999]])
+        >>> packed.nbytes  # 2 of codes, 2 of the scale, 1 of the zero point
+        5
     """
     return PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))

@@ -46,12 +46,12 @@ class OfMemory(Goal):
         Raises:
             ValueError: As that of every goal; or if the solver plans no caches.
         """
-        problem = super().problem(table)
         if not abilities(self.asked.solver).mixed_rows:
             raise ValueError(
                 f"The solver {self.asked.solver!r} cannot plan a KV cache together with weights. "
                 f"Use one of {', '.join(solvers_that('mixed_rows'))} with --vram."
             )
+        problem = super().problem(table)
         if self._laid_out:
             seen = self.limits.for_runtime(table)
             problem = replace(problem, bytes=resident_bytes(seen, self._family))

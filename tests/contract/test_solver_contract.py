@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitplan.search.hull import lower_hull
-from bitplan.search.problem import Problem, Solution
+from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.testing import SolverContract
 from bitplan.testing.problems import budgets
@@ -19,10 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Cross-unit covariances do not he
 
 class TestSolvers(SolverContract):
     plugins = SOLVERS.names()
-
-    def bound_reaches(self, name: str, solution: Solution, max_bytes: int) -> int:
-        # For a quality target, the bound is on plans of no more bytes than its own.
-        return solution.bytes if name == "bisection" else max_bytes
 
     def test_the_bound_is_never_below_the_linear_one(self, name: str, problem: Problem) -> None:
         for lower in (problem, replace(problem, loss=problem.loss - 1.0)):

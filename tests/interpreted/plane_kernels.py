@@ -6,6 +6,7 @@ float16 ones to 1e-3.
 """
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from bitplan.kernels import tune
 from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
 from bitplan.kernels.gemm import plane_linear
+from bitplan.kernels.layouts import PlaneLayout
 from bitplan.kernels.packing import PlanePack
 from bitplan.kernels.planes import ORDERS, Order
 from bitplan.kernels.triton_launch import (
@@ -223,3 +225,28 @@ def test_packed_layers_run_on_planes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(part.cpu(), packed.tensors[name].cpu())
     layer.load_state_dict(dict(other.tensors))
     assert relative_error(layer(x), x.double() @ other.dequantize().double().T) < 1e-3
+
+
+@pytest.mark.parametrize("spec", ["nf4-g64", "nf4-gc", "int3-g64-asym+lr4", "nf4-g32+lr20"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [3, 80])
+def test_levels_and_corrections_run_on_planes(
+    spec: str, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed layer of these formats takes the table and the low-rank path."""
+    monkeypatch.setenv("BITPLAN_KERNEL", "triton")
+    packed, bias = random_packed(spec, (70, 200)), torch.nn.Parameter(torch.randn(70).to(dtype))
+    factors = {n: 16 * t for n, t in packed.tensors.items() if n in ("left", "right")}
+    packed = replace(packed, tensors={**packed.tensors, **factors})
+    layer = PackedLinear(packed, bias, torch.empty(0)).to(dtype)
+    x = torch.randn(tokens, 200).to(dtype)
+    found = layer(x)
+    assert isinstance(layer._layout, PlaneLayout)
+    assert (layer._layout.pack.codebook is None) == (packed.fmt.levels is None)
+    assert (layer._layout.low_rank is None) == (packed.fmt.rank == 0)
+    expected = x.double() @ packed.dequantize().double().T + bias.double()
+    bound = {torch.float16: 1e-3, torch.bfloat16: 2e-2}[dtype]
+    assert relative_error(found, expected) < bound
+    alone = x.double() @ packed.coded().dequantize().double().T + bias.double()
+    if packed.fmt.rank and dtype == torch.float16:  # the control: the correction counts
+        assert relative_error(found, alone) > 5 * bound

@@ -9,7 +9,7 @@ from bitplan.kernels.packing import PlanePack, resident_bytes
 from bitplan.kernels.planes import CELLS, ORDERS, Cell, Order, fields, pack_cells, unpack_cells
 from bitplan.tests.packs import random_packed
 
-formats = st.builds(
+integers = st.builds(
     lambda bits, group, zero: f"int{bits}-g{group}{zero}",
     st.integers(1, 8),
     st.sampled_from(["32", "64", "128", "256", "c", "t"]),
@@ -43,7 +43,7 @@ def test_fields_fill_half_words_once(bits: int) -> None:
 
 
 @given(
-    formats,
+    integers,
     st.tuples(st.integers(1, 300), st.integers(1, 500)),
     st.sampled_from(ORDERS),
     st.sampled_from(["code", "half"]),
@@ -64,7 +64,7 @@ def test_a_pack_is_the_weight_and_takes_the_bytes_foretold(
 
 
 @given(
-    st.lists(formats, min_size=4, max_size=4),
+    st.lists(integers, min_size=4, max_size=4),
     st.sampled_from([64, 128]),
     st.sampled_from([64, 192, 256]),
     st.integers(1, 150),
@@ -87,3 +87,17 @@ def test_widths_mix_in_one_matrix(
         blocks.append(Block.of(packed, top, left))
     pack = PlanePack.from_blocks(blocks[::-1], shape, order)
     assert torch.equal(pack.dequantize(), whole)
+
+
+@given(
+    st.sampled_from([f"nf4-g{g}{r}" for g in ("32", "64", "c") for r in ("", "+lr3")]),
+    st.tuples(st.integers(1, 300), st.integers(1, 500)),
+    st.sampled_from(ORDERS),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_table_of_levels_is_laid_out_too(spec: str, shape: tuple[int, int], order: Order) -> None:
+    packed = random_packed(spec, shape)
+    pack = PlanePack.from_packed(packed, order)
+    assert torch.equal(pack.dequantize(), packed.coded().dequantize())
+    factors = sum(packed.tensors[name].nbytes for name in packed.tensors.keys() & {"left", "right"})
+    assert pack.nbytes + factors == resident_bytes(packed.fmt, shape)

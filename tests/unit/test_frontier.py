@@ -185,7 +185,7 @@ def test_a_broken_file_names_the_fault(
 ) -> None:
     path = tmp_path / "frontier.json"
     path.write_text(json.dumps(json.loads(Frontier.from_problem(problem).to_json()) | change))
-    with pytest.raises(ValueError, match=rf"frontier\.json: .*{says}"):
+    with pytest.raises(ValueError, match=rf"frontier\.json is not a valid frontier: .*{says}"):
         Frontier.load(path)
 
 

@@ -16,6 +16,7 @@ from bitplan.quantizers.packed import PackedTensor
 
 fit_grid = METHODS.trait("rtn", "grid")
 SPECS = ["int4-g64-asym", "int3-g32", "int8-gc-asym", "int5-gt", "bf16"]
+SPECS += ["nf4-g64", "int3-g64-asym+lr4", "nf4-gc+lr2", "q4_k", "mxfp4"]
 
 
 def pack(matrix: Tensor, spec: str = "int4-g64-asym") -> PackedTensor:
@@ -136,9 +137,10 @@ def test_a_model_on_the_meta_device_can_be_filled() -> None:
 def test_compiled_model_is_one_graph(spec: str) -> None:
     model = TinyModel()
     replace(model, pack_tiny(model, spec)[1], {"head": "embed"})
+    torch._dynamo.reset()  # it counts what it compiled in other tests
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     indices = torch.tensor([[1, 2, 3]])
-    assert torch.allclose(compiled(indices), model(indices), atol=1e-6)
+    assert torch.allclose(compiled(indices), model(indices), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ["int4-g64-asym", "int3-g32"])

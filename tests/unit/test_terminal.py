@@ -118,7 +118,7 @@ def test_markup_in_names_is_text(plan: Plan) -> None:
 
 def test_a_plan_with_a_cache_fits_eighty_columns(plan: Plan) -> None:
     for baseline in plan.baselines:
-        baseline.name += " + kv16"
+        baseline.format = f"{baseline.format} + kv16"
         baseline.bytes += 700_000_000
     bits = {f"model.layers.{i}": 16 if i == 3 else 8 for i in range(30)}
     plan.kv_cache = KVCache(bits=bits, context=8192, batch=4, bytes=12_000_000, predicted_kl=0.01)
@@ -131,7 +131,7 @@ def test_a_plan_with_a_cache_fits_eighty_columns(plan: Plan) -> None:
     assert "KV cache          16 bits in 1 layer, 8 bits in 29; 12.0 MB at 8,192 tokens" in text
     assert " bpw " not in text
     for baseline in plan.baselines:  # no name is folded
-        assert f"\n{baseline.name.removeprefix('uniform ')} " in text
+        assert f"\n{baseline.format} " in text
     assert "\nthis plan " in text
     assert "69.1 MB" in text  # weights and cache
 
