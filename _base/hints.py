@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -20,5 +20,18 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float 
     >>> did_you_mean("x", ["greedy", "dp"])
     ''
     """
-    close = get_close_matches(name, list(known), n=count, cutoff=cutoff)
+    return propose(closest(name, known, count, cutoff))
+
+
+def closest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names nearest to ``name``, best first; none if none is near."""
+    return get_close_matches(name, list(known), n=count, cutoff=cutoff)
+
+
+def propose(close: Sequence[str]) -> str:
+    """`` Did you mean 'a' or 'b'?``, or nothing without a name.
+
+    >>> propose(["a", "b"])
+    " Did you mean 'a' or 'b'?"
+    """
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

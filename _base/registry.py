@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .hints import did_you_mean
@@ -70,10 +73,24 @@ class Registry(Generic[T]):
                 importlib.import_module(f"{self.package}.{name}")
         return self._found[name]
 
+    def docstring(self, name: str) -> str:
+        """The docstring of a plugin; that of one which is not loaded is read from its file."""
+        if name not in self._found:
+            for folder in importlib.import_module(self.package).__path__:
+                file = Path(folder, f"{name}.py")
+                text = _docstring_in(file, name) if file.is_file() else None
+                if text is not None:
+                    return text
+        return inspect.getdoc(self.get(name)) or ""
+
     def trait(self, name: str, trait: str, default: Any = None) -> Any:
         """What the plugin ``name`` was registered with as ``trait``."""
+        return self.traits(name).get(trait, default)
+
+    def traits(self, name: str) -> Mapping[str, Any]:
+        """Everything the plugin ``name`` was registered with."""
         self.get(name)
-        return self._traits.get(name, {}).get(trait, default)
+        return self._traits.get(name, {})
 
     def having(self, trait: str) -> list[str]:
         """Names of the plugins whose ``trait`` is true; imports them all."""
@@ -81,3 +98,17 @@ class Registry(Generic[T]):
 
     def _entry_points(self) -> EntryPoints:
         return entry_points(group=f"{self.package.split('.')[0]}.{self.plural}")
+
+
+def _docstring_in(file: Path, name: str) -> str | None:
+    """The docstring of what a file registers as ``name``; None if that is not plain to see."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        for decorator in node.decorator_list:
+            match decorator:
+                case ast.Call(
+                    func=ast.Attribute(attr="register"), args=[ast.Constant(value=value), *_]
+                ) if value == name:
+                    return ast.get_docstring(node)
+    return None

@@ -1,1 +1,1 @@
-"""The commands of the command line, a file for each part; ``__main__`` puts them together."""
+"""The command line: one file a command, loaded when it is asked for."""

@@ -29,6 +29,7 @@ from bitplan.exporters.export import Exported, export
 from bitplan.exporters.layouts import gguf as gguf_file
 from bitplan.exporters.targets import EXPORTERS, Exporter, find, shown_name
 from bitplan.exporters.verify import Comparison, compare, verify, weight_error
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.search import run_profile
 from bitplan.jobs.settings import ProfileSettings
 from bitplan.models.load import load_model, smollm2_path
@@ -38,7 +39,6 @@ from bitplan.quantizers.runtimes import Rules
 from bitplan.search.limits import Limits
 from bitplan.search.plan import Plan
 from bitplan.search.solve import solve
-from bitplan.sensitivity.table import PROFILE_FILE
 
 RUNTIMES = ("llama.cpp", "transformers", "vllm-cpu", "mlx", "onnx", "autoround", "gptq")
 BUDGETS = ("4.3bpw", "3.3bpw")
@@ -178,7 +178,7 @@ def profiled(run: Path) -> Path:
         exclude=("*embed*",),
     )
     run_profile(settings, run, Reporter())
-    return run / PROFILE_FILE
+    return RunFolder(run).profile
 
 
 @cache

@@ -27,10 +27,11 @@ from bitplan.models.measure import Measurement, measure, plan_runner
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, calibration_samples, evaluation_samples
 from bitplan.models.workload import LoadedModel
+from bitplan.quantizers.candidates import DEFAULT_FORMATS
 from bitplan.quantizers.format import Format
 from bitplan.search.plan import Plan
 from bitplan.search.solve import solve
-from bitplan.sensitivity.estimate import DEFAULT_FORMATS, profile
+from bitplan.sensitivity.estimate import profile
 from bitplan.sensitivity.table import SensitivityTable
 
 LAYERS = ["model.layers.*"]

@@ -15,60 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from bitplan.benchmarks.common import RESULTS, write_results
-from bitplan.quantizers.format import Format
 from bitplan.search.frontier import Frontier
-from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
+from bitplan.testing.problems import synthetic_problem
 
 T = TypeVar("T")
 
-FORMATS = [
-    "int2-g128",
-    "int2-g64-asym",
-    "int3-g128",
-    "int3-g64-asym",
-    "int4-g128",
-    "int4-g64-asym",
-    "int6-g64-asym",
-    "int8-g64-asym",
-    "int4-g32-asym",
-    "int5-g128",
-    "int5-g64-asym",
-    "int6-g128",
-    "int8-g128",
-    "int8-gc",
-    "int3-g32-asym",
-    "bf16",
-]
 BUDGETS = (3.28, 4.3)  # bits per weight
 CASES = ((210, 12), (1_000, 12), (10_000, 16), (100_000, 8))  # units, formats
 QUICK_CASES = ((50, 8), (210, 12))
 CBC_UNITS = 10_000  # CBC is not run on larger tables
-
-
-def synthetic_problem(units: int, formats: int, seed: int) -> Problem:
-    """A table like those of language models, with every unit of another shape.
-
-    Bytes are those of real formats for matrices of 256..8192 rows and columns.  The loss falls
-    as 2^(-1.9 bits per weight); units differ by a log-normal factor (sigma 1.5) and every entry
-    by another (sigma 0.15), so that the best format is not the same everywhere.
-    """
-    generator = np.random.default_rng(seed)
-    shapes = 64 * generator.integers(4, 129, (units, 2))
-    candidates = [Format.parse(name) for name in FORMATS[:formats]]
-    size = np.array(
-        [[fmt.stored_bytes((int(r), int(c))) for fmt in candidates] for r, c in shapes],
-        dtype=np.int64,
-    )
-    weights = shapes.prod(axis=1)
-    bpw = 8 * size / weights[:, None]
-    level = generator.lognormal(0, 1.5, units) * weights / weights.sum()
-    loss = 40 * level[:, None] * 2.0 ** (-1.9 * bpw) * generator.lognormal(0, 0.15, bpw.shape)
-    names = tuple(f"unit{u}" for u in range(units))
-    return Problem(names, tuple(FORMATS[:formats]), size, loss, int(weights.sum()))
 
 
 def main() -> None:

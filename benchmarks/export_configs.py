@@ -21,7 +21,7 @@ from bitplan.exporters.source import open_source
 from bitplan.exporters.targets import find
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.runtimes import Rules
-from bitplan.tests.plans import mixed
+from bitplan.testing.plans import mixed
 
 IDS = torch.arange(32).view(1, 32)
 

@@ -21,7 +21,7 @@ from bitplan.kernels.cpu import CpuWeight
 from bitplan.models.load import load_model
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods import METHODS
+from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
 
 SHAPES = ((2048, 2048), (192, 576), (576, 576), (1536, 576), (576, 1536))
@@ -296,7 +296,7 @@ def _int8pack(packed: PackedTensor, x: Tensor) -> Call:
 
 def _pack(weight: Tensor, spec: str) -> PackedTensor:
     fmt = Format.parse(spec)
-    return PackedTensor.pack(weight, fmt, METHODS.get("rtn")(weight, fmt))
+    return METHODS.get("rtn")(weight, fmt, Evidence())
 
 
 def _clone(packed: PackedTensor) -> PackedTensor:

@@ -20,10 +20,10 @@ from bitplan.models.load import load_model
 from bitplan.models.measure import Measurement, measure, plan_runner, standard_error
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, calibration_samples, evaluation_samples
+from bitplan.quantizers.candidates import DEFAULT_FORMATS
 from bitplan.quantizers.format import resolve_formats
 from bitplan.search.budget import Budget
 from bitplan.search.oracle import Choice
-from bitplan.sensitivity.estimate import DEFAULT_FORMATS
 from bitplan.sensitivity.metrics import Task
 from bitplan.sensitivity.table import stored_bytes
 

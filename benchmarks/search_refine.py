@@ -19,6 +19,7 @@ from bitplan.benchmarks.search_lab import (
     target,
 )
 from bitplan.benchmarks.search_rivals import table_of
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.truth import Truth
 from bitplan.models.samples import Samples
 from bitplan.search.oracle import Choice
@@ -128,7 +129,9 @@ def truth_of(lab: Lab, sequences: Samples) -> Truth:
     folder.mkdir(parents=True, exist_ok=True)
     table = table_of(lab, "fisher", 0)
     samples = lab.calibration(0, batch_tokens=BATCH_TOKENS)
-    return Truth(lab.model, table, samples, sequences, folder, 0, lab.reporter)
+    return Truth(
+        lab.model, lab.renderer, table, samples, sequences, RunFolder(folder), 0, lab.reporter
+    )
 
 
 def all_sequences(lab: Lab) -> Samples:

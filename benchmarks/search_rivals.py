@@ -19,17 +19,11 @@ from bitplan.search.problem import Problem, Solution
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.errors import squared_errors
 from bitplan.sensitivity.estimate import _prices, provenance
+from bitplan.sensitivity.factors import absolute, gradient_norm, inner, squared
 from bitplan.sensitivity.metrics import METRICS, Scores, Task
 from bitplan.sensitivity.metrics._gradient_scores import gradient_scores
 from bitplan.sensitivity.metrics.output_fisher import output_squared
-from bitplan.sensitivity.probes import (
-    absolute,
-    data_upstream,
-    gradient_norm,
-    inner,
-    label_upstream,
-    squared,
-)
+from bitplan.sensitivity.probes import data_upstream, label_upstream
 from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
@@ -131,6 +125,7 @@ def _tabulate(task: Task, metric: str, scores: Scores) -> SensitivityTable:
         stderr=stderr,
         scores=values if len(values) > 1 else None,
         diagonal=scores.diagonal,
+        signed=scores.signed,
         provenance=provenance(task.model, task.units, task.samples, metric, "rtn", task.seed),
     )
 

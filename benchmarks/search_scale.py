@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from bitplan._base.progress import Reporter
-from bitplan.benchmarks.bench_solvers import BUDGETS, synthetic_problem, timed
+from bitplan.benchmarks.bench_solvers import BUDGETS, timed
 from bitplan.benchmarks.search_lab import Part, Row, target
 from bitplan.quantizers.format import Format
-from bitplan.search.costs import ACTIVATION_BITS
 from bitplan.search.frontier import Frontier
+from bitplan.search.limits.bops import ACTIVATION_BITS
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS
+from bitplan.testing.problems import synthetic_problem
 
 LARGE, SEVERAL, FORMATS = 100_000, 2_000, 8
 TIGHTER = {"latency": 0.98, "BOPs": 0.99}  # of what the plan within the bytes alone needs

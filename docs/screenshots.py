@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from bitplan.jobs.record import JobRecord, list_jobs
+from bitplan.jobs.listing import list_jobs
+from bitplan.jobs.record import JobRecord
 from bitplan.reports.compare import compare
 from bitplan.reports.compared import write_comparison
 from bitplan.reports.html import write_report

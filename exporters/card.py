@@ -10,14 +10,16 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..jobs.folder import RunFolder
 from ..models.wording import words_of
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
+from ..search.coverage import describe_coverage
 from .source import Source
 
-FIGURES = {  # of a run folder
-    "frontier.png": "KL divergence over size: this plan, uniform plans, the bound",
-    "allocation.png": "Bits of every matrix, by layer",
+FIGURES = {  # of a run
+    "frontier": "KL divergence over size: this plan, uniform plans, the bound",
+    "allocation": "Bits of every matrix, by layer",
 }
 
 
@@ -55,6 +57,8 @@ def write_card(
         for name in sorted(counts, key=lambda name: stored[name] / weights[name])
     ]
     size = stored.total()
+    # What the rest of the model takes does not depend on the target.
+    whole = None if plan.model_bytes is None else plan.model_bytes - plan.bytes + size
     environment = Environment(
         loader=PackageLoader("bitplan.exporters", "."),
         undefined=StrictUndefined,
@@ -66,9 +70,10 @@ def write_card(
     base = plan.model.id if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.model.id) else None  # on the Hub
     figures = {}
     for name, alt in FIGURES.items():
-        if run is not None and (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-            figures[name] = alt
+        figure = None if run is None else RunFolder(run).figure(name)
+        if figure is not None and figure.is_file():
+            shutil.copyfile(figure, folder / figure.name)
+            figures[figure.name] = alt
     text = environment.get_template("card.md").render(
         plan=plan,
         words=words_of(plan.calibration),
@@ -77,6 +82,8 @@ def write_card(
         rules=rules,
         rows=rows,
         size=size,
+        whole=whole,
+        coverage=describe_coverage(plan.coverage) if plan.coverage else None,
         bpw=8 * size / plan.weights,
         base=base,
         name=Path(plan.model.id).name,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from .._base.files import atomic_path, check_place
 from .._base.progress import Reporter
+from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed
-from ..jobs.record import JOB_FILE
-from ..models.find import find_units
+from ..models.find import find_matrices
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
-from ..search.plan import PLAN_FILE, Plan
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable
+from ..search.plan import Plan
+from ..sensitivity.table import SensitivityTable
 from .card import write_card
 from .checks import check, snap
 from .source import Source, open_source
@@ -93,7 +93,9 @@ def export(
         if rules is None or not round_up:
             return plan
         formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
-        rounded, differences = snap(find_units(model.module), plan, formats, rules)
+        rounded, differences = snap(
+            find_matrices(model.module, plan.assignments), plan, formats, rules
+        )
         changed.update(differences)
         return rounded
 
@@ -117,7 +119,7 @@ def export(
         exporter.write(source, temporary)
         stored = check_written(exporter, source, temporary, rules) if exporter.weights else None
         if exporter.form == "folder":
-            source.plan.save(temporary / PLAN_FILE)
+            source.plan.save(RunFolder(temporary).plan)
             run = target if isinstance(target, Path) and target.is_dir() else None
             write_card(source, name, rules, temporary, run, exporter.layout)
     return Exported(out, name, source, rules, stored, size_of(out), changed, usage)
@@ -193,23 +195,23 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
     """
     if isinstance(target, Plan):
         return
-    plan, profile = _plan_of(target), (target if target.is_dir() else target.parent) / PROFILE_FILE
+    plan, profile = _plan_of(target), RunFolder.around(target).profile
     if not profile.is_file():
         return
     table = SensitivityTable.load(profile)
-    if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+    if table.provenance.model.sha256 != plan.model.sha256:
         return  # another model's profile
     units = [
         UnitInfo(
-            module,
-            (module,),
-            (shape,),
+            part.name,
+            (part.name,),
+            (part.shape,),
             unit.kind,
             unit.layer,
             unit.aliases if len(unit.modules) == 1 else (),
         )
         for unit in table.units
-        for module, shape in zip(unit.modules, unit.shapes, strict=True)
+        for part in unit.parts
     ]
     check(units, assignment_formats(plan), rules, plan.model.id)
 
@@ -217,7 +219,7 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
 def _plan_of(target: Path | Plan) -> Plan:
     if isinstance(target, Plan):
         return target
-    return Plan.load(target / PLAN_FILE if target.is_dir() else target)
+    return Plan.load(plan_path(target))
 
 
 def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> None:
@@ -239,7 +241,8 @@ def _check_form(name: str, exporter: Exporter, out: Path, plan_only: bool) -> No
 def _check_free(out: Path, exporter: Exporter) -> None:
     """Refuse to replace a folder that is not an export."""
     if exporter.form == "folder" and out.is_dir() and any(out.iterdir()):
-        ours = (out / PLAN_FILE).is_file() and not (out / JOB_FILE).is_file() and not is_packed(out)
+        folder = RunFolder(out)
+        ours = folder.plan.is_file() and not folder.job.is_file() and not is_packed(out)
         if not ours or not any(EXPORTERS.get(name)().recognizes(out) for name in EXPORTERS.names()):
             raise ValueError(f"{out} exists and is not an exported model. Choose another --out.")
 

@@ -8,11 +8,13 @@ from math import nan
 from pathlib import Path
 
 from .._base.progress import Reporter
-from ..models.find import find_units
+from ..jobs.folder import RunFolder
+from ..models.find import find_matrices
 from ..models.identity import state_sha256
 from ..models.load import load_model
 from ..models.workload import LoadedModel
-from ..search.plan import PLAN_FILE, BudgetRef, ModelRef, Plan
+from ..search.plan import BudgetRef, Plan
+from ..sensitivity.provenance import ModelRef
 from .targets import EXPORTERS, Exporter, Stored, shown_name
 
 
@@ -87,15 +89,16 @@ def recognize(path: Path) -> tuple[str, Exporter]:
             return shown_name(name), exporter
         if type(exporter).recognizes is not Exporter.recognizes:
             known.append(shown_name(name))
-    if (path / PLAN_FILE).is_file():
-        raise ValueError(f"{path} needs no import: it holds a plan of bitplan, {path / PLAN_FILE}.")
+    plan = RunFolder(path).plan
+    if plan.is_file():
+        raise ValueError(f"{path} needs no import: it holds a plan of bitplan, {plan}.")
     raise ValueError(
         f"{path} is nothing that can be imported. Give a file or folder of: {', '.join(known)}."
     )
 
 
 def _check_modules(path: Path, found: list[Stored], model: LoadedModel) -> None:
-    shapes = {unit.name: unit.shapes[0] for unit in find_units(model.module)}
+    shapes = {unit.name: unit.shapes[0] for unit in find_matrices(model.module)}
     for stored in found:
         if shapes.get(stored.name) != stored.shape:
             has = shapes.get(stored.name)

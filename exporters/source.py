@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .._base.progress import Reporter
+from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..jobs.renderings import plan_renderer
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
@@ -20,7 +22,7 @@ from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Source:
     @property
     def aliases(self) -> dict[str, str]:
         """Alias -> canonical module name."""
-        return {alias: unit.name for unit in self.units for alias in unit.aliases}
+        return {alias: unit.parts[0].module for unit in self.units for alias in unit.aliases}
 
     def each(self, what: str = "Writing") -> Iterator[tuple[str, PackedTensor]]:
         """Name and packed weight of every matrix in turn, with a progress bar."""
@@ -101,21 +103,29 @@ def open_source(
         ValueError: If there is no plan, or plan and model do not match.
     """
     reporter = reporter or Reporter(quiet=True)
-    plan, layers = target, None
+    plan, layers, beside = target, None, None
     if isinstance(target, Path):
+        beside = RunFolder.around(target)
         if is_packed(target) and weights:
             return _unchanged(_from_folder(target, like, reporter), target, change)
         if is_packed(target) and (target / "config.json").is_file():
             layers = str(target)  # the original may be gone
-        plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+        plan = Plan.load(plan_path(target))
     assert isinstance(plan, Plan)
     if model is None:
         name = layers or plan.original()
         check_model(name, "cpu")
         reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
         model = load_model(name, "cpu") if weights else load_structure(name)
-    plan = change(plan, model) if change else plan
-    return _from_plan(plan, model, like, reporter)
+    before, plan = plan, change(plan, model) if change else plan
+    if plan.assignments != before.assignments:
+        plan = plan.model_copy(update={"codes_sha256": None})  # that of other formats
+    units = planned_units(model.module, plan)
+    if weights:
+        renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
+    else:
+        renderer = Renderer(model.module, units, plan.rounding)
+    return _from_plan(plan, model, units, renderer, like, reporter)
 
 
 def _unchanged(
@@ -124,13 +134,19 @@ def _unchanged(
     if change and change(source.plan, source.model) != source.plan:
         raise ValueError(
             f"{folder} is packed, so its formats cannot be changed. Give its plan "
-            f"({folder / PLAN_FILE}) instead."
+            f"({RunFolder(folder).plan}) instead."
         )
     return source
 
 
-def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Reporter) -> Source:
-    units = planned_units(model.module, plan)
+def _from_plan(
+    plan: Plan,
+    model: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    renderer: Renderer,
+    like: Path | None,
+    reporter: Reporter,
+) -> Source:
     formats = assignment_formats(plan)
     unplanned, tied = unplanned_tensors(model.module, units)
     dtype = getattr(torch, model.source_dtype)
@@ -140,17 +156,15 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
             yield name, as_stored(tensor, dtype).contiguous()
 
     def packed(name: str) -> PackedTensor:
-        fitted = Renderer(model.module, units, plan.rounding)  # new: it keeps the grids it fits
-        fmt = formats[name]
-        return fitted.store.packed(name, fmt)
+        return renderer.store.packed(name, formats[name])
 
-    run = plan_runner(model, Renderer(model.module, units, plan.rounding), formats)
-    everything = find_units(model.module)
+    run = plan_runner(model, renderer, formats)
+    everything = find_matrices(model.module, plan.assignments)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
 def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
     packed, others, header = read_checkpoint(folder)
@@ -176,7 +190,4 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
 
 
 def _unpacked(model: LoadedModel) -> tuple[UnitInfo, ...]:
-    try:
-        return find_units(model.module)
-    except ValueError:  # every matrix is packed
-        return ()
+    return find_matrices(model.module)

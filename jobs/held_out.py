@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from .._base.files import write_json
 from .._base.progress import Reporter
 from ..models.kv_cache import kv_runner
 from ..models.load import check_model, load_model
 from ..models.measure import Measurement, Run, measure, plan_runner
 from ..models.rendering import Renderer
 from ..models.samples import Samples, check_text, evaluation_samples
-from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
-from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Baseline, KVCache, Measured, Plan, plan_key
+from ..search.goals import Goal
+from ..search.plan import Baseline, KVCache, Measured, Plan, plan_key
+from .folder import RunFolder, plan_path
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
+from .measurements import Figures, Measurements
+from .renderings import plan_renderer
 
 
 class HeldOut:
@@ -28,78 +28,74 @@ class HeldOut:
 
     Args:
         model: The original model.
-        units: Units of the plans.
-        rounding: Rounding method of the plans.
+        renderer: Renders its matrices, by the rounding method of the plans.
         samples: The sequences.
-        run: The run folder: every figure is kept in its measurements.json.
+        run: The run folder: every figure is kept there.
         reporter: Where progress is shown.
     """
 
     def __init__(
         self,
         model: LoadedModel,
-        units: Sequence[UnitInfo],
-        rounding: str,
+        renderer: Renderer,
         samples: Samples,
-        run: Path,
+        run: RunFolder,
         reporter: Reporter,
     ) -> None:
         self.samples = samples
-        self._model, self._cache, self._reporter = model, run / MEASUREMENTS_FILE, reporter
-        self._renderer = Renderer(model.module, units, rounding)
-        self._known = _read_measurements(self._cache, samples)
+        self._model, self._file, self._reporter = model, run.measurements, reporter
+        self._renderer = renderer
+        self._known = Measurements.of(self._file, samples.sha256)
 
     @property
     def ppl_original(self) -> float | None:
         """Perplexity of the original; None before a measurement or without text."""
-        ppl: float | None = self._known["ppl_original"]
-        return ppl
+        return self._known.ppl_original
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Measurement]:
         """Measure the plans that were not measured before; the figures of all of them."""
         keys = {name: plan_key(plan) for name, plan in plans.items()}
-        todo = {name: plans[name] for name, key in keys.items() if key not in self._known["plans"]}
+        todo = {name: plans[name] for name, key in keys.items() if key not in self._known.plans}
         if todo:
             runs = {name: plan_run(self._model, self._renderer, p) for name, p in todo.items()}
             steps = len(self.samples.batches) * (1 + len(runs))
             what = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} plans"
             with self._reporter.bar(f"Validating {what}", steps) as advance:
-                fresh, self._known["ppl_original"] = measure(
+                fresh, self._known.ppl_original = measure(
                     self._model, runs, self.samples, lambda: advance(1)
                 )
             for name, m in fresh.items():
-                self._known["plans"][keys[name]] = {
-                    "kl": m.kl.tolist(),
-                    "nll": None if m.nll is None else m.nll.tolist(),
-                    "tokens": m.tokens,
-                }
-            write_json(self._cache, self._known)
-        return {name: _measurement(self._known["plans"][key]) for name, key in keys.items()}
+                self._known.plans[keys[name]] = Figures(
+                    kl=m.kl.tolist(),
+                    nll=None if m.nll is None else m.nll.tolist(),
+                    tokens=m.tokens,
+                )
+            self._known.write(self._file)
+        return {name: _measurement(self._known.plans[key]) for name, key in keys.items()}
 
     def best(
-        self,
-        plans: Mapping[str, Plan],
-        smallest_within: float | None = None,
-        size: Callable[[Plan], float] = lambda plan: plan.total_bytes,
+        self, plans: Mapping[str, Plan], goal: Goal, uniform: Mapping[str, str] | None = None
     ) -> Plan:
         """Measure all plans on the same tokens and take the best of those that fit.
 
         Args:
             plans: The plans by name.
-            smallest_within: Take the smallest plan with at most this KL, nats per token.
-            size: What the smallest plan has the least of.
+            goal: What is asked for.
+            uniform: Names of the plans that have one format -> that format.
 
         Returns:
-            The plan with the least measured KL among those within their budget, with ``measured``
-            filled in and all others as ``baselines``.
+            The plan with the least measured KL among those within their budget; where the goal is
+            a quality, the smallest (or fastest) one that reaches it. With ``measured`` filled in
+            and all others as ``baselines``.
         """
         measured = self.measure(plans)
-        fitting = [name for name, plan in plans.items() if plan.total_bytes <= plan.budget.bytes]
-        kl = {name: np.nan_to_num(measured[name].mean_kl, nan=np.inf) for name in fitting}
-        best = min(fitting, key=kl.__getitem__)
-        if smallest_within is not None:
-            reaching = [name for name in fitting if kl[name] <= smallest_within]
-            best = min(reaching, key=lambda name: size(plans[name]), default=best)
+        kl = {n: float(np.nan_to_num(m.mean_kl, nan=np.inf)) for n, m in measured.items()}
+        answers = [name for name, plan in plans.items() if goal.accepts(plan, kl[name])]
+        if goal.is_target and answers:
+            best = min(answers, key=lambda name: goal.size_of(plans[name]))
+        else:  # no plan may reach a quality that the one found was measured to reach on its own
+            fitting = [n for n, plan in plans.items() if plan.total_bytes <= plan.budget.bytes]
+            best = min(answers or fitting, key=kl.__getitem__)
         result = measured[best]
         return plans[best].model_copy(
             update={
@@ -113,8 +109,9 @@ class HeldOut:
                     text=self.samples.source,
                     text_sha256=self.samples.sha256,
                 ),
+                "codes_sha256": self._renderer.store.digest(assignment_formats(plans[best])),
                 "baselines": [
-                    _baseline(name, plans[name], measured[name], result)
+                    _baseline(name, plans[name], measured[name], result, (uniform or {}).get(name))
                     for name in plans
                     if name != best
                 ],
@@ -153,7 +150,7 @@ def run_eval(
         ValueError: If the target is neither, or does not match the model.
     """
     packed = is_packed(target)
-    plan = Plan.load(target / PLAN_FILE if target.is_dir() else target)
+    plan = Plan.load(plan_path(target))
     original = plan.original()
     check_model(original, device)
     check_text(text, "evaluation")
@@ -164,7 +161,9 @@ def run_eval(
         quantized = load_packed(target, device, torch.float32)
         run = with_cache(quantized, quantized.logits, plan.kv_cache)
     else:
-        run = plan_run(model, Renderer(model.module, units, plan.rounding), plan)
+        beside = RunFolder.around(target)
+        renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
+        run = plan_run(model, renderer, plan)
     before = plan.measured
     samples = evaluation_samples(
         model,
@@ -177,25 +176,18 @@ def run_eval(
     return plan, measured["plan"], ppl
 
 
-def _read_measurements(cache: Path, samples: Samples) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
-        if known["text_sha256"] == samples.sha256:
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or damaged: measured again
-    return {"text_sha256": samples.sha256, "ppl_original": None, "plans": {}}
+def _measurement(figures: Figures) -> Measurement:
+    nll = None if figures.nll is None else np.array(figures.nll)
+    return Measurement(np.array(figures.kl), nll, figures.tokens)
 
 
-def _measurement(entry: dict[str, Any]) -> Measurement:
-    nll = None if entry["nll"] is None else np.array(entry["nll"])
-    return Measurement(np.array(entry["kl"]), nll, entry["tokens"])
-
-
-def _baseline(name: str, plan: Plan, measured: Measurement, shipped: Measurement) -> Baseline:
+def _baseline(
+    name: str, plan: Plan, measured: Measurement, shipped: Measurement, uniform: str | None
+) -> Baseline:
     difference, stderr = measured.minus(shipped)
     return Baseline(
         name=name,
+        format=uniform,
         bytes=plan.total_bytes,
         predicted_kl=plan.predicted_kl,
         kl=measured.mean_kl,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,26 +11,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._base.files import atomic_path, check_place
+from .._base.hints import did_you_mean
 from .._base.progress import Reporter
-from ..kernels.linear import PackedLinear, compute_in, replace
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
 from ..models.load import check_model, find_device, load_model
+from ..models.packed_modules import PackedLinear
+from ..models.packing import compute_in, replace
 from ..models.rendering import Renderer
-from ..models.units import UnitInfo
-from ..models.workload import LoadedModel, Workload
+from ..models.samples import Samples
+from ..models.sites import places
+from ..models.units import Ranges, UnitInfo
+from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
+from ..quantizers.methods import METHODS
 from ..quantizers.packed import PackedTensor
 from ..quantizers.runtimes import byte_count
-from ..search.plan import PLAN_FILE, Plan
+from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
-from ..sensitivity.table import PROFILE_FILE
+from .folder import RunFolder
+from .renderings import plan_renderer
 
+_HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
 GENERATION_FILE = "generation_config.json"
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: Plan | Path | str,
+    batches: Samples | Sequence[Batch] | None = None,
+) -> nn.Module:
     """Replace the planned layers of a model by packed ones, in place.
 
     The model's other layers stay as they are; the original weights of the replaced ones are
@@ -39,7 +49,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Args:
         model: The very model the plan was made for (its weights are compared by hash).
-        plan: The plan.
+        plan: The plan or its path, which may be in the folder of its run.
+        batches: Calibration batches of the profile, for rounding methods that need data.
 
     Returns:
         ``model``.
@@ -47,9 +58,15 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
+    plan, beside = _opened(plan)
     units = planned_units(model, plan)
-    packed = dict(_pack(model, units, plan, Reporter(quiet=True)))
-    replace(model, packed, _aliases(units))
+    if METHODS.trait(plan.rounding, "needs"):
+        loaded = as_loaded_model(model)
+        renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
+    else:
+        renderer = Renderer(model, units, plan.rounding)
+    packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
+    replace(model, packed, _aliases(units), rows_of(units))
     return model
 
 
@@ -58,6 +75,8 @@ def quantize(
     out: Path | str,
     model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
+    renderer: Renderer | None = None,
+    batches: Samples | Sequence[Batch] | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -70,6 +89,9 @@ def quantize(
         out: The folder to make.
         model: The original model, when it is loaded already.
         reporter: Where progress is shown.
+        renderer: That of the run which made the plan, when it is at hand.
+        batches: Calibration batches of the profile, for rounding methods that need data; by
+            default those that the plan names.
 
     Returns:
         The folder.
@@ -77,7 +99,7 @@ def quantize(
     Raises:
         ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    plan, beside = _opened(plan)
     out = Path(out).resolve()
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
@@ -90,7 +112,10 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    packed = dict(_pack(model.module, units, plan, reporter))
+    renderer = renderer or plan_renderer(
+        plan, model, units, beside=beside, batches=batches, reporter=reporter
+    )
+    packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
@@ -98,7 +123,7 @@ def quantize(
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header)
-        plan.save(folder / PLAN_FILE)
+        plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
     return out
 
@@ -106,13 +131,13 @@ def quantize(
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds weights that :func:`quantize` wrote, and nothing of a run."""
     file = folder / FILE_NAME
-    if not file.is_file() or (folder / PROFILE_FILE).exists():
+    if not file.is_file() or RunFolder(folder).profile.exists():
         return False
     try:
         with safe_open(str(file), framework="pt") as opened:
             return "bitplan" in (opened.metadata() or {})
     except SafetensorError:  # damaged; whoever loads it says how
-        return (folder / PLAN_FILE).is_file()
+        return RunFolder(folder).plan.is_file()
 
 
 def load(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -139,12 +164,12 @@ def load_packed(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: bool = True
 ) -> LoadedModel:
     """:func:`load` with identity and, if wanted, the tokenizer."""
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = Plan.load(RunFolder(folder).plan)
     packed, others, header = read_checkpoint(folder)
     if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
         raise ValueError(
-            f"{folder / PLAN_FILE} is not the plan {folder / FILE_NAME} was packed from. Quantize "
-            "the plan again."
+            f"{RunFolder(folder).plan} is not the plan {folder / FILE_NAME} was packed from. "
+            "Quantize the plan again."
         )
     _check_scales(folder / FILE_NAME, packed)
     skeleton, workload = _skeleton(folder, plan, tokenizer)
@@ -155,7 +180,8 @@ def load_packed(
         for name, owner in header["tied"].items()
         if owner not in others
     }
-    replace(skeleton, packed | halves, header["aliases"] | aliases)
+    rows = rows_of(find_matrices(skeleton, plan.assignments))
+    replace(skeleton, packed | halves, header["aliases"] | aliases, rows)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in others.items()
@@ -173,7 +199,7 @@ def load_packed(
 
 
 def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
-    """The units a plan assigns, one per matrix.
+    """The units a plan assigns, one per part.
 
     Args:
         model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
@@ -183,15 +209,13 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
     """
-    units = find_units(model)
+    units = find_matrices(model, plan.assignments)
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f" The nearest is {near[0]!r}." if near else ""
             raise ValueError(
                 f"The plan does not match the model: it assigns {name!r} a format, but the model "
-                f"has no such layer.{hint} The plan is for {plan.model.id!r}."
+                f"has no such layer.{did_you_mean(name, names)} The plan is for {plan.model.id!r}."
             )
     plan.original()  # raises where it is not known
     without_weights = next(model.parameters()).is_meta
@@ -219,9 +243,8 @@ def assignment_formats(plan: Plan) -> dict[str, Format]:
 
 
 def _pack(
-    model: nn.Module, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
+    renderer: Renderer, units: tuple[UnitInfo, ...], plan: Plan, reporter: Reporter
 ) -> Iterator[tuple[str, PackedTensor]]:
-    renderer = Renderer(model, units, plan.rounding)
     formats = assignment_formats(plan)
     with reporter.bar("Packing", len(units), [unit.weights for unit in units]) as advance:
         for unit in units:
@@ -229,9 +252,23 @@ def _pack(
             advance(1)
 
 
+def _opened(plan: Plan | Path | str) -> tuple[Plan, RunFolder | None]:
+    """A plan, and the folder it lies in."""
+    if isinstance(plan, Plan):
+        return plan, None
+    path = Path(plan)
+    return Plan.load(path), RunFolder.around(path)
+
+
+def rows_of(units: Sequence[UnitInfo]) -> dict[str, Ranges]:
+    """Name -> rows of the parts that are not whole matrices."""
+    parts = (part for unit in units for part in unit.parts)
+    return {part.name: part.rows for part in parts if part.rows is not None}
+
+
 def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
-    """Alias -> canonical module name."""
-    return {alias: unit.name for unit in units for alias in unit.aliases}
+    """Alias -> canonical matrix name."""
+    return {alias: unit.parts[0].module for unit in units for alias in unit.aliases}
 
 
 def save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
@@ -262,20 +299,18 @@ def _check_scales(path: Path, packed: Mapping[str, PackedTensor]) -> None:
 
 
 def _take_halves(model: nn.Module, others: dict[str, Tensor]) -> dict[str, PackedTensor]:
-    """Move the 16-bit weights of linear layers and embeddings out of ``others``.
+    """Move the 16-bit weights of the large kinds of layers out of ``others``.
 
     As packed weights they are used as they are stored, at half the memory of float32.
     """
     formats = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     taken = {}
-    for name, module in model.named_modules():
-        weight = others.get(f"{name}.weight")
-        if type(module) in {nn.Linear, nn.Embedding} and weight is not None:
-            if weight.dtype not in formats or getattr(module, "max_norm", None) is not None:
-                continue
-            rows, cols = weight.shape
+    for place in places(model):
+        weight = others.get(place.key)
+        if place.site_name in _HALVED and weight is not None and weight.dtype in formats:
             fmt = Format.parse(formats[weight.dtype])
-            taken[name] = PackedTensor(fmt, (rows, cols), {"weight": others.pop(f"{name}.weight")})
+            matrix = place.matrix(others.pop(place.key)).contiguous()
+            taken[place.name] = PackedTensor(fmt, place.shape, {"weight": matrix})
     return taken
 
 

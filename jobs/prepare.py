@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,31 +13,47 @@ import numpy as np
 
 from .._base.progress import Reporter
 from ..models.find import find_units
+from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
-from ..models.samples import Samples, calibration_samples, check_text
+from ..models.rendering import Renderer
+from ..models.samples import Samples, calibration_samples, check_text, evaluation_samples
 from ..models.units import UnitInfo
-from ..models.wording import words_of
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
 from ..search.blackbox.storage import shown
 from ..search.budget import Budget
+from ..search.goals import GOALS, Asked, Goal, ModelFacts, goal_class
+from ..search.kv import KVTable
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
+from ..sensitivity.evidence import calibrated
 from ..sensitivity.metrics import METRICS
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable, stored_bytes
+from ..sensitivity.provenance import Provenance
+from ..sensitivity.table import SensitivityTable, stored_bytes
+from .folder import RunFolder
 from .settings import ProfileSettings, SearchSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A loaded model, what is asked of it, and what that will be recorded as."""
+    """A loaded model, what is asked of it, and what that will be recorded as.
+
+    Attributes:
+        model: The original model.
+        units: Its units.
+        formats: Their candidate formats.
+        samples: Calibration sequences.
+        provenance: What the profile will say of itself.
+        renderer: The one source of renderings of the run: what was priced is what is measured.
+    """
 
     model: LoadedModel
     units: tuple[UnitInfo, ...]
     formats: tuple[Format, ...]
     samples: Samples
-    provenance: dict[str, Any]
+    provenance: Provenance
+    renderer: Renderer
 
     def blank_table(self) -> SensitivityTable:
         """The table with exact bytes and no prices."""
@@ -53,8 +68,10 @@ class Work:
         )
 
 
-def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
+def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | None = None) -> Work:
     """Load a model, find its units and choose its calibration sequences.
+
+    Codes that cannot be recomputed are kept in the run's ``folder``, if there is one.
 
     Raises:
         ValueError: If a name is unknown, or the model or text cannot be used.
@@ -62,7 +79,9 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
     check(settings)
     reporter.say(f"Loading {settings.model}")
     model = load_model(settings.model, settings.device)
-    units = find_units(model.module, settings.include, settings.exclude, settings.groups)
+    units = find_units(
+        model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
+    )
     samples = calibration_samples(
         model,
         settings.calibration,
@@ -78,13 +97,26 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         f"{len(units)} units with {inside:,} weights; the other {everything - inside:,} "
         "parameters stay as they are"
     )
-    origin = provenance(model, units, samples, settings.metric, settings.rounding, settings.seed)
-    drawn = f"{samples.count:,} calibration {words_of(origin['calibration']).drawn}"
+    selected = bool(settings.include or settings.exclude)
+    origin = provenance(
+        model, units, samples, settings.metric, settings.rounding, settings.seed, selected
+    )
+    drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
     formats = resolve_formats(settings.formats, model.source_dtype)
-    return Work(model, units, formats, samples, origin)
+    renderer = calibrated(
+        model,
+        units,
+        settings.rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin.model.sha256,
+        folder=folder.renderings if folder else None,
+        reporter=reporter,
+    )
+    return Work(model, units, formats, samples, origin, renderer)
 
 
 def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
@@ -108,6 +140,60 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
             shown(search.storage)  # raises if it is no URL
 
 
+def goal_of(search: SearchSettings, model: LoadedModel) -> Goal:
+    """What is asked for, of this model.
+
+    Raises:
+        ValueError: If the model or the solver cannot do that.
+    """
+    asked = Asked(
+        budget=search.budget,
+        vram=search.vram,
+        max_kl=search.max_kl,
+        max_ppl=search.max_ppl,
+        fastest=search.fastest,
+        context=search.context,
+        batch=search.batch,
+        solver=search.solver,
+        limits=search.limits(),
+    )
+    kind = goal_class(asked)
+    plans_cache = GOALS.trait(kind.name, "plans_cache", False) and model.is_language_model
+    cache = _unpriced_cache(model) if plans_cache else None
+    return kind(asked, ModelFacts(model.id, model.is_language_model, cache))
+
+
+def _unpriced_cache(model: LoadedModel) -> KVTable:
+    """What the KV cache of every layer takes; prices come later.
+
+    Raises:
+        ValueError: If the model has none that can be planned.
+    """
+    size = kv_bytes_per_token(getattr(model.module, "config", None), KV_BITS)
+    zero = np.zeros(size.shape)
+    layers = tuple(f"layer {i}" for i in range(len(size)))
+    return KVTable(layers, KV_BITS, size, zero, zero)
+
+
+def evaluation(model: LoadedModel, settings: ProfileSettings, search: SearchSettings) -> Samples:
+    """Held-out sequences.
+
+    Raises:
+        ValueError: If they would be those that prices come from.
+    """
+    if model.is_language_model and _is_same_text(search.evaluation, settings.calibration):
+        raise ValueError(
+            f"{search.evaluation} is both --calibration and --eval: a plan measured on the text it "
+            "was made from proves nothing. Give another text to one of them."
+        )
+    return evaluation_samples(model, search.evaluation, search.eval_tokens, settings.length)
+
+
+def _is_same_text(first: str, second: str) -> bool:
+    files = [Path(name) for name in (first, second)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
 def _note_unused(model: LoadedModel, settings: ProfileSettings) -> None:
     """Say which settings of a text a model with batches of its own has no use for."""
     if model.is_language_model:
@@ -123,24 +209,33 @@ def _note_unused(model: LoadedModel, settings: ProfileSettings) -> None:
         )
 
 
-def profile_stage(work: Work, run: Path, reporter: Reporter) -> SensitivityTable:
+def profiled(work: Work, run: RunFolder, reporter: Reporter) -> SensitivityTable:
     """Profile into a run folder, or take the finished profile that is there.
 
     Raises:
         ValueError: If the folder holds a profile made with other settings.
     """
-    path = run / PROFILE_FILE
+    path = run.profile
     if path.exists():
         table = SensitivityTable.load(path)
         _check_same(table, work.blank_table(), path)
         if not path.with_suffix(".json").exists():  # the disk was full
             table.save(path)
         reporter.say(f"Profile found in {path}, not computed again")
+        work.renderer.complete(work.formats, reporter)  # what it priced is what will be measured
         return table
-    run.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=run):
+    run.path.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=run.path):
         pass  # a folder that cannot be written is found out before the slow part
-    table = price(work.model, work.units, work.formats, work.samples, work.provenance, reporter)
+    table = price(
+        work.model,
+        work.units,
+        work.formats,
+        work.renderer,
+        work.samples,
+        work.provenance,
+        reporter,
+    )
     table.save(path)
     return table
 
@@ -149,8 +244,8 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
     """Raise if a finished profile was made with other settings than those asked for."""
     before = {"units": [u.name for u in found.units], "formats": list(found.formats)}
     now = {"units": [u.name for u in asked.units], "formats": list(asked.formats)}
-    before |= _flat(found.provenance)
-    now |= _flat(asked.provenance)
+    before |= found.provenance.decisive()
+    now |= asked.provenance.decisive()
     for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(
@@ -158,16 +253,6 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
                 f"{_short(value)}). Choose another --out, which keeps this profile; deleting the "
                 "file would lose it."
             )
-
-
-def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance by dotted key, without what does not change a price."""
-    flat: dict[str, Any] = {}
-    for key, value in provenance.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-    silent = ("versions", "layer_types", "model.id", "calibration.per")
-    return {k: v for k, v in flat.items() if not k.startswith(silent)}
 
 
 def _short(value: Any) -> str:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from .._base.settings import setting
+from ..models.names import BUILTIN, DEFAULT_MODEL
+from ..quantizers.candidates import DEFAULT_FORMATS
+from .limit_settings import (
+    BUDGET_HELP,
+    GOAL,
+    GROUP_HELP,
+    PRICES,
+    SEARCH,
+    SEED_HELP,
+    SOLVER_HELP,
+    PlanLimits,
+)
 
-from ..kernels.latency import Device
-from ..models.samples import BUILTIN
-from ..quantizers.runtimes import Rules
-from ..search.fastest import NEEDS_OF_FASTEST
-from ..search.limits import Limits
-from ..sensitivity.estimate import DEFAULT_FORMATS
+if TYPE_CHECKING:
+    from ..search.limits import Limits
 
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3
-_EXACT = ConfigDict(extra="forbid")  # a setting of another version is not passed over in silence
+DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
+HELD_OUT_HELP = "Held-out text: 'builtin' (prose that ships with Python) or a text file."
+_EXACT = {"extra": "forbid"}  # a setting of another version is not passed over in silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,83 +36,134 @@ class ProfileSettings:
 
     __pydantic_config__ = _EXACT
 
-    model: str
-    formats: tuple[str, ...] = DEFAULT_FORMATS
-    metric: str = "fisher"
-    rounding: str = "rtn"
-    calibration: str = BUILTIN
-    sequences: int = 96
-    length: int = 128
-    batch_tokens: int = 768
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    seed: int = 0
-    device: str = "auto"
+    model: str = setting(
+        DEFAULT_MODEL,
+        "Hugging Face id or folder, .gguf file, 'smollm2' (the embedded default) or "
+        "file.py:function returning a bitplan.Workload.",
+        argument="MODEL",
+    )
+    formats: tuple[str, ...] = setting(
+        DEFAULT_FORMATS,
+        "Candidate formats, comma-separated; default and grammar: `bitplan formats`.",
+        panel=PRICES,
+        reads="names",
+    )
+    metric: str = setting("fisher", "Sensitivity metric; see `bitplan metrics`.", panel=PRICES)
+    rounding: str = setting(
+        "rtn",
+        "Rounding method whose errors are priced; rtn rounds to nearest, with clipping.",
+        panel=PRICES,
+    )
+    calibration: str = setting(
+        BUILTIN,
+        "Calibration text: 'builtin' (English prose that ships with Python), a text file, or "
+        "'self' (sampled from the model).",
+        panel=PRICES,
+    )
+    sequences: int = setting(
+        96,
+        "Calibration sequences N; a price errs by about sqrt(2/N). Like the next two, not used by "
+        "a Workload with batches of its own.",
+        panel=PRICES,
+        minimum=1,
+    )
+    length: int = setting(
+        128, "Tokens per sequence, to calibrate and to measure.", panel=PRICES, minimum=2
+    )
+    batch_tokens: int = setting(
+        768, "Tokens per pass: fewer take less memory and more time.", panel=PRICES, minimum=1
+    )
+    include: tuple[str, ...] = setting(
+        (), "Glob on layer names to quantize; repeatable.", panel=PRICES
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Glob on layer names to leave as they are; repeatable.", panel=PRICES
+    )
+    groups: tuple[str, ...] = setting((), GROUP_HELP, "--group", panel=PRICES)
+    per_expert: bool = setting(
+        False, "A format for every expert, instead of one for all of a layer.", panel=PRICES
+    )
+    seed: int = setting(0, SEED_HELP)
+    device: str = setting("auto", DEVICE_HELP)
 
 
 @dataclass(frozen=True, slots=True)
-class SearchSettings:
+class SearchSettings(PlanLimits):
     """What to solve for, under which limits, and what to validate on.
 
     Exactly one of ``budget``, ``vram``, ``max_kl`` and ``max_ppl`` is given.
 
     Attributes:
-        budget: Bytes of the weights, such as ``4.3bpw``.
-        vram: Bytes of weights and KV cache together, with ``context`` tokens x ``batch``.
-        max_kl: The smallest plan whose measured KL is at most this, nats per token.
-        max_ppl: The smallest plan whose measured perplexity is at most this.
-        fastest: The fastest instead of the smallest plan that reaches ``max_kl`` or ``max_ppl``.
-        context: Tokens per sequence that the KV cache must hold.
-        batch: Sequences it must hold, and tokens per step that ``latency_device`` predicts.
-        solver: Name of the solver.
-        refine: Re-linearization steps; None for REFINE_STEPS above REFINE_ABOVE, else none.
-        guard: Calibration sequences kept apart to measure candidates on.
-        search_tokens: Tokens through the model that a search on true KL may spend.
-        bootstrap: Resamples for each unit's confidence; 0 for none.
-        storage: Optuna storage URL; None for ``job.sqlite`` in the run folder.
-        study: Name of the study there; None for the run folder's name.
-        pins: Glob -> format, as in :class:`.limits.Limits`, like the others below.
-        bans: Glob -> format globs.
-        at_least: Glob -> format.
-        at_most: Glob -> format.
-        runtime: Runtime whose rules restrict the candidates.
-        max_bops: Most bit operations per token.
-        latency: JSON file of milliseconds per unit and format.
-        latency_device: Device whose latency model gives milliseconds: a name or a TOML file.
-        max_ms: Most milliseconds.
-        evaluation: Held-out text.
-        eval_tokens: Held-out tokens to measure on.
         command: The command line to record.
     """
 
     __pydantic_config__ = _EXACT
 
-    budget: str | None = None
-    vram: str | None = None
-    max_kl: float | None = None
-    max_ppl: float | None = None
-    fastest: bool = False
-    context: int = 4096
-    batch: int = 1
-    solver: str = "certified"
-    refine: int | None = None
-    guard: int = 64
-    search_tokens: int = 500_000
-    bootstrap: int = 200
-    storage: str | None = None
-    study: str | None = None
-    pins: Mapping[str, str] = field(default_factory=dict)
-    bans: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    at_least: Mapping[str, str] = field(default_factory=dict)
-    at_most: Mapping[str, str] = field(default_factory=dict)
-    runtime: str | None = None
-    max_bops: float | None = None
-    latency: str | None = None
-    latency_device: str | None = None
-    max_ms: float | None = None
-    evaluation: str = BUILTIN
-    eval_tokens: int = 16384
+    budget: str | None = setting(None, BUDGET_HELP, "--budget", "-b", panel=GOAL)
+    vram: str | None = setting(
+        None, "Memory for weights and KV cache together, such as 8GiB.", panel=GOAL
+    )
+    max_kl: float | None = setting(
+        None,
+        "The smallest plan whose measured KL is at most this, in nats per token (per sample "
+        "without text).",
+        panel=GOAL,
+    )
+    max_ppl: float | None = setting(
+        None, "The smallest plan whose measured perplexity is at most this.", panel=GOAL
+    )
+    fastest: bool = setting(
+        False,
+        "With --max-kl or --max-ppl: the fastest instead of the smallest plan that reaches it; "
+        "needs --latency-device or --latency.",
+        panel=GOAL,
+    )
+    context: int = setting(4096, "With --vram: tokens per sequence.", panel=GOAL, minimum=1)
+    batch: int = setting(
+        1,
+        "With --vram or --latency-device: sequences at a time, a token of each per step.",
+        panel=GOAL,
+        minimum=1,
+    )
+    evaluation: str = setting(BUILTIN, HELD_OUT_HELP, "--eval", panel=SEARCH)
+    eval_tokens: int = setting(16384, "Held-out tokens to measure on.", panel=SEARCH, minimum=2)
+    solver: str = setting("certified", SOLVER_HELP, panel=SEARCH)
+    refine: int | None = setting(
+        None,
+        "Most steps of refinement: prices at the plan's own weights, accepted on measured KL. By "
+        f"default {REFINE_STEPS} when the predicted KL is above {REFINE_ABOVE}, else 0.",
+        panel=SEARCH,
+        minimum=0,
+    )
+    guard: int = setting(
+        64,
+        "Further calibration sequences, kept apart to measure candidates on.",
+        panel=SEARCH,
+        minimum=8,
+    )
+    search_tokens: int = setting(
+        500_000,
+        "Tokens (samples without text) that a solver on measured KL (evolutionary, tpe, ...) may "
+        "measure.",
+        panel=SEARCH,
+        minimum=1,
+    )
+    bootstrap: int = setting(
+        200,
+        "Resamples of the calibration that say how sure each format is; 0 for none.",
+        panel=SEARCH,
+        minimum=0,
+    )
+    storage: str | None = setting(
+        None,
+        "Optuna storage URL of a search with tpe or nsga2; default job.sqlite in the run folder.",
+        panel=SEARCH,
+    )
+    study: str | None = setting(
+        None,
+        "Name of the study in --storage; default made of run, solver, bytes and seed.",
+        panel=SEARCH,
+    )
     command: str | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +195,8 @@ class SearchSettings:
             )
         timed = self.latency is not None or self.latency_device is not None
         if self.fastest and not (timed and {"--max-kl", "--max-ppl"} & set(given)):
+            from ..search.fastest import NEEDS_OF_FASTEST
+
             raise ValueError(NEEDS_OF_FASTEST.format("--max-kl or --max-ppl"))
         if self.refine and self.budget is None:
             raise ValueError(f"--refine works with --budget only, not with {given[0]}.")
@@ -152,18 +214,7 @@ class SearchSettings:
         Raises:
             ValueError: If the runtime or device is unknown, or a limit is incomplete.
         """
-        return Limits(
-            pins=self.pins,
-            bans=self.bans,
-            at_least=self.at_least,
-            at_most=self.at_most,
-            max_bops=self.max_bops,
-            latency=None if self.latency is None else Path(self.latency),
-            device=None if self.latency_device is None else Device.load(self.latency_device),
-            tokens=self.batch,
-            max_ms=self.max_ms,
-            rules=None if self.runtime is None else Rules.load(self.runtime),
-        )
+        return self._plan_limits(self.batch)
 
 
 def read_settings(recorded: Mapping[str, Any]) -> tuple[ProfileSettings, SearchSettings]:
@@ -172,6 +223,8 @@ def read_settings(recorded: Mapping[str, Any]) -> tuple[ProfileSettings, SearchS
     Raises:
         ValueError: If another version wrote them.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     if "search" not in recorded:
         raise ValueError(
             "This folder holds the job of `bitplan profile`, not of a search. Run `bitplan search` "

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,10 @@ from ..search.oracle import Choice, Oracle
 from ..sensitivity.linearize import linearize
 from ..sensitivity.shrinkage import Shrinkage
 from ..sensitivity.table import SensitivityTable
+from .folder import RunFolder
 from .settings import ProfileSettings
 
 TOP_K = 1024  # outcomes of the original kept per position; the KL over them is 0.95 of the full
-ORACLE_LOG = "oracle-{key}.jsonl"
-LOCAL_PRICES = "local-{key}.safetensors"
 GUARD_TOKENS = 2048  # per pass; forward only, so more fit than of the profile's
 _LEAST_GUARD = 8  # sequences: fewer cannot tell candidates apart
 
@@ -46,6 +44,7 @@ class Truth:
 
     Args:
         model: The original model.
+        renderer: Renders its matrices, by the table's rounding method.
         table: Its units and formats.
         samples: Calibration sequences the table was made from.
         guard: Sequences that prices never see.
@@ -57,18 +56,18 @@ class Truth:
     def __init__(
         self,
         model: LoadedModel,
+        renderer: Renderer,
         table: SensitivityTable,
         samples: Samples,
         guard: Samples,
-        run: Path,
+        run: RunFolder,
         seed: int,
         reporter: Reporter,
     ) -> None:
-        self._model, self._table = model, table
+        self._model, self._renderer, self._table = model, renderer, table
         self._samples, self.guard = samples, guard
         self._run, self._seed, self._reporter = run, seed, reporter
         self._formats = [Format.parse(name) for name in table.formats]
-        self._renderer = Renderer(model.module, table.units, table.provenance["rounding"])
 
     def oracle(
         self,
@@ -105,14 +104,14 @@ class Truth:
             self.guard.count,
             length,
             max_tokens=max_tokens,
-            log=self._run / ORACLE_LOG.format(key=self._key(self.guard)),
+            log=self._run.oracle(self._key(self.guard)),
             storage=storage,
             study=study,
         )
 
     def linearize(self, choice: Choice, _number: int) -> StoredPrices:
         """Local prices at a plan, from the run folder if they were computed before."""
-        path = self._run / LOCAL_PRICES.format(key=self._key(self._samples, choice))
+        path = self._run.local_prices(self._key(self._samples, choice))
         try:
             return StoredPrices(**load_file(path))
         except (OSError, SafetensorError, TypeError):
@@ -144,9 +143,9 @@ class Truth:
     def _key(self, samples: Samples, choice: Choice | None = None) -> str:
         """What a stored figure depends on, besides the choice in the oracle's log."""
         parts = [
-            self._table.provenance["model"]["sha256"],
-            str(self._table.provenance.get("definition_sha256")),
-            self._table.provenance["rounding"],
+            self._table.provenance.model.sha256,
+            str(self._table.provenance.definition_sha256),
+            self._table.provenance.rounding,
             str(TOP_K),
             version("bitplan"),
             *self._table.formats,

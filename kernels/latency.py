@@ -13,7 +13,6 @@ from measurements.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -33,6 +32,7 @@ from pydantic import (
 )
 
 from .._base.files import atomic_path, read_toml
+from .._base.hints import did_you_mean
 from ..quantizers.format import Format
 
 FOLDER = Path(__file__).resolve().parent / "devices"
@@ -174,8 +174,7 @@ class Device(_Strict):
             text, _, kernel = text.rpartition(":") if ":" in text else (text, "", "")
             path = Path(text) if text.endswith(".toml") else FOLDER / f"{text}.toml"
         if not path.is_file():
-            close = difflib.get_close_matches(text.lower(), names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(text.lower(), names())
             raise ValueError(
                 f"Unknown device {text!r}.{hint} Available: {', '.join(names())}, or a .toml file "
                 "that `bitplan kernels bench --refit` wrote."

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .coverage import Coverage, Left
 from .fusion import fuse
-from .units import UnitInfo
+from .sites import Place, places
+from .sites.experts import expert_of
+from .units import UnitInfo, matrix_name, part_name
 
 
-def weight_matrix(module: nn.Module) -> Tensor | None:
-    """The weight of a quantizable module as a matrix [rows, cols], rows = output features.
+@dataclass(slots=True)
+class _Found:
+    """A weight with everything that is named after it."""
 
-    A view of the parameter wherever one exists, never a copy. None for all other modules, among
-    them subclasses and variants (max_norm, reflected padding) that no packed module stands for.
-    """
-    if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
-        return module.weight
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        return module.weight.flatten(1)
-    if is_conv1d(module):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight.T
-    return None
+    place: Place
+    aliases: list[str] = field(default_factory=list)
 
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the GPT-2 ``Conv1D`` of transformers: a linear layer stored transposed."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D"
+    @property
+    def names(self) -> list[str]:
+        return [self.place.name, *self.aliases]
 
 
 def find_units(
@@ -43,15 +35,20 @@ def find_units(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     groups: Sequence[str] = (),
+    per_expert: bool = False,
 ) -> tuple[UnitInfo, ...]:
-    """List the units of a model in module order.
+    """List the units of a model in module order: every float parameter of two or more dimensions.
+
+    The experts of a layer are one unit per projection, whether they are one parameter or a list
+    of modules.
 
     Args:
-        model: Any module with Linear, Conv1D, Embedding or Conv2d layers.
-        include: Globs on module names; empty means all.
-        exclude: Globs on module names that are left as they are.
+        model: Any module.
+        include: Globs on weight names; empty means all.
+        exclude: Globs on weight names that are left as they are.
         groups: Fusion rules such as ``q_proj,k_proj,v_proj``: matrices with these last names
             under one parent share one format, as the runtimes that fuse them require.
+        per_expert: Make every expert a unit of its own.
 
     Returns:
         Units whose tied matrices are one entry with aliases, and fused matrices one unit.
@@ -59,42 +56,26 @@ def find_units(
     Raises:
         ValueError: If a glob or a rule matches nothing, or no unit is left.
     """
-    owners: dict[int, str] = {}
-    aliases: dict[str, list[str]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    elsewhere = _used_elsewhere(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        matrix = weight_matrix(module)
-        if matrix is None or (place := _place(module.weight)) in elsewhere:
-            continue
-        owner = owners.setdefault(place, name)
-        if owner == name:
-            shapes[name] = (matrix.shape[0], matrix.shape[1])
-            aliases[name] = []
-        else:
-            aliases[owner].append(name)
-    if not shapes:
+    found = _weights(model)
+    if not found:
         raise ValueError(
-            "The model has no Linear, Conv1D, Embedding or Conv2d layer, so there is nothing to "
-            "quantize."
+            "The model has no floating point parameter with two or more dimensions, so there is "
+            "nothing to quantize."
         )
     chosen = [
-        name
-        for name in shapes
-        if (not include or _matches([name, *aliases[name]], include))
-        and not _matches([name, *aliases[name]], exclude)
+        one
+        for one in found
+        if (not include or _matches(one.names, include)) and not _matches(one.names, exclude)
     ]
-    _check_globs([*include, *exclude], [n for name in shapes for n in (name, *aliases[name])])
+    _check_globs([*include, *exclude], [name for one in found for name in one.names])
     if not chosen:
         raise ValueError(
             f"--include {' '.join(include) or '*'} without --exclude {' '.join(exclude) or '-'} "
-            f"leaves no unit of {len(shapes)}. Loosen the globs."
+            f"leaves no unit of {len(found)}. Loosen the globs."
         )
-    stack = _main_stack(chosen)
-    units = []
-    for name in chosen:
-        layer, kind = _locate(name, stack)
-        units.append(UnitInfo(name, (name,), (shapes[name],), kind, layer, tuple(aliases[name])))
+    units = _described(model, chosen, [one.place.name for one in chosen] if per_expert else ())
+    if not per_expert:
+        units = _with_experts_together(model, units)
     for rule in groups:
         fused = fuse(units, rule)
         if len(fused) == len(units):
@@ -106,20 +87,100 @@ def find_units(
     return tuple(units)
 
 
-def _place(weight: Any) -> int:
+def find_matrices(model: nn.Module, parts: Collection[str] = ()) -> tuple[UnitInfo, ...]:
+    """List all weights of a model, one unit per matrix, or per part of those that ``parts`` split.
+
+    Args:
+        model: Any module.
+        parts: Names of parts, such as the keys of a plan: of a matrix that occurs with
+            ``[rows:k]``, every expert is a unit.
+    """
+    split = {matrix_name(name) for name in parts if matrix_name(name) != name}
+    return tuple(_described(model, _weights(model), split))
+
+
+def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False) -> Coverage:
+    """What part of a model's weights is in units.
+
+    Args:
+        model: The model.
+        units: Its units.
+        selected: Whether the user chose them with globs.
+    """
+    planned = {part.module for unit in units for part in unit.parts}
+    found = _weights(model)
+    sizes = {one.place.name: one.place.parameter.numel() for one in found}
+    reason = "left out by --include or --exclude" if selected else "not in the profile"
+    left = [Left(name, size, reason) for name, size in sizes.items() if name not in planned]
+    left += [
+        Left(name, parameter.numel(), f"{parameter.dtype} weights")
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and not parameter.is_floating_point()
+    ]
+    inside = sum(unit.weights for unit in units)
+    return Coverage(inside, inside + sum(one.weights for one in left), tuple(left), selected)
+
+
+def _weights(model: nn.Module) -> list[_Found]:
+    """Every weight once, under its first name."""
+    owners: dict[int, _Found] = {}
+    for place in places(model):
+        known = owners.setdefault(_address(place.parameter), _Found(place))
+        if known.place is not place:
+            known.aliases.append(place.name)
+    return list(owners.values())
+
+
+def _address(weight: Tensor) -> int:
     """What tied weights have in common: their address, or on the meta device the parameter."""
     address: int = weight.data_ptr()
     return address or id(weight)
 
 
-def _used_elsewhere(model: nn.Module) -> set[int]:
-    """Places of weights that a module without a packed counterpart uses too."""
-    return {
-        _place(parameter)
-        for module in model.modules()
-        if weight_matrix(module) is None
-        for parameter in module.parameters(recurse=False)
-    }
+def _described(model: nn.Module, found: Sequence[_Found], split: Collection[str]) -> list[UnitInfo]:
+    """The unit of every weight; of those to be split, the units of its experts."""
+    experts = {one.place.name: expert_of(one.place.path, model) for one in found}
+    stack = _main_stack(list(experts))
+    units = []
+    for one in found:
+        place, name = one.place, one.place.name
+        shape, aliases = place.shape, tuple(one.aliases)
+        expert = experts[name]
+        common = expert[0] + name.removeprefix(place.path) if expert else name
+        layer, kind = _locate(common, stack)
+        count = place.parameter.shape[0] if place.site_name == "experts" else 1
+        if name not in split or count == 1:
+            units.append(UnitInfo(name, (name,), (shape,), kind, layer, aliases))
+            continue
+        size = shape[0] // count
+        for i in range(count):
+            part, rows = part_name(name, i), ((i * size, (i + 1) * size),)
+            units.append(
+                UnitInfo(part, (part,), ((size, shape[1]),), kind, layer, aliases, (rows,))
+            )
+    return units
+
+
+def _with_experts_together(model: nn.Module, units: Sequence[UnitInfo]) -> list[UnitInfo]:
+    """One unit for each matrix that all experts in a list have."""
+    together: dict[str, list[UnitInfo]] = {}
+    paths = {place.name: place.path for place in places(model)}
+    for unit in units:
+        expert = expert_of(paths[unit.name], model)
+        common = expert[0] + unit.name.removeprefix(paths[unit.name]) if expert else unit.name
+        together.setdefault(common, []).append(unit)
+    return [
+        members[0]
+        if len(members) == 1
+        else replace(
+            members[0],
+            name=name,
+            modules=tuple(unit.name for unit in members),
+            shapes=tuple(unit.shapes[0] for unit in members),
+            aliases=tuple(alias for unit in members for alias in unit.aliases),
+        )
+        for name, members in together.items()
+    ]
 
 
 def unplanned_tensors(
@@ -130,7 +191,9 @@ def unplanned_tensors(
     Returns:
         The tensors by name, shared ones once, and the other names of those: name -> name used.
     """
-    planned = {f"{name}.weight" for unit in units for name in (*unit.modules, *unit.aliases)}
+    inside = {part.module for unit in units for part in unit.parts}
+    inside |= {alias for unit in units for alias in unit.aliases}
+    planned = {place.key for place in places(model) if place.name in inside}
     others: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     owners: dict[int, str] = {}

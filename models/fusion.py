@@ -59,6 +59,9 @@ def _merge(found: Sequence[UnitInfo], parent: str) -> UnitInfo:
         shapes=tuple(shape for unit in found for shape in unit.shapes),
         kind=_braced(kinds, kind_parent),
         aliases=tuple(alias for unit in found for alias in unit.aliases),
+        rows=tuple(rows for unit in found for rows in unit.row_ranges())
+        if any(unit.rows for unit in found)
+        else (),
     )
 
 

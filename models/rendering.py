@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from .._base.progress import Reporter
 from ..quantizers.format import Format
 from ..quantizers.store import Renderings, Rows
-from .find import is_conv1d, weight_matrix
-from .units import UnitInfo
+from .lazy import LazyWeight
+from .sites import Place, places
+from .substitute import Read, substituted
+from .units import Part, UnitInfo
 
-Assignment = Mapping[str, Format]  # canonical module name -> format
-T = TypeVar("T")
+Assignment = Mapping[str, Format]  # part name -> format
 
 
 class Renderer:
@@ -27,126 +30,215 @@ class Renderer:
         model: The module that holds the original weights.
         units: The units; only their matrices are rendered.
         rounding: Name of the rounding method.
+        folder: Where the store keeps codes that cannot be recomputed; None for memory.
 
     Attributes:
         store: The renderings.
+        parts: The parts of the units by name.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[UnitInfo], rounding: str = "rtn") -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._modules: dict[str, nn.Module] = {}
-        self._canonical: dict[nn.Module, str] = {}
-        for unit in units:
-            for name in (*unit.modules, *unit.aliases):
-                module = modules[name]
-                owner = name if name in unit.modules else _owner(unit, module, modules)
-                self._modules.setdefault(owner, module)
-                self._canonical[module] = owner
-        self.store = Renderings(self.weight, rounding)
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[UnitInfo],
+        rounding: str = "rtn",
+        folder: Path | None = None,
+    ) -> None:
+        known = {place.name: place for place in places(model)}
+        self.parts: dict[str, Part] = {part.name: part for unit in units for part in unit.parts}
+        self._names: dict[str, list[str]] = {}  # matrix -> its parts
+        for part in self.parts.values():
+            self._names.setdefault(part.module, []).append(part.name)
+        self._places = {name: [known[name]] for name in self._names}
+        owners = {id(place[0].parameter): name for name, place in self._places.items()}
+        aliases = {alias for unit in units for alias in unit.aliases}
+        for place in known.values():
+            if place.name in aliases:
+                self._places[owners[id(place.parameter)]].append(place)
+        self._copied: tuple[str, int, Tensor] | None = None
+        self.store = Renderings(self.weight, rounding, folder)
 
     @property
     def names(self) -> list[str]:
-        """Canonical names of the matrices, in unit order."""
-        return list(self._modules)
+        """Names of the parts, in unit order."""
+        return list(self.parts)
+
+    def places(self) -> Iterator[tuple[str, list[Place]]]:
+        """Every matrix with the places it is used in, the one it is named after first."""
+        yield from self._places.items()
+
+    def parts_of(self, matrix: str) -> list[Part]:
+        """The parts of a matrix."""
+        return [self.parts[name] for name in self._names[matrix]]
+
+    def place(self, name: str) -> Place:
+        """The place that the matrix of a part is named after."""
+        return self._places[self.parts[name].module][0]
 
     def hooked_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Pairs of canonical name and module; tied modules appear under one name."""
-        for module, name in self._canonical.items():
-            yield name, module
+        """Pairs of part name and module; tied modules appear under one name."""
+        for matrix, used in self._places.items():
+            for name in self._names[matrix]:
+                for module in {id(place.module): place.module for place in used}.values():
+                    yield name, module
 
     def weight(self, name: str) -> Tensor:
-        """The original weight of a matrix [rows, cols], a view where possible."""
-        matrix = weight_matrix(self._modules[name])
-        assert matrix is not None
-        return matrix.detach().float()
+        """The original weight of a part [rows, cols], a view where possible."""
+        part = self.parts[name]
+        matrix = self._matrix(part.module)
+        return matrix if part.rows is None else rows_of(matrix, part)
 
-    def fit(self, formats: Sequence[Format], advance: Callable[[], None]) -> None:
-        """Make the renderings of all matrices; ``advance`` is called per matrix."""
-        self.store.fit(self.names, formats, advance)
+    def fit(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
+        """Make the renderings of all matrices that are not there yet."""
+        self.store.fit(self.names, formats, reporter)
+
+    def complete(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
+        """:meth:`fit` for the formats whose codes are kept; the others are fitted when needed."""
+        self.store.complete(((name, fmt) for name in self.names for fmt in formats), reporter)
 
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
-        """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
+        """The dequantized rows of a part in a format, float32 [rows, cols]."""
         return self.store.rows(name, fmt, rows, out)
 
     @contextmanager
     def applied(self, assignment: Assignment) -> Iterator[None]:
         """Run the model with rendered weights inside the block.
 
-        Each module renders its weight just before its own forward pass and forgets it right
-        after, so only one rendered matrix exists at a time; a backward pass renders it again.
+        Whoever reads a weight, its module or another one, gets the rendered one, which is made
+        when it is read and forgotten when the next one is; a backward pass renders it again.
         """
-        handles: list[Any] = []
-        swaps: list[_WeightSwap] = []
-        for name, module in self.hooked_modules():
-            if name not in assignment:
-                continue
-            swap = _WeightSwap(self, name, assignment[name], module)
-            swaps.append(swap)
-            if type(module) is nn.Embedding:
-                handles.append(module.register_forward_hook(swap.look_up, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_pre_hook(swap.enter))
-                handles.append(module.register_forward_hook(swap.leave, always_call=True))
-        try:
+        self.store.complete(assignment.items())  # runs the model, so not while it is changed
+        swap = _Swap(self, assignment)
+        reads: list[tuple[Place, Read]] = [
+            (place, swap.reader(matrix, place))
+            for matrix, used in self._places.items()
+            if any(name in assignment for name in self._names[matrix])
+            for place in used
+        ]
+        with ExitStack() as undo:
+            if torch.is_grad_enabled():
+                undo.enter_context(saved_tensors_hooks(swap.pack, swap.unpack))
+            undo.enter_context(substituted(reads))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for swap in swaps:
-                swap.leave()  # after an interrupt inside a forward pass
+
+    def assembled(self, matrix: str, assignment: Assignment) -> Tensor:
+        """A whole matrix [rows, cols] as its parts are rendered."""
+        parts = self.parts_of(matrix)
+        if len(parts) == 1 and parts[0].rows is None:
+            return self.render(matrix, assignment[matrix])
+        result = self._matrix(matrix).clone()
+        for part in parts:
+            if part.name in assignment:
+                rendered, start = self.render(part.name, assignment[part.name]), 0
+                for first, stop in part.rows or ():
+                    result[first:stop] = rendered[start : start + stop - first]
+                    start += stop - first
+        return result
+
+    def _matrix(self, name: str) -> Tensor:
+        """The original matrix; where it is no view of the parameter, the last one is kept."""
+        place = self._places[name][0]
+        parameter = place.parameter.detach()
+        kept = self._copied
+        if kept is not None and kept[:2] == (name, parameter._version):
+            return kept[2]
+        matrix = place.matrix(parameter).float()
+        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            self._copied = (name, parameter._version, matrix)
+        return matrix
 
 
-class _WeightSwap:
-    """Forward hooks that put a rendered weight in a module for the time of one call.
+def rows_of(matrix: Tensor, part: Part) -> Tensor:
+    """The rows of a matrix that a part has: a view if they lie together."""
+    assert part.rows is not None
+    pieces = [matrix[start:stop] for start, stop in part.rows]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    What a backward pass needs of the rendered weight is rendered again when it is needed.
+
+class _Swap:
+    """What is read in place of the weights of one plan.
+
+    What a backward pass needs of a rendered weight is rendered again when it is needed.
     """
 
-    def __init__(self, renderer: Renderer, name: str, fmt: Format, module: nn.Module) -> None:
-        self.renderer, self.name, self.fmt = renderer, name, fmt
-        assert isinstance(module.weight, Tensor)
-        self.weight, self.transposed = module.weight, is_conv1d(module)
-        self.original: Tensor | None = None
-        self.saving: saved_tensors_hooks | None = None
+    def __init__(self, renderer: Renderer, assignment: Assignment) -> None:
+        self.renderer, self.assignment = renderer, assignment
+        self.last: tuple[str, Tensor] | None = None
+        self.matrices: dict[int, str] = {}  # address of a rendered matrix that exists -> its name
+        self.alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
-    def enter(self, *_: Any) -> None:
-        matrix = self.renderer.render(self.name, self.fmt)
-        self.original = self.weight.data
-        self.weight.data = matrix.T if self.transposed else matrix.view(self.original.shape)
-        if torch.is_grad_enabled():
-            self.saving = saved_tensors_hooks(self._pack, self._unpack)
-            self.saving.__enter__()
+    def reader(self, matrix: str, place: Place) -> Read:
+        """What gives the rendered weight in the shape of a parameter."""
+        whole = self.assignment.get(matrix)
 
-    def leave(self, *_: Any) -> None:
-        if self.saving is not None:
-            self.saving.__exit__()
-            self.saving = None
-        if self.original is not None:
-            self.weight.data, self.original = self.original, None
+        def read(_module: nn.Module) -> Any:
+            parameter = place.parameter
+            if torch.is_grad_enabled() and parameter.requires_grad:
+                return _InPlaceOf.apply(parameter, place.restored(self.rendered(matrix)))
+            if place.site.by_index and whole is not None and parameter.shape == place.shape:
+                return LazyWeight(parameter.shape, parameter, dense, some)
+            return dense()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _View:
-        if tensor.data_ptr() != self.weight.data_ptr():
+        def dense() -> Tensor:
+            return place.restored(self.rendered(matrix))
+
+        def some(rows: Tensor) -> Tensor:
+            assert whole is not None
+            return self.renderer.render(matrix, whole, rows)
+
+        return read
+
+    def rendered(self, matrix: str) -> Tensor:
+        """A rendered matrix; the last one is kept, for who reads a weight more than once."""
+        if self.last is None or self.last[0] != matrix:
+            self.last = None  # before the next one is made
+            tensor = self.renderer.assembled(matrix, self.assignment)
+            address = tensor.untyped_storage().data_ptr()
+            self.last, self.alive[address], self.matrices[address] = (
+                (matrix, tensor),
+                tensor,
+                matrix,
+            )
+        return self.last[1]
+
+    def pack(self, tensor: Tensor) -> Tensor | _View:
+        """Save a view of a rendered matrix as what it is a view of."""
+        if not self.alive or tensor.layout != torch.strided:
             return tensor
-        return _View(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self.alive:
+            return tensor
+        shape = (tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return _View(self.matrices[address], *shape)
 
-    def _unpack(self, saved: Tensor | _View) -> Tensor:
+    def unpack(self, saved: Tensor | _View) -> Tensor:
+        """Invert :meth:`pack`."""
         if isinstance(saved, Tensor):
             return saved
-        return self.renderer.render(self.name, self.fmt).as_strided(*saved)
+        matrix = self.renderer.assembled(saved.matrix, self.assignment)
+        return matrix.as_strided(saved.size, saved.stride, saved.offset)
 
-    def look_up(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
-    ) -> Tensor:
-        """Render only the rows an embedding looks up."""
-        rows, where = first_input(args, kwargs).unique(return_inverse=True)
-        return F.embedding(where, self.renderer.render(self.name, self.fmt, rows))
+
+class _InPlaceOf(torch.autograd.Function):
+    """A rendered weight whose gradient is that of the parameter it stands for."""
+
+    @staticmethod
+    def forward(_ctx: Any, _parameter: Tensor, rendered: Tensor) -> Tensor:
+        """The rendered weight."""
+        return rendered.view_as(rendered)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it is."""
+        return gradients[0], None
 
 
 class _View(NamedTuple):
     """How a saved tensor looks at the storage of a rendered matrix."""
 
+    matrix: str
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -157,14 +249,3 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     value = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(value, Tensor)
     return value
-
-
-def _owner(unit: UnitInfo, alias: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The unit's module whose weight the alias shares."""
-    pointer = weight_matrix(alias)
-    assert pointer is not None
-    for name in unit.modules:
-        matrix = weight_matrix(modules[name])
-        if matrix is not None and matrix.data_ptr() == pointer.data_ptr():
-            return name
-    raise AssertionError(f"alias of {unit.name} shares no weight with it")

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .workload import Batch, LoadedModel, samples_in
+from .names import BUILTIN, SELF
+from .workload import Batch, LoadedModel, samples_in, take
 
-BUILTIN = "builtin"
-SELF = "self"
 _OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
 Split = Literal["calibration", "evaluation"]
 
@@ -69,6 +68,37 @@ class Samples:
                 break
             kept.insert(0, batch)
         return replace(self, batches=tuple(kept))
+
+    def shard(self, index: int, count: int) -> Samples:
+        """Every ``count``-th sample, from number ``index`` on.
+
+        The shards 0 to ``count - 1`` hold every sample once, so that a sum over samples is the sum
+        of the shards' sums; sample j of a shard is number ``index + j * count`` of all.  Batches
+        are about as large as before where all inputs are alike.
+
+        Raises:
+            ValueError: If there is no such shard, or it would be empty.
+        """
+        if not 0 <= index < count:
+            raise ValueError(f"There is no shard {index} of {count}; they count from 0.")
+        if count == 1:
+            return self
+        if index >= self.count:
+            raise ValueError(
+                f"Shard {index} of {count} is empty: there are only {self.count} samples. Use "
+                "fewer shards, or more samples."
+            )
+        parts: list[Batch] = []
+        first = 0
+        for batch in self.batches:
+            offset, size = (index - first) % count, samples_in(batch)
+            first += size
+            if offset < size:
+                parts.append(take(batch, offset, size, count))
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if len(tensors) == len(parts) and len({(x.shape[1:], x.dtype) for x in tensors}) == 1:
+            parts = list(torch.cat(tensors).split(max(map(samples_in, self.batches))))
+        return replace(self, batches=tuple(parts), sha256=_hash(parts))
 
     def describe(self) -> dict[str, Any]:
         """Provenance for plan.json and the profile."""

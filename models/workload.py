@@ -131,6 +131,21 @@ def samples_in(batch: Batch) -> int:
     return next(value.shape[0] for value in values if isinstance(value, Tensor))
 
 
+def take(batch: Batch, low: int, high: int, step: int = 1) -> Batch:
+    """Some samples of a batch; what has another first dimension than samples stays whole."""
+    count = samples_in(batch)
+
+    def some(value: Any) -> Any:
+        divides = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        return value[low:high:step] if divides else value
+
+    if isinstance(batch, Tensor):
+        return batch[low:high:step]
+    if isinstance(batch, Mapping):
+        return {key: some(value) for key, value in batch.items()}
+    return tuple(some(value) for value in batch)
+
+
 def parameter_dtype(module: nn.Module) -> str:
     """Name of the widest floating point type among the parameters."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()} or {torch.float32}

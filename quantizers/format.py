@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # names, bytes and traits load no torch
 
     from .lines import Grid, Line
 
+
 PER_CHANNEL = 0
 PER_TENSOR = -1
 GROUPS = {"32": 32, "64": 64, "128": 128, "256": 256, "c": PER_CHANNEL, "t": PER_TENSOR}

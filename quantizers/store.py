@@ -2,63 +2,219 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from .._base.progress import Reporter
 from .._base.threads import parallel_map
 from .format import Fitted, Format
 from .grid import grid_rows, render
-from .methods import METHODS
+from .methods import METHODS, Evidence
 from .packed import PackedTensor
+from .shelf import MEMORY, Shelf
 
 Rows = slice | Tensor  # a range of rows, or their indices
+
+
+class Evidences(Protocol):
+    """Where a store gets what its rounding method needs."""
+
+    @property
+    def key(self) -> str:
+        """What the evidence on a matrix depends on, besides its name: model and data, as hashes."""
+        ...
+
+    def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
+        """The evidence on matrices, by name: as many at a time as there is room for."""
+        ...
 
 
 class Renderings:
     """The renderings of named matrices: prices, measurements and files all take them from here.
 
-    Only scales and zero points are cached, 3 bytes per weight group and format; codes are
-    recomputed by rounding.
+    A method whose codes are the nearest on a grid is cached as its grids, 3 bytes per weight
+    group and format, and codes are recomputed.  Codes of any other method are made once and kept,
+    packed; formats that it leaves alone are rounded to nearest, and handled so.
 
     Args:
         weight: Gives the original weight [rows, cols], float32, of a name.
         rounding: Name of the rounding method.
+        folder: Where packed weights are kept, for later runs, too; see :class:`.shelf.Shelf`.
+        memory: Bytes of packed weights to have at hand at a time.
+
+    Attributes:
+        rounding: Name of the rounding method.
+        evidence: Where the method's evidence comes from; needed if it needs any.
     """
 
-    def __init__(self, weight: Callable[[str], Tensor], rounding: str = "rtn") -> None:
-        self.weight = weight
+    def __init__(
+        self,
+        weight: Callable[[str], Tensor],
+        rounding: str = "rtn",
+        folder: Path | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        self.weight, self.rounding = weight, rounding
+        self.evidence: Evidences | None = None
         self._method = METHODS.get(rounding)
+        grid = METHODS.trait(rounding, "grid")
+        self._fit_grid: Callable[[Tensor, Format], Fitted | None]
+        self._fit_grid = grid or METHODS.trait("rtn", "grid")
+        self._rounds: Callable[[Format], bool] = METHODS.trait(rounding, "rounds", lambda _: True)
+        self._only_grids = grid is not None
         self._grids: dict[tuple[str, str], Fitted | None] = {}
+        self._shelf = Shelf(folder, memory)
+        self._hashes: dict[str, str] = {}
+        self._ready: set[tuple[str, str]] = set()
+
+    def keeps(self, fmt: Format) -> bool:
+        """Whether codes of a format are kept, rather than recomputed by rounding."""
+        return not self._only_grids and self._rounds(fmt)
 
     def fit(
-        self, names: Sequence[str], formats: Sequence[Format], advance: Callable[[], None]
+        self, names: Sequence[str], formats: Sequence[Format], reporter: Reporter | None = None
     ) -> None:
-        """Make the renderings of all matrices in all formats; ``advance`` is called per matrix."""
+        """Make the renderings of all matrices in all formats that are not there yet.
+
+        Raises:
+            ValueError: If a weight cannot be rounded, or evidence is needed and there is none.
+        """
+        reporter = reporter or Reporter(quiet=True)
+        self.complete(((name, fmt) for name in names for fmt in formats), reporter)
+        fitted = [fmt for fmt in formats if not self.keeps(fmt)]
+        if not fitted:
+            return
 
         def work(name: str) -> None:
-            for fmt in formats:
-                self.prepare(name, fmt)
+            for fmt in fitted:
+                self._grid(name, fmt)
 
-        for _ in parallel_map(work, names, self.weight(names[0]).device):
-            advance()
+        sizes = [self.weight(name).numel() for name in names]
+        with reporter.bar("Fitting scales", len(names), sizes) as advance:
+            for _ in parallel_map(work, names, self.weight(names[0]).device):
+                advance(1)
+
+    def complete(
+        self, pairs: Iterable[tuple[str, Format]], reporter: Reporter | None = None
+    ) -> None:
+        """Round what is to be kept of these matrices in these formats and is not there yet.
+
+        Evidence is gathered by running the model: this comes before the model runs otherwise.
+        """
+        missing: dict[str, list[Format]] = {}
+        for name, fmt in pairs:
+            if self.keeps(fmt) and not self._has(name, fmt):
+                missing.setdefault(name, []).append(fmt)
+        if not missing:
+            return
+        reporter = reporter or Reporter(quiet=True)
+        for evidences in self._gather(list(missing)):
+            self._round_all(evidences, missing, reporter)
+            del evidences  # before the next are gathered
 
     def prepare(self, name: str, fmt: Format) -> None:
         """Make one rendering, unless it is there."""
-        self._grid(name, fmt)
+        if self.keeps(fmt):
+            self.complete([(name, fmt)])
+        else:
+            self._grid(name, fmt)
 
     def rows(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
-        return render(self.weight(name)[rows], fmt, grid_rows(self._grid(name, fmt), rows), out)
+        if not self.keeps(fmt):
+            weight = self.weight(name)[rows]
+            return render(weight, fmt, grid_rows(self._grid(name, fmt), rows), out)
+        found = self.packed(name, fmt).dequantize(rows)
+        return found if out is None else out.copy_(found)
 
     def packed(self, name: str, fmt: Format) -> PackedTensor:
         """A matrix as it is stored in a format: decodes to :meth:`rows` bit for bit."""
-        return PackedTensor.pack(self.weight(name), fmt, self._grid(name, fmt))
+        weight = self.weight(name)
+        if not self.keeps(fmt):
+            return PackedTensor.pack(weight, fmt, self._grid(name, fmt))
+        self.prepare(name, fmt)
+        packed = self._shelf.get(self._key(name, fmt), weight.device)
+        assert packed is not None, f"{name} was rounded to {fmt}, but is not on the shelf"
+        return packed
+
+    def digest(self, assignment: Mapping[str, Format]) -> str | None:
+        """SHA-256 of all kept codes of an assignment; None if it has none that are kept."""
+        pairs = [(n, fmt) for n, fmt in sorted(assignment.items()) if self.keeps(fmt)]
+        if not pairs:
+            return None
+        self.complete(pairs)
+        digest = hashlib.sha256()
+        for name, fmt in pairs:
+            digest.update(f"{name} {fmt.name}\n".encode())
+            for _, part in sorted(self.packed(name, fmt).tensors.items()):
+                digest.update(_bytes(part))
+        return digest.hexdigest()
 
     def _grid(self, name: str, fmt: Format) -> Fitted | None:
         key = (name, fmt.name)
         if key not in self._grids:
-            self._grids[key] = self._method(self.weight(name), fmt)
+            self._grids[key] = self._fit_grid(self.weight(name), fmt)
         return self._grids[key]
+
+    def _gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
+        needs = METHODS.trait(self.rounding, "needs", ())
+        if self.evidence is not None:
+            yield from self.evidence.gather(names)
+        elif needs:
+            raise ValueError(
+                f"Rounding by {self.rounding!r} needs {' and '.join(sorted(needs))} of the model's "
+                "inputs, and no calibration data were given."
+            )
+        else:
+            yield dict.fromkeys(names, Evidence())
+
+    def _round_all(
+        self,
+        evidences: Mapping[str, Evidence],
+        formats: Mapping[str, Sequence[Format]],
+        reporter: Reporter,
+    ) -> None:
+        def work(name: str) -> None:
+            weight = self.weight(name)
+            for fmt in formats[name]:
+                self._shelf.put(self._key(name, fmt), self._method(weight, fmt, evidences[name]))
+                self._ready.add((name, fmt.name))
+
+        sizes = [self.weight(name).numel() for name in evidences]
+        device = self.weight(next(iter(evidences))).device
+        with reporter.bar(f"Rounding ({self.rounding})", len(sizes), sizes) as advance:
+            for _ in parallel_map(work, list(evidences), device):
+                advance(1)
+
+    def _has(self, name: str, fmt: Format) -> bool:
+        pair = (name, fmt.name)
+        if pair not in self._ready:
+            device = self.weight(name).device
+            if self._shelf.get(self._key(name, fmt), device) is not None:
+                self._ready.add(pair)
+        return pair in self._ready
+
+    def _key(self, name: str, fmt: Format) -> str:
+        """What the codes of a matrix in a format depend on, as a hash."""
+        if name not in self._hashes:
+            self._hashes[name] = hashlib.sha256(_bytes(self.weight(name))).hexdigest()
+        parts = (
+            self.rounding,
+            str(METHODS.trait(self.rounding, "revision", 1)),
+            fmt.name,
+            self._hashes[name],
+            *((name, self.evidence.key) if self.evidence else ()),
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(plain.numpy())  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def limit_rows(run: RunData, found: Economy, size: tuple[str, float]) -> list[Li
 def _amounts(run: RunData, found: Economy, size: tuple[str, float]) -> Iterator[LimitRow]:
     plan, unit, step = run.plan, size[0], 1e6 * size[1]
     price = found.prices.per_byte * step
-    target = "<=" in plan.budget.text
+    target = plan.budget.is_target
     worth = f"1 {unit} more would lower the predicted KL by about {number(price)}"
     if target:
         name, share = f"smallest size ({plan.budget.text})", 1.0

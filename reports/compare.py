@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from ..jobs.folder import RunFolder, plan_path
+from ..jobs.measurements import Measurements
 from ..quantizers.format import Format
 from ..quantizers.runtimes import byte_count
-from ..search.plan import MEASUREMENTS_FILE, PLAN_FILE, Plan, plan_key
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable
+from ..search.plan import Plan, plan_key
+from ..sensitivity.table import SensitivityTable
 
 WEIGHTS_FILE = "model.safetensors"  # of a packed folder
 
@@ -51,20 +53,20 @@ class Side:
         Raises:
             ValueError: If there is no plan, or a file beside it is damaged.
         """
-        if path.is_dir() and not (path / PLAN_FILE).is_file():
+        file, run = plan_path(path), RunFolder.around(path)
+        if path.is_dir() and not file.is_file():
             raise ValueError(
-                f"{path} holds no {PLAN_FILE}. Give a plan.json, a run that is done or a folder "
+                f"{path} holds no {file.name}. Give a plan.json, a run that is done or a folder "
                 "that `bitplan quantize` wrote."
             )
-        folder, file = (path, path / PLAN_FILE) if path.is_dir() else (path.parent, path)
         plan = Plan.load(file)
         table = None
-        if (folder / PROFILE_FILE).is_file():
-            table = SensitivityTable.load(folder / PROFILE_FILE)
-            if table.provenance.get("model", {}).get("sha256") != plan.model.sha256:
+        if run.profile.is_file():
+            table = SensitivityTable.load(run.profile)
+            if table.provenance.model.sha256 != plan.model.sha256:
                 table = None  # another model's profile lies beside this plan
-        shapes = _packed_shapes(folder / WEIGHTS_FILE) if table is None else _shapes(table)
-        kl, text = _measurements(folder / MEASUREMENTS_FILE, plan)
+        shapes = _packed_shapes(run.path / WEIGHTS_FILE) if table is None else _shapes(table)
+        kl, text = _measurements(run, plan)
         return cls(str(path), plan, shapes, table, kl, text)
 
     @property
@@ -239,11 +241,11 @@ def _packed_shapes(path: Path) -> Shapes:
     return {}
 
 
-def _measurements(path: Path, plan: Plan) -> tuple[NDArray[np.float64] | None, str | None]:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        kl = np.array(known["plans"][plan_key(plan)]["kl"], dtype=np.float64)
-        return kl, str(known["text_sha256"])
+def _measurements(run: RunFolder, plan: Plan) -> tuple[NDArray[np.float64] | None, str | None]:
+    with suppress(OSError, ValueError):
+        known = Measurements.read(run.measurements)
+        if figures := known.plans.get(plan_key(plan)):
+            return np.array(figures.kl, dtype=np.float64), known.text_sha256
     return None, None
 
 

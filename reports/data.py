@@ -28,13 +28,17 @@ class Curve(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One plan in the frontier figure; ``stderr`` is None for a prediction."""
+    """One plan in the frontier figure.
+
+    ``name`` is the format of a uniform plan, and ``stderr`` None for a prediction.
+    """
 
     name: str
     megabytes: float
     bpw: float
     kl: float
     stderr: float | None = None
+    uniform: bool = False
 
 
 class FrontierData(NamedTuple):
@@ -71,8 +75,10 @@ def frontier_data(run: RunData) -> FrontierData:
     def curve(nbytes: NDArray[np.int64], kl: NDArray[np.float64]) -> Curve:
         return Curve(nbytes / 1e6, 8 * nbytes / weights, kl)
 
-    def point(name: str, nbytes: int, kl: float, stderr: float | None = None) -> Point:
-        return Point(name, nbytes / 1e6, 8 * nbytes / weights, kl, stderr)
+    def point(
+        name: str, nbytes: int, kl: float, stderr: float | None = None, uniform: bool = False
+    ) -> Point:
+        return Point(name, nbytes / 1e6, 8 * nbytes / weights, kl, stderr, uniform)
 
     nbytes, kl = run.frontier.points()
     # The bound is straight between the plans, but a straight line is a curve on a log axis.
@@ -83,11 +89,14 @@ def frontier_data(run: RunData) -> FrontierData:
     return FrontierData(
         frontier=curve(nbytes, kl),
         bound=curve(budgets, bound),
-        uniform=tuple(point(*entry) for entry in run.frontier.uniform),
+        uniform=tuple(point(*entry, uniform=True) for entry in run.frontier.uniform),
         # Baselines with a KV cache count its bytes: they are not on the axis of the weights.
         measured=()
         if plan.kv_cache
-        else tuple(point(b.name, b.bytes, b.kl, b.kl_stderr) for b in plan.baselines),
+        else tuple(
+            point(b.format or b.name, b.bytes, b.kl, b.kl_stderr, b.format is not None)
+            for b in plan.baselines
+        ),
         plan=point("plan", plan.bytes, plan.predicted_kl),
         plan_measured=None
         if measured is None
@@ -105,13 +114,17 @@ def size_unit(megabytes: float) -> tuple[str, float]:
 
 
 class Check(NamedTuple):
-    """A prediction and its measurement, nats per token; ``predicted_stderr`` is 0 if unknown."""
+    """A prediction and its measurement, nats per token.
+
+    ``name`` is the format of a uniform plan, and ``predicted_stderr`` 0 if unknown.
+    """
 
     name: str
     predicted: float
     predicted_stderr: float
     measured: float
     stderr: float
+    uniform: bool = False
 
 
 class PredictionData(NamedTuple):
@@ -130,7 +143,10 @@ def prediction_data(run: RunData) -> PredictionData:
     own = Check(
         "this plan", plan.predicted_kl, plan.predicted_kl_stderr, measured.kl, measured.kl_stderr
     )
-    others = (Check(b.name, b.predicted_kl, 0.0, b.kl, b.kl_stderr) for b in plan.baselines)
+    others = (
+        Check(b.format or b.name, b.predicted_kl, 0.0, b.kl, b.kl_stderr, b.format is not None)
+        for b in plan.baselines
+    )
     return PredictionData((own, *others), nats)
 
 

@@ -122,7 +122,8 @@ def _chart(run: RunData, data: FrontierData) -> dict[str, Any]:
         if plan.kv_cache
         else [
             {
-                "name": b.name,
+                "name": b.format or b.name,
+                "uniform": b.format is not None,
                 "bytes": b.bytes,
                 "predicted": b.predicted_kl,
                 "kl": b.kl,

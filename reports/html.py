@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .._base.files import atomic_path
+from ..jobs.folder import RunFolder
 from ..models.wording import words_of
 from .binding import economy, limit_rows
 from .data import (
@@ -70,21 +71,21 @@ def write_report(run_dir: Path) -> list[Path]:
     Raises:
         ValueError: If a file of the run is missing or invalid, or they do not belong together.
     """
-    run = RunData.load(run_dir)
+    run, folder = RunData.load(run_dir), RunFolder(run_dir)
     frontier, prediction = frontier_data(run), prediction_data(run)
     allocation, sensitivity = allocation_data(run), sensitivity_data(run)
     pictures = {
-        "frontier": Picture(frontier_alt(frontier), run_dir / "frontier.png"),
-        "allocation": Picture(allocation_alt(allocation), run_dir / "allocation.png"),
-        "sensitivity": Picture(sensitivity_alt(sensitivity), run_dir / "sensitivity.png"),
+        "frontier": Picture(frontier_alt(frontier), folder.figure("frontier")),
+        "allocation": Picture(allocation_alt(allocation), folder.figure("allocation")),
+        "sensitivity": Picture(sensitivity_alt(sensitivity), folder.figure("sensitivity")),
     }
     plot_frontier(frontier, pictures["frontier"].path)
     plot_allocation(allocation, pictures["allocation"].path)
     plot_sensitivity(sensitivity, pictures["sensitivity"].path)
     if prediction.checks:
-        pictures["prediction"] = Picture(prediction_alt(prediction), run_dir / "prediction.png")
+        pictures["prediction"] = Picture(prediction_alt(prediction), folder.figure("prediction"))
         plot_prediction(prediction, pictures["prediction"].path)
-    report = run_dir / "report.html"
+    report = folder.report
     with atomic_path(report) as temporary:
         temporary.write_text(render_report(run, pictures), encoding="utf-8")
     paths = [picture.path for picture in pictures.values()]

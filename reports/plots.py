@@ -39,7 +39,7 @@ from .panels import (
     log_norm,
     total_height,
 )
-from .words import UNIFORM, number, short_names, with_error
+from .words import number, short_names, with_error
 
 _FAR = 2.2  # times the plan's size: 16-bit floats would squeeze all other plans to the left
 _DRAWN = 1_200  # points of a curve
@@ -79,9 +79,9 @@ def plot_frontier(data: FrontierData, path: Path) -> None:
             legend["this plan, measured"] = measured([data.plan_measured], "D", GREEN, 5)
         if data.uniform:
             legend["one format everywhere, predicted"] = predicted(data.uniform, "s", RED, 8)
-        if uniform := [p for p in data.measured if p.name.startswith(UNIFORM)]:
+        if uniform := [p for p in data.measured if p.uniform]:
             legend["one format everywhere, measured"] = measured(uniform, "o", RED, 4.5)
-        if mixed := [p for p in data.measured if not p.name.startswith(UNIFORM)]:
+        if mixed := [p for p in data.measured if not p.uniform]:
             legend["other plans, measured"] = measured(mixed, "^", INK, 6)
         axes.legend(legend.values(), legend.keys(), loc="upper right", fontsize=9.5)
         _frontier_axes(axes, data, unit, megabytes)
@@ -128,10 +128,10 @@ def _frontier_labels(figure: Figure, axes: Axes, data: FrontierData, megabytes: 
     words = (
         f"this plan, {kind}\n{best.bpw:.2f} bits per weight\nKL {with_error(best.kl, best.stderr)}"
     )
-    measured = {p.name.removeprefix(UNIFORM) for p in data.measured}
+    measured = {p.name for p in data.measured}
     named = [*data.measured, *(p for p in data.uniform if p.name not in measured)]
     names = short_names([p.name for p in named])
-    mixed = {p.name for p in data.measured if not p.name.startswith(UNIFORM)}
+    mixed = {p.name for p in data.measured if not p.uniform}
 
     legend = axes.get_legend()
     taken = [
@@ -219,8 +219,8 @@ def plot_prediction(data: PredictionData, path: Path) -> None:
         legend: dict[str, Any] = {"measured as predicted (grey: within a factor of 2)": exact}
         for color, marker, label, group in (
             (GREEN, "D", "this plan", checks[:1]),
-            (RED, "o", "one format everywhere", [c for c in checks[1:] if _uniform(c.name)]),
-            (INK, "^", "other plans", [c for c in checks[1:] if not _uniform(c.name)]),
+            (RED, "o", "one format everywhere", [c for c in checks[1:] if c.uniform]),
+            (INK, "^", "other plans", [c for c in checks[1:] if not c.uniform]),
         ):
             if group:
                 legend[label] = axes.errorbar(
@@ -249,10 +249,6 @@ def plot_prediction(data: PredictionData, path: Path) -> None:
         sides = ("E", "SE", "NE", "W", "NW")
         labels = [Label(names[c.name], c.predicted, c.measured, INK, sides) for c in checks]
         place_labels(axes, labels, taken)
-
-
-def _uniform(name: str) -> bool:
-    return name.startswith(UNIFORM)
 
 
 def _all_values(grid: UnitGrid) -> NDArray[np.float64]:

@@ -9,12 +9,13 @@ from typing import Any
 from ..models.wording import words_of
 from ..search.budget import format_bytes
 from ..search.plan import Plan
+from ..search.solvers import is_exact
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
-from .summary import Comparison, best_uniform, describe_rival, facts, only_format
-from .words import UNIFORM, number, with_error
+from .summary import Comparison, best_uniform, describe_rival, facts, only_format, size_of
+from .words import number, with_error
 
-BY_PRICE = ("certified", "dp", "highs", "ilp")  # solvers that find the optimum of the prices
 TOLD = (
+    "coverage",
     "optimality",
     "refined",
     "KV cache",
@@ -33,7 +34,8 @@ def headline(plan: Plan) -> str:
         kl = f"KL {with_error(measured.kl, measured.kl_stderr)} {nats} measured"
     else:
         kl = f"KL {with_error(plan.predicted_kl, plan.predicted_kl_stderr)} {nats} predicted"
-    before, after = format_bytes(2 * plan.weights), format_bytes(plan.bytes)
+    size = size_of(plan)
+    before, after = format_bytes(size.before), format_bytes(size.after)
     return _unbroken(f"{before} → {after}, {plan.bpw:.2f} bits per weight, {kl}")
 
 
@@ -57,10 +59,14 @@ def verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
 
 def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     """The numbers to remember, each with its meaning."""
-    before, measured, rival = 2 * plan.weights, plan.measured, best_uniform(rows)
+    size, measured, rival = size_of(plan), plan.measured, best_uniform(rows)
+    whole = plan.original_bytes is not None and plan.model_bytes is not None
     words = words_of(plan.calibration)
     tiles = [
-        (f"{100 * plan.bytes / before:.1f} %", "of the size at 16 bits"),
+        (
+            f"{100 * size.ratio:.1f} %",
+            "of the original file" if whole else "of the size at 16 bits",
+        ),
         (f"{plan.bpw:.3f}", f"bits per weight, budget {plan.budget.text}"),
     ]
     if measured is not None:
@@ -87,7 +93,7 @@ def price_note(plan: Plan) -> str:
         return "Prices here are one-shot; this plan was refined away from them, on measured KL."
     if plan.solver == "uniform":
         return "By these prices another plan is better; on held-out data one format everywhere was."
-    if plan.solver not in BY_PRICE:
+    if not is_exact(plan.solver):
         return (
             f"This plan comes from the {plan.solver!r} solver, which need not find their optimum."
         )
@@ -112,7 +118,7 @@ def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str,
     if row.difference is not None:
         difference = with_error(row.difference, row.difference_stderr, sign=True)
     return {
-        "name": row.name.removeprefix(UNIFORM),
+        "name": row.label,
         "own": own,
         "misfit": row.misfit,
         "predicted": [

@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..jobs.folder import RunFolder
 from ..jobs.record import JobRecord
 from ..jobs.settings import SearchSettings, read_settings
 from ..models.units import UnitInfo
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules, byte_count
-from ..search.confidence import CONFIDENCE_FILE, Confidence
+from ..search.confidence import Confidence
 from ..search.frontier import Frontier
 from ..search.limits import Limits
-from ..search.plan import PLAN_FILE, Plan
-from ..sensitivity.table import PROFILE_FILE, SensitivityTable
-
-FRONTIER_FILE = "frontier.json"
+from ..search.plan import Plan
+from ..sensitivity.table import SensitivityTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class RunData:
         Raises:
             ValueError: If the plan or the frontier is not for what the profile is for.
         """
-        model = self.table.provenance.get("model", {}).get("sha256")
+        model = self.table.provenance.model.sha256
         if self.plan.model.sha256 != model:
             raise _different("plan.json", f"it is for the model {self.plan.model.sha256}")
         for unit in self.table.units:
@@ -57,7 +56,7 @@ class RunData:
         size = sum(unit_bytes(self, unit) for unit in self.table.units)
         if size != self.plan.bytes:
             raise _different(
-                PLAN_FILE,
+                "plan.json",
                 f"it says {self.plan.bytes:,} B where its formats take {size:,} B (a version that "
                 "counted otherwise made it, or it was edited)",
             )
@@ -76,19 +75,20 @@ class RunData:
         Raises:
             ValueError: If a file is missing or invalid, or they do not belong together.
         """
-        plan = Plan.load(folder / PLAN_FILE)
-        absent = [n for n in (PROFILE_FILE, FRONTIER_FILE) if not (folder / n).is_file()]
+        run = RunFolder(folder)
+        plan = Plan.load(run.plan)
+        absent = [file.name for file in (run.profile, run.frontier) if not file.is_file()]
         if absent:
             raise ValueError(
                 f"{folder} is no run: it lacks {' and '.join(absent)}. Give a folder that "
                 "`bitplan search` wrote; `bitplan jobs` lists them."
             )
-        table = _limits_of(plan).for_runtime(SensitivityTable.load(folder / PROFILE_FILE))
+        table = _limits_of(plan).for_runtime(SensitivityTable.load(run.profile))
         return cls(
             plan=plan,
-            frontier=Frontier.load(folder / FRONTIER_FILE),
+            frontier=Frontier.load(run.frontier),
             table=table,
-            confidence=_confidence_of(folder, plan, table),
+            confidence=_confidence_of(run, plan, table),
             settings=_settings_of(folder, plan),
         )
 
@@ -127,11 +127,11 @@ def unit_bytes(run: RunData, unit: UnitInfo) -> int:
     return sum(count(fmt, shape) for shape in unit.shapes)
 
 
-def _confidence_of(folder: Path, plan: Plan, table: SensitivityTable) -> Confidence | None:
+def _confidence_of(run: RunFolder, plan: Plan, table: SensitivityTable) -> Confidence | None:
     """The bootstrap of this plan; one of an earlier plan in the folder says nothing about it."""
-    if not (folder / CONFIDENCE_FILE).is_file():
+    if not run.confidence.is_file():
         return None
-    found = Confidence.load(folder / CONFIDENCE_FILE)
+    found = Confidence.load(run.confidence)
     names = tuple(unit.name for unit in table.units)
     formats = tuple(plan.assignments[unit.modules[0]] for unit in table.units)
     return found if (found.units, found.plan) == (names, formats) else None

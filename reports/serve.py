@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from ..jobs.record import JOB_FILE, REPORT_FILES, JobInfo, JobRecord, list_jobs, read_log
+from ..jobs.folder import RunFolder
+from ..jobs.job import read_log
+from ..jobs.listing import JobInfo, list_jobs
+from ..jobs.record import JobRecord
 from .compare import compare
 from .compared import render_comparison
 from .html import render
@@ -21,9 +24,6 @@ from .html import render
 HOST = "127.0.0.1"
 PORT = 8321
 LOG_LINES = 200  # that the page of a run shows
-REPORT = "report.html"
-DATA_FILES = ("plan.json", "frontier.json", "confidence.json", "job.json", "job.log")
-SHOWN = (*REPORT_FILES, *DATA_FILES)
 _POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -100,8 +100,8 @@ class Runs:
             "command": record.command.text,
             "stages": [stage.model_dump() for stage in record.stages],
             "log": read_log(folder)[-LOG_LINES:],
-            "files": [file for file in SHOWN if (folder / file).is_file()],
-            "study": (folder / "job.sqlite").is_file(),
+            "files": [file.name for file in RunFolder(folder).shown if file.is_file()],
+            "study": RunFolder(folder).study.is_file(),
         }
         return {**entry, **more}
 
@@ -112,7 +112,7 @@ class Runs:
             NotThere: If there is no such run.
         """
         folder = (self.root / name).resolve()
-        if not folder.is_relative_to(self.root) or not (folder / JOB_FILE).is_file():
+        if not folder.is_relative_to(self.root) or not RunFolder(folder).job.is_file():
             raise NotThere(name)
         return folder
 
@@ -120,16 +120,17 @@ class Runs:
         """A file of a run that may be shown.
 
         Raises:
-            NotThere: If there is no such run or file, or it is not one of SHOWN.
+            NotThere: If there is no such run or file, or it is not one that may be shown.
         """
-        path = (self.folder(name) / file).resolve()
-        if file not in SHOWN or not path.is_relative_to(self.root) or not path.is_file():
+        shown = {path.name: path for path in RunFolder(self.folder(name)).shown}
+        path = shown[file].resolve() if file in shown else None
+        if path is None or not path.is_relative_to(self.root) or not path.is_file():
             raise NotThere(file)
         return path
 
     def _entry(self, job: JobInfo) -> dict[str, Any]:
         folder, name = job.folder, job.folder.relative_to(self.root).as_posix()
-        has_report = (folder / REPORT).is_file()
+        run = RunFolder(folder)
         return {
             "name": name,
             "title": folder.name if name == "." else name,
@@ -145,8 +146,10 @@ class Runs:
             "budget": job.budget,
             "bpw": job.bpw,
             "kl": job.kl,
-            "report": f"/files/{quote(name, safe='')}/{REPORT}" if has_report else None,
-            "plan": (folder / "plan.json").is_file(),
+            "report": f"/files/{quote(name, safe='')}/{run.report.name}"
+            if run.report.is_file()
+            else None,
+            "plan": run.plan.is_file(),
         }
 
 

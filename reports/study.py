@@ -6,10 +6,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from ..jobs.folder import RunFolder
 from ..jobs.record import JobRecord
 from ..jobs.settings import read_settings
 
-STUDY_FILE = "job.sqlite"
 PROGRAM = "optuna-dashboard"
 
 
@@ -23,7 +23,8 @@ def dashboard_command(run: Path, port: int) -> list[str]:
     Raises:
         ValueError: If the run has no study.
     """
-    storage = f"sqlite:///{run / STUDY_FILE}" if (run / STUDY_FILE).is_file() else None
+    study = RunFolder(run).study
+    storage = f"sqlite:///{study}" if study.is_file() else None
     with suppress(ValueError):
         _, search = read_settings(JobRecord.load(run).settings)
         storage = search.storage or storage

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from ..models.wording import words_of
 from ..quantizers.runtimes import Rules
-from ..search.budget import Budget, format_bytes
+from ..search.budget import format_bytes
+from ..search.coverage import describe_coverage
 from ..search.plan import Plan
-from .words import UNIFORM, number, with_error
 from .words import gap as gap_in_words
-
-OF_MEMORY = " of memory"  # ends the text of a budget that --vram gave
+from .words import number, with_error
 
 
 class Comparison(NamedTuple):
@@ -23,8 +22,8 @@ class Comparison(NamedTuple):
     KL is in nats per token or sample.  ``bytes`` are what the budget limits, a KV cache included;
     ``bpw`` is of the weights alone, NaN where those are not known apart; ``ms`` is the time where
     one was asked for.  ``misfit`` says in words why a plan is no choice (``over budget``), nothing
-    if it is one; ``difference`` is its measured KL minus that of the plan in question, paired over
-    samples.
+    if it is one; ``format`` is the one format of every unit, None for a mixed plan;
+    ``difference`` is its measured KL minus that of the plan in question, paired over samples.
     """
 
     name: str
@@ -32,6 +31,7 @@ class Comparison(NamedTuple):
     bpw: float
     misfit: str
     predicted_kl: float
+    format: str | None = None
     ms: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
@@ -40,9 +40,9 @@ class Comparison(NamedTuple):
     difference_stderr: float | None = None
 
     @property
-    def uniform(self) -> bool:
-        """Whether every unit has the same format."""
-        return self.name.startswith(UNIFORM)
+    def label(self) -> str:
+        """The one format of a uniform plan, the name of another."""
+        return self.format or self.name
 
     @property
     def fits(self) -> bool:
@@ -65,11 +65,11 @@ def comparison(plan: Plan, uniform: Sequence[tuple[str, int, float]] = ()) -> li
     if measured is not None:
         own = own._replace(kl=measured.kl, kl_stderr=measured.kl_stderr, ppl=measured.ppl)
     rows = baselines(plan)
-    known = {row.name for row in rows} | {UNIFORM + (only_format(plan) or "")}
-    for name, nbytes, predicted in () if plan.kv_cache else uniform:
-        if UNIFORM + name not in known:
+    known = {row.format for row in rows} | {only_format(plan)}
+    for fmt, nbytes, predicted in () if plan.kv_cache else uniform:
+        if fmt not in known:
             bpw, misfit = 8 * nbytes / plan.weights, _misfit(plan, nbytes)
-            rows.append(Comparison(UNIFORM + name, nbytes, bpw, misfit, predicted))
+            rows.append(Comparison(f"uniform {fmt}", nbytes, bpw, misfit, predicted, fmt))
     return [own, *sorted(rows, key=lambda row: row.bytes)]
 
 
@@ -82,6 +82,7 @@ def baselines(plan: Plan) -> list[Comparison]:
             bpw=math.nan if plan.kv_cache else 8 * b.bytes / plan.weights,
             misfit=_misfit(plan, b.bytes, b.ms),
             predicted_kl=b.predicted_kl,
+            format=b.format,
             ms=b.ms,
             kl=b.kl,
             kl_stderr=b.kl_stderr,
@@ -97,19 +98,14 @@ def baselines(plan: Plan) -> list[Comparison]:
 def _misfit(plan: Plan, nbytes: int, ms: float | None = None) -> str:
     """Why a rival is no choice: more bytes or time than asked for; empty if it is one."""
     if nbytes > plan.budget.bytes:
-        return "larger" if _is_target(plan) else "over budget"
+        return "larger" if plan.budget.is_target else "over budget"
     most = plan.latency.max_ms if plan.latency else None
     return "" if most is None or ms is None or ms <= most else "too slow"
 
 
-def _is_target(plan: Plan) -> bool:
-    """Whether a quality was asked for, not a size."""
-    return "<=" in plan.budget.text
-
-
 def best_uniform(rows: Sequence[Comparison]) -> Comparison | None:
     """The uniform plan with the lowest KL that fits the budget: measured ones before predicted."""
-    fitting = [row for row in rows if row.uniform and row.fits]
+    fitting = [row for row in rows if row.format and row.fits]
     measured = [row for row in fitting if row.kl is not None]
     return min(
         measured or fitting,
@@ -131,11 +127,9 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         plan: The plan.
         rows: Its rivals, from :func:`comparison`.
     """
-    before, same = 2 * plan.weights, only_format(plan)
-    size = f"{format_bytes(before)} at 16 bits → "
-    size += f"{format_bytes(plan.bytes)} ({100 * plan.bytes / before:.1f} %)"
+    same = only_format(plan)
     lines = [
-        ("weights" if plan.kv_cache else "size", size),
+        *_sizes(plan),
         ("bits per weight", f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})")),
         *_memory(plan),
         *_time(plan),
@@ -159,6 +153,46 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     return lines
 
 
+class Size(NamedTuple):
+    """What a plan makes of a model, in bytes.
+
+    Attributes:
+        before: Bytes of the original.
+        after: Bytes with the plan.
+        of: What they are of: the whole model's file, or only the weights that the plan is about
+            where the rest is not known.
+    """
+
+    before: int
+    after: int
+    of: str
+
+    @property
+    def ratio(self) -> float:
+        """``after / before``."""
+        return self.after / self.before
+
+
+def size_of(plan: Plan) -> Size:
+    """The headline: what the whole model's file takes, before and after."""
+    if plan.model_bytes is None or plan.original_bytes is None:
+        return Size(2 * plan.weights, plan.bytes, "the planned weights, at 16 bits before")
+    return Size(plan.original_bytes, plan.model_bytes, "the whole model's file")
+
+
+def _sizes(plan: Plan) -> list[tuple[str, str]]:
+    """The size of the whole file, and which part of the model the plan is about."""
+    size = size_of(plan)
+    percent = f"({100 * size.ratio:.1f} %)"
+    if plan.model_bytes is None or plan.original_bytes is None:
+        text = f"{format_bytes(size.before)} at 16 bits → {format_bytes(size.after)} {percent}"
+        lines = [("weights" if plan.kv_cache else "size", text)]
+    else:
+        text = f"{format_bytes(size.before)} → {format_bytes(size.after)} {percent}"
+        lines = [("size", f"{text}, {size.of}")]
+    return lines + ([("coverage", describe_coverage(plan.coverage))] if plan.coverage else [])
+
+
 def optimality(plan: Plan) -> str:
     """How far a plan can be from the best one, in words.
 
@@ -176,7 +210,7 @@ def optimality(plan: Plan) -> str:
 
 def _goal(plan: Plan) -> str:
     """What the plan was asked for: ``budget 4.3bpw``, or ``target KL <= 0.1``."""
-    return f"{'target' if _is_target(plan) else 'budget'} {plan.budget.text}"
+    return f"{'target' if plan.budget.is_target else 'budget'} {plan.budget.text}"
 
 
 def _quality(plan: Plan) -> list[tuple[str, str]]:
@@ -208,7 +242,7 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         step = f"per step of {latency.tokens:,} {words.many}"
     text = f"{milliseconds(latency.ms)} {step} in the planned matrices, on {latency.device}"
     if latency.max_ms is not None:
-        asked = "the fastest" if latency.max_ms == latency.ms else f"at most {latency.max_ms:g} ms"
+        asked = "the fastest" if plan.goal == "speed" else f"at most {latency.max_ms:g} ms"
         text += f" ({asked})"
     if latency.sureness == "measured":
         return [("time", f"{text}; summed from measured times")]
@@ -236,7 +270,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         weights = f"{format_bytes(plan.resident_bytes)} as laid out ({weights} stored)"
     parts = [f"weights {weights}", f"KV cache {format_bytes(cache.bytes)}"]
     used, asked = plan.total_bytes, ""
-    if (memory := _asked(plan)) is not None:
+    if (memory := plan.budget.memory) is not None:
         rest = memory - plan.budget.bytes
         used, asked = used + rest, f"{format_bytes(memory)} asked, "
         parts.append(f"rest of the model {format_bytes(rest)}")
@@ -246,15 +280,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _asked(plan: Plan) -> int | None:
-    """Bytes of the memory the plan was made for; None if its budget is not one of memory."""
-    text = plan.budget.text.removesuffix(OF_MEMORY)
-    return None if text == plan.budget.text else Budget.parse(text).resolve(plan.weights)
-
-
 def describe_rival(rival: Comparison) -> str:
     """A rival in words: format, size, KL, and how much worse it is."""
-    name = f"{rival.name.removeprefix(UNIFORM)}, {format_bytes(rival.bytes)}"
+    name = f"{rival.label}, {format_bytes(rival.bytes)}"
     if rival.ms is not None:
         name += f", {milliseconds(rival.ms)}"
     if rival.kl is None:

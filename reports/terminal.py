@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,14 @@ from rich.text import Text
 
 from .._base.progress import clock
 from .._base.registry import Registry
-from ..jobs.record import JobInfo
+from ..jobs.listing import JobInfo
 from ..models.wording import words_of
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import FAMILIES, Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from ..sensitivity.estimate import DEFAULT_FORMATS
 from .summary import comparison, facts
-from .words import UNIFORM, number, plain, with_error
+from .words import number, plain, with_error
 
 
 def print_summary(console: Console, plan: Plan, files: Mapping[str, Path]) -> None:
@@ -93,7 +92,7 @@ def uniform_table(plan: Plan) -> Table:
             "ppl": "" if row.ppl is None else number(row.ppl),
         }
         table.add_row(
-            Text(row.name.removeprefix(UNIFORM) + (f"\n({row.misfit})" if row.misfit else "")),
+            Text(row.label + (f"\n({row.misfit})" if row.misfit else "")),
             *(cells[header] for header in headers),
             style="bold green" if row is own else "" if row.fits else "dim",
         )
@@ -148,7 +147,7 @@ def families_table() -> Table:
     table = Table("name", "formats", "what they are", "from", box=box.SIMPLE_HEAD)
     for name in FAMILIES.names():
         kind = FAMILIES.get(name)
-        text = inspect.getdoc(kind) or ""
+        text = FAMILIES.docstring(name)
         what = plain(text.partition("\n")[0])
         table.add_row(
             name, escape(kind.grammar), escape(what), escape(plain(_first_reference(text)))
@@ -160,7 +159,7 @@ def plugins_table(registry: Registry[Any]) -> Table:
     """Every plugin with the first line of its docstring and the first of its references."""
     table = Table("name", "what it does", "from", box=box.SIMPLE_HEAD)
     for name in registry.names():
-        text = inspect.getdoc(registry.get(name)) or ""
+        text = registry.docstring(name)
         what = plain(text.partition("\n")[0])
         table.add_row(name, escape(what), escape(plain(_first_reference(text))))
     return table

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-UNIFORM = "uniform "
 _MOST_DECIMALS = 4
 
 
@@ -73,14 +72,12 @@ def gap(fraction: float) -> str:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Labels for plans: without ``uniform``, and without ``-asym`` where that stays unique.
+    """Labels for formats and plans: without ``-asym`` where that stays unique.
 
-    >>> short_names(["uniform int4-g64-asym", "int8-gc", "int8-gc-asym"])
-    {'uniform int4-g64-asym': 'int4-g64', 'int8-gc': 'int8-gc', 'int8-gc-asym': 'int8-gc-asym'}
+    >>> short_names(["int4-g64-asym", "int8-gc", "int8-gc-asym"])
+    {'int4-g64-asym': 'int4-g64', 'int8-gc': 'int8-gc', 'int8-gc-asym': 'int8-gc-asym'}
     """
-    bare = {name: name.removeprefix(UNIFORM) for name in names}
-    shared = Counter(label.removesuffix("-asym") for label in set(bare.values()))
+    shared = Counter(label.removesuffix("-asym") for label in set(names))
     return {
-        name: short if shared[short := label.removesuffix("-asym")] == 1 else label
-        for name, label in bare.items()
+        name: short if shared[short := name.removesuffix("-asym")] == 1 else name for name in names
     }

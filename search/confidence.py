@@ -6,18 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from .._base.files import read_json_text, write_json
+from .._base.records import Record, Strict
 from .hull import lower_hull
 from .problem import Problem
 from .solvers.certified import certified
 
-CONFIDENCE_FILE = "confidence.json"
 THRESHOLD = 0.9  # a unit with less agreement is undecided
 ONE_SIDED_95 = 1.645  # standard errors that a margin needs to be settled
 MOST_SEQUENCES = 100  # times the sequences there are: beyond that two formats are a tie
@@ -95,7 +94,7 @@ class Confidence:
             )
             for chosen, share, other, more in columns
         ]
-        file = _File(
+        _File(
             sequences=self.sequences,
             resamples=self.resamples,
             seed=self.seed,
@@ -103,8 +102,7 @@ class Confidence:
             threshold=THRESHOLD,
             undecided=self.undecided,
             units=dict(zip(self.units, entries, strict=True)),
-        )
-        write_json(path, file.model_dump(by_alias=True))
+        ).write(path)
 
     @classmethod
     def load(cls, path: Path) -> Confidence:
@@ -113,17 +111,7 @@ class Confidence:
         Raises:
             ValueError: If the file is missing, is not JSON, or breaks the schema.
         """
-        if not path.is_file():
-            raise ValueError(f"No {path}. `bitplan search MODEL --bootstrap 200` makes one.")
-        try:
-            file = _File.model_validate_json(read_json_text(path, "confidence"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(
-                f"{path} is damaged: {where}: {first['msg']}. Delete it and search again with "
-                "--bootstrap 200."
-            ) from error
+        file = _File.read(path)
         entries = file.units.values()
         return cls(
             units=tuple(file.units),
@@ -349,18 +337,20 @@ def _check_prices(problem: Problem, prices: NDArray[np.float64]) -> None:
         )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-
-class _Unit(_Strict):
+class _Unit(Strict):
     format: str
     agreement: float
     runner_up: str | None
     more_sequences: float | Literal["tie"]
 
 
-class _File(_Strict):
+class _File(Record):
+    """The schema of confidence.json."""
+
+    KIND: ClassVar[str] = "confidence"
+    MAKE: ClassVar[str] = "`bitplan search MODEL --bootstrap 200` makes one."
+    MEND: ClassVar[str] = "Delete it and search again with --bootstrap 200."
+
     schema_version: Literal[1] = Field(default=1, alias="schema")
     sequences: int
     resamples: int

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt
 
-from .._base.files import atomic_path, read_json_text
+from .._base.files import atomic_path
+from .._base.records import Record, Strict
+from ..sensitivity.provenance import ModelRef
 from .hull import lower_hull
-from .plan import ModelRef
 from .problem import Problem
 
 SCHEMA = 1
@@ -153,12 +154,10 @@ class Frontier:
         Raises:
             ValueError: If the text is not JSON or breaks the schema; the first fault is named.
         """
-        try:
-            file = _File.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(f"Not a valid frontier: {where}: {first['msg']}.") from error
+        return cls._from_file(_File.parse(text, "The text"), "The text")
+
+    @classmethod
+    def _from_file(cls, file: _File, where: str) -> Frontier:
         steps = np.array([step[:3] for step in file.steps], dtype=np.int64).reshape(-1, 3)
         losses = [file.start.predicted_kl, *(step[3] for step in file.steps)]
         frontier = cls(
@@ -173,7 +172,7 @@ class Frontier:
             uniform=tuple(UniformPoint(p.name, p.bytes, p.predicted_kl) for p in file.uniform),
             model=file.model,
         )
-        frontier._check_consistent()
+        frontier._check_consistent(where)
         return frontier
 
     def save(self, path: Path) -> None:
@@ -188,13 +187,7 @@ class Frontier:
         Raises:
             ValueError: If the file is missing, is not JSON, or breaks the schema.
         """
-        if not path.is_file():
-            raise ValueError(f"No frontier at {path}. `bitplan frontier PROFILE` makes one.")
-        text = read_json_text(path, "frontier")
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return cls._from_file(_File.read(path), str(path))
 
     def _check(self, max_bytes: int) -> None:
         least = int(self.bytes[0])
@@ -205,7 +198,7 @@ class Frontier:
                 f"of the frontier ({least:,} B, {bpw:.3f} bits per weight). Raise the budget."
             )
 
-    def _check_consistent(self) -> None:
+    def _check_consistent(self, where: str) -> None:
         """Raise if the numbers of a file cannot be those of a frontier."""
         faults = {
             "start.choice has one format per unit": len(self.start) == len(self.units),
@@ -217,27 +210,27 @@ class Frontier:
         }
         broken = [rule for rule, holds in faults.items() if not holds]
         if broken:
-            raise ValueError(f"Not a valid frontier: it breaks the rule {broken[0]!r}.")
+            raise ValueError(f"{where} is not a valid frontier: it breaks the rule {broken[0]!r}.")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class _Start(_Strict):
+class _Start(Strict):
     choice: list[NonNegativeInt]
     bytes: NonNegativeInt
     predicted_kl: float
 
 
-class _Uniform(_Strict):
+class _Uniform(Strict):
     name: str
     bytes: NonNegativeInt
     predicted_kl: float
 
 
-class _File(_Strict):
+class _File(Record):
     """The schema of frontier.json."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    KIND: ClassVar[str] = "frontier"
+    MAKE: ClassVar[str] = "`bitplan frontier PROFILE` makes one."
 
     schema_version: Literal[1] = Field(alias="schema")
     model: ModelRef | None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from .._base.files import read_json_text, write_json
+from .._base.records import Record
 from .budget import format_bytes
-from .problem import Problem
+from .problem import Caches, Problem
 
-SCHEMA = 1
 KIND = "kv_cache"
 T = TypeVar("T", bound=np.generic)
 
@@ -32,6 +31,7 @@ class KVTable:
         stderr: float64 [L, B], standard error of ``kl``.
         scores: float32 [N, L, B], per-sequence scores with ``kl = mean(scores**2)``, in sqrt(nats
             per token), on the sequences of the weights' table; None if there are none.
+        indices: Indices of the layers in the model; by default 0 to L - 1.
     """
 
     layers: tuple[str, ...]
@@ -40,6 +40,7 @@ class KVTable:
     kl: NDArray[np.float64]
     stderr: NDArray[np.float64]
     scores: NDArray[np.float32] | None = None
+    indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check shapes and values.
@@ -67,18 +68,15 @@ class KVTable:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
-        write_json(
-            path,
-            {
-                "schema": SCHEMA,
-                "layers": self.layers,
-                "bits": self.bits,
-                "bytes_per_token": self.bytes_per_token.tolist(),
-                "kl": self.kl.tolist(),
-                "stderr": self.stderr.tolist(),
-                "scores": None if self.scores is None else self.scores.tolist(),
-            },
-        )
+        _File(
+            layers=list(self.layers),
+            bits=list(self.bits),
+            bytes_per_token=self.bytes_per_token.tolist(),
+            kl=self.kl.tolist(),
+            stderr=self.stderr.tolist(),
+            scores=None if self.scores is None else self.scores.tolist(),
+            indices=list(self.indices),
+        ).write(path)
 
     @classmethod
     def load(cls, path: Path) -> KVTable:
@@ -87,23 +85,35 @@ class KVTable:
         Raises:
             ValueError: If the file is missing, or not such a table.
         """
-        if not path.is_file():
-            raise ValueError(f"No KV table at {path}.")
+        file = _File.read(path)
         try:
-            data = json.loads(read_json_text(path, "KV table"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
-            scores = data["scores"]
             return cls(
-                layers=tuple(data["layers"]),
-                bits=tuple(data["bits"]),
-                bytes_per_token=np.array(data["bytes_per_token"], dtype=np.int64),
-                kl=np.array(data["kl"], dtype=np.float64),
-                stderr=np.array(data["stderr"], dtype=np.float64),
-                scores=None if scores is None else np.array(scores, dtype=np.float32),
+                layers=tuple(file.layers),
+                bits=tuple(file.bits),
+                bytes_per_token=np.array(file.bytes_per_token, dtype=np.int64),
+                kl=np.array(file.kl, dtype=np.float64),
+                stderr=np.array(file.stderr, dtype=np.float64),
+                scores=None if file.scores is None else np.array(file.scores, dtype=np.float32),
+                indices=tuple(file.indices),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no sound KV table ({error}). Measure it again.") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not a valid KV table: {error} {_File.MEND}") from error
+
+
+class _File(Record):
+    """The schema of a KV table's file."""
+
+    KIND: ClassVar[str] = "KV table"
+    MEND: ClassVar[str] = "Measure it again."
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    layers: list[str]
+    bits: list[int]
+    bytes_per_token: list[list[int]]
+    kl: list[list[float]]
+    stderr: list[list[float]]
+    scores: list[list[list[float]]] | None
+    indices: list[int] = Field(default_factory=list)
 
 
 def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:
@@ -150,33 +160,39 @@ def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:
         weights=0,
         unit_weights=None if weights is None else np.pad(weights, (0, rows)),
         kinds=(*problem.kinds, *(KIND for _ in kv.layers)) if problem.kinds else (),
-        layers=(*problem.layers, *map(_layer_index, kv.layers)) if problem.layers else (),
+        layers=(*problem.layers, *(kv.indices or range(rows))) if problem.layers else (),
         scores=scores,
         constraints=tuple(
             replace(c, cost=np.pad(c.cost, ((0, rows), (0, columns)))) for c in problem.constraints
         ),
         oracle=None,
         bytes_option="",  # --vram holds more than these
+        caches=Caches(kv.layers, kv.bits),
     )
 
 
 def split_choice(
-    problem: Problem, choice: NDArray[np.intp], units: int
+    problem: Problem, choice: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], dict[str, int]]:
     """Part a choice of a problem with caches.
 
     Args:
-        problem: The problem :func:`with_kv` returned.
+        problem: The problem :func:`with_kv` returned, or one without caches.
         choice: intp [U + L].
-        units: U, the number of weight units.
 
     Returns:
         The weights' choice, intp [U], whose indices are those of the weights' table, and the
         cache's bits by layer.
     """
-    layers = (name.removesuffix(f".{KIND}") for name in problem.units[units:])
-    widths = (int(problem.formats[f].removeprefix("kv")) for f in choice[units:].tolist())
-    return choice[:units], dict(zip(layers, widths, strict=True))
+    if problem.caches is None:
+        return choice, {}
+    caches = problem.caches
+    units, columns = (
+        len(problem.units) - len(caches.layers),
+        len(problem.formats) - len(caches.bits),
+    )
+    widths = (caches.bits[f - columns] for f in choice[units:].tolist())
+    return choice[:units], dict(zip(caches.layers, widths, strict=True))
 
 
 def uniform_choices(problem: Problem) -> dict[str, NDArray[np.intp]]:
@@ -235,7 +251,8 @@ def memory_budget(problem: Problem, memory: int, outside_bytes: int, context: in
 
 def _caches(problem: Problem) -> NDArray[np.bool_]:
     """bool [U + L], which rows are caches."""
-    return np.array([name.endswith(f".{KIND}") for name in problem.units])
+    count = len(problem.caches.layers) if problem.caches else 0
+    return np.arange(len(problem.units)) >= len(problem.units) - count
 
 
 def _diagonal(top: NDArray[T], bottom: NDArray[T], fill: float) -> NDArray[T]:
@@ -260,8 +277,3 @@ def _uniform_rows(
         choice = part.uniform_choice(f)
         if choice is not None:
             yield name, choice
-
-
-def _layer_index(name: str) -> int | None:
-    last = name.rsplit(".", 1)[-1]
-    return int(last) if last.isdigit() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
@@ -10,6 +9,7 @@ from fnmatch import translate
 import numpy as np
 from numpy.typing import NDArray
 
+from .._base.hints import did_you_mean, propose
 from ..models.units import UnitInfo, module_kinds
 from ..quantizers.format import resolve_formats
 from ..sensitivity.table import SensitivityTable
@@ -79,7 +79,7 @@ def format_index(table: SensitivityTable, name: str) -> int:
 
 def _kept_format(table: SensitivityTable) -> str:
     """The format of the checkpoint's own dtype, which must be among the table's."""
-    dtype = table.provenance.get("dtype")
+    dtype = table.provenance.dtype
     if dtype is None:
         raise ValueError(
             "'keep' means the checkpoint's own dtype, which this profile does not record. Name "
@@ -99,5 +99,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?``, or nothing if no name comes near."""
     known = list(dict.fromkeys(names))
     close = [other for other in known if name and other.startswith(name)][:3]
-    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return propose(close) or did_you_mean(name, known, count=3, cutoff=0.3)

@@ -26,13 +26,13 @@ def resident_bytes(table: SensitivityTable, family: Family) -> NDArray[np.int64]
         family: The family of the device.
     """
     formats = [Format.parse(name) for name in table.formats]
-    types = table.provenance.get("layer_types", {})
+    types = table.provenance.layer_types
     size = table.bytes.copy()
     if family == "cpu":
         return size
     for u, unit in enumerate(table.units):
         kind = types.get(unit.name, "linear")
-        if kind in ("embedding", "convolution"):
+        if kind not in ("linear", "tied embedding"):
             continue
         for f, fmt in enumerate(formats):
             held = sum(_laid_out(fmt, shape) for shape in unit.shapes)

@@ -1,4 +1,4 @@
-"""A plan: unit -> format, with exact bytes, predicted and measured KL, bound and gap."""
+"""A plan: part -> format, with exact bytes, predicted and measured KL, bound and gap."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import hashlib
 import json
 from math import isnan, nan
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from .._base.files import read_json_text, write_json
+from .._base.records import Record, Strict
 from ..quantizers.format import Format
+from ..sensitivity.provenance import ModelRef
+from . import plan_schema1
 
-SCHEMA = 1
-PLAN_FILE = "plan.json"  # its name in a run folder
-MEASUREMENTS_FILE = "measurements.json"  # every figure measured in a run folder
+SCHEMA = 2
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -33,26 +26,29 @@ Predicted = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class BudgetRef(Strict):
+    """What was asked for, as the user wrote it, and the bytes it came to.
 
-
-class ModelRef(_Strict):
-    """Which model a plan is for."""
-
-    id: str
-    revision: str | None = None
-    sha256: str
-
-
-class BudgetRef(_Strict):
-    """The budget as the user wrote it and the bytes it meant."""
+    Attributes:
+        text: As it was written: ``4.3bpw``, ``2GB of memory``, ``KL <= 0.05``.
+        bytes: The most bytes the plan may take; of a ``target``, what the plan found takes.
+        kind: What ``text`` states: ``bytes`` to store, a device's ``memory``, or a quality as the
+            ``target``, whose bytes are a result.
+        memory: Bytes of the device's memory that were asked for, if that was.
+    """
 
     text: str
     bytes: int
+    kind: Literal["bytes", "memory", "target"] = "bytes"
+    memory: int | None = None
+
+    @property
+    def is_target(self) -> bool:
+        """Whether a quality was asked for, not a size."""
+        return self.kind == "target"
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """Held-out measurement of a plan: KL in nats per token against the original model."""
 
     kl: float
@@ -65,14 +61,16 @@ class Measured(_Strict):
     text_sha256: str
 
 
-class Baseline(_Strict):
+class Baseline(Strict):
     """A plan measured on the same tokens, for comparison.
 
-    ``difference`` is its KL minus the shipped plan's, paired over sequences; ``ms`` its predicted
-    time where that was asked for.
+    ``format`` is the one format that every unit has, such as ``int4-g64``, and with KV caches
+    ``int4-g64 + kv8``; None for a mixed plan. ``difference`` is its KL minus the shipped plan's,
+    paired over sequences; ``ms`` its predicted time where that was asked for.
     """
 
     name: str
+    format: str | None = None
     bytes: int
     predicted_kl: float
     kl: float
@@ -83,7 +81,7 @@ class Baseline(_Strict):
     ms: float | None = None
 
 
-class Latency(_Strict):
+class Latency(Strict):
     """Time of the planned matrices, one product after the other.
 
     Attributes:
@@ -102,7 +100,7 @@ class Latency(_Strict):
     max_ms: float | None = None
 
 
-class KVCache(_Strict):
+class KVCache(Strict):
     """Widths of the key/value cache that share a memory budget with the weights.
 
     ``bits`` maps layer names to bits; ``bytes`` holds ``context`` tokens x ``batch`` sequences.
@@ -115,7 +113,7 @@ class KVCache(_Strict):
     predicted_kl: float
 
 
-class Refinement(_Strict):
+class Refinement(Strict):
     """How far re-linearization went from the solver's first plan.
 
     KL is measured on calibration sequences that no price comes from, over the original's likeliest
@@ -127,14 +125,60 @@ class Refinement(_Strict):
     kl_after: float
 
 
-class Plan(_Strict):
-    """Unit -> format with everything needed to check, reproduce and apply it.
+class RowSet(Strict):
+    """Which rows of a matrix a part is: ``rows`` are half-open ranges, ascending."""
+
+    module: str
+    rows: list[tuple[int, int]]
+
+
+class LeftOut(Strict):
+    """Weights that no unit holds, and why."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+class Covered(Strict):
+    """How much of the model the plan is about; tied weights count once.
 
     Attributes:
-        assignments: Canonical module name -> format name; fused modules appear one by one.
+        planned: Weights in units.
+        weights: All weights: entries of parameters with two dimensions or more.
+        left_out: The others.
+        selected: Whether the user chose the units with ``--include`` or ``--exclude``.
+        unreached: Experts that no calibration token reached, whose price is their type's.
+    """
+
+    planned: int
+    weights: int
+    left_out: list[LeftOut] = Field(default_factory=list)
+    selected: bool = False
+    unreached: list[str] = Field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """``planned / weights``."""
+        return self.planned / self.weights if self.weights else 1.0
+
+
+class Plan(Record):
+    """Part -> format with everything needed to check, reproduce and apply it.
+
+    Attributes:
+        assignments: Name of a part -> format name; parts of fused modules appear one by one. A
+            part is a whole matrix, called as its module, or a set of its rows: ``name[rows:k]``.
+        row_sets: The rows of every part that is no whole matrix.
+        goal: What was asked for: the name of a file in ``search/goals``.
+        budget: The same in words and bytes.
         bytes: Exact serialized bytes of the assigned weights: in a file for ``runtime``, or without
             one in bitplan's own packed folder.
         weights: Number of weights assigned; ``bpw = 8 * bytes / weights``.
+        model_bytes: Bytes of the whole model's file: the assigned weights and everything else,
+            header included (an upper bound by a few bytes per tensor); None if that is not known.
+        original_bytes: The same of the original model, in the dtype it came in.
+        coverage: How much of the model is planned; None if that is not known.
         predicted_kl: Predicted KL increase, nats per token; NaN if nothing predicted it, as for a
             plan read from another tool's file, and so for the next three.
         lower_bound_kl: No plan within the budget can be predicted below this (nats per token).
@@ -146,22 +190,32 @@ class Plan(_Strict):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
+        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
+            them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    KIND: ClassVar[str] = "plan"
+    MAKE: ClassVar[str] = "`bitplan search MODEL --budget 4.3bpw` makes one."
+
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     model: ModelRef
     assignments: dict[str, str]
+    row_sets: dict[str, RowSet] = Field(default_factory=dict)
+    goal: str = "budget"
     budget: BudgetRef
     bytes: int
     weights: int
     bpw: float
+    model_bytes: int | None = None
+    original_bytes: int | None = None
+    coverage: Covered | None = None
     predicted_kl: Predicted
     predicted_kl_stderr: Predicted
     lower_bound_kl: Predicted
     gap: Predicted
     measured: Measured | None = None
-    baselines: list[Baseline] = []
+    baselines: list[Baseline] = Field(default_factory=list)
     metric: str
     solver: str
     rounding: str
@@ -172,11 +226,26 @@ class Plan(_Strict):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
     created: str
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """A plan of schema 1 as one of schema 2; it says nothing of the rest of the model."""
+        return plan_schema1.upgraded(data) if data.get("schema") == 1 else data
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        for name, rows in self.row_sets.items():
+            ends = [end for pair in rows.rows for end in pair]
+            if name not in self.assignments or not ends or ends != sorted(set(ends)):
+                raise ValueError(
+                    f"row_sets.{name}: it must have a format, and rows as ascending ranges that do "
+                    f"not touch or overlap, not {rows.rows}"
+                )
+        return self
 
     @property
     def total_bytes(self) -> int:
@@ -202,33 +271,24 @@ class Plan(_Strict):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically, keys in declaration order."""
-        write_json(path, self.model_dump(by_alias=True))
+        self.write(path)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read and validate a plan.
+        """Read and validate a plan of this schema or an earlier one.
 
         Raises:
             ValueError: If the file is missing, is not JSON, breaks the schema, or assigns what is
                 no format.
         """
-        if not path.is_file():
-            raise ValueError(
-                f"No plan at {path}. `bitplan search MODEL --budget 4.3bpw` makes one."
-            )
-        try:
-            plan = cls.model_validate_json(read_json_text(path, "plan"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(f"{path} is not a valid plan: {where}: {first['msg']}.") from error
-        first_use = {name: module for module, name in reversed(plan.assignments.items())}
-        for name, module in first_use.items():
+        plan = cls.read(path)
+        first_use = {fmt: part for part, fmt in reversed(plan.assignments.items())}
+        for fmt, part in first_use.items():
             try:
-                Format.parse(name)
+                Format.parse(fmt)
             except ValueError as error:
                 raise ValueError(
-                    f"{path} is not a valid plan: {module!r} has the format {name!r}. {error}"
+                    f"{path} is not a valid plan: {part!r} has the format {fmt!r}. {error}"
                 ) from error
         return plan
 
@@ -236,6 +296,8 @@ class Plan(_Strict):
 def plan_key(plan: Plan) -> str:
     """What decides a plan's measurement, as a hash: its key in ``measurements.json``."""
     parts: list[Any] = [plan.model.sha256, plan.rounding, sorted(plan.assignments.items())]
+    if plan.row_sets:
+        parts.append({name: rows.model_dump() for name, rows in sorted(plan.row_sets.items())})
     if plan.kv_cache:
         parts.append(list(plan.kv_cache.bits.items()))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -62,6 +62,19 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Caches:
+    """KV caches among the rows of a problem: its last L rows and last B columns.
+
+    Attributes:
+        layers: Names of the L layers.
+        bits: The B widths.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """U units times F formats: the arrays every solver sees.
 
@@ -85,6 +98,7 @@ class Problem:
             search on ``loss``.
         bytes_option: Option that sets the budget of just these bytes; empty for none.
         floor: Why the smallest plan is not smaller and what to do, if a rule is the reason.
+        caches: The KV caches that share the bytes with the weights; None if there are none.
     """
 
     units: tuple[str, ...]
@@ -101,6 +115,7 @@ class Problem:
     oracle: Oracle | None = None
     bytes_option: str = "--budget"
     floor: str = ""
+    caches: Caches | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and values, so that no solver has to.
@@ -234,13 +249,14 @@ class Problem:
         """Raise if there are limits besides the bytes, for a solver that would overlook them.
 
         Raises:
-            ValueError: Naming the constraints and the solvers that obey them.
+            ValueError: Naming the constraints and a solver that obeys them.
         """
         if self.constraints:
             names = ", ".join(constraint.name for constraint in self.constraints)
             raise ValueError(
                 f"The {solver!r} solver limits bytes only and cannot obey the constraints given "
-                f"besides ({names}). Use 'certified', 'highs' or 'ilp', or drop them."
+                f"besides ({names}). Use a solver that takes limits, such as 'certified', or drop "
+                "them."
             )
 
     def describe_bytes(self, count: int) -> str:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, hstack
 
 from .problem import Constraint, Problem
 
@@ -210,6 +208,10 @@ class Program:
         max_gap: float,
     ) -> tuple[NDArray[np.float64], float] | None:
         """Values of the K 0/1 variables and a bound; further columns are continuous, from 0 up."""
+        # Imported where it is needed: most answers need no HiGHS, and loading it takes longer.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array, hstack
+
         count, more = self.rows.shape[1], len(cost) - self.rows.shape[1]
         unit = np.nonzero(self.options)[0]
         one_each = csr_array((np.ones(count), (unit, np.arange(count))))

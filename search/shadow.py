@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 from .hull import lower_hull
 from .problem import Problem
@@ -50,6 +48,9 @@ def shadow_prices(problem: Problem, max_bytes: int) -> ShadowPrices:
     problem.check_feasible(max_bytes)
     if not problem.constraints:
         return ShadowPrices(lower_hull(problem).relax(problem, max_bytes).slope)
+    from scipy.optimize import linprog  # slow to load, and only several limits need it
+    from scipy.sparse import csr_array
+
     program = Program.build(problem, max_bytes)
     least = np.where(program.options, problem.loss, np.inf).min(axis=1)
     above = (problem.loss - least[:, None])[program.options]

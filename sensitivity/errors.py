@@ -61,8 +61,10 @@ def map_errors(
     yield from parallel_map(run, starts, weight.device)
 
 
-def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> NDArray[np.float64]:
-    """``||dW_f||^2`` of one matrix in every format: float64 [F]."""
+def squared_errors(
+    renderer: Renderer, name: str, formats: Sequence[Format], rows: Tensor | None = None
+) -> NDArray[np.float64]:
+    """``||dW_f||^2`` of one matrix, or some of its rows, in every format: float64 [F]."""
 
     def work(_rows: Rows, errors: Tensor) -> NDArray[np.float64]:
         total: NDArray[np.float64] = (
@@ -70,4 +72,4 @@ def squared_errors(renderer: Renderer, name: str, formats: Sequence[Format]) -> 
         )
         return total
 
-    return sum(map_errors(work, renderer, name, formats), np.zeros(len(formats)))
+    return sum(map_errors(work, renderer, name, formats, rows), np.zeros(len(formats)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,25 +12,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .._base.progress import Reporter
-from ..models.find import as_stored, find_units, unplanned_tensors
+from ..models.find import as_stored, coverage, find_units, unplanned_tensors
 from ..models.identity import definition_sha256, state_sha256
 from ..models.load import load_model
 from ..models.measure import measure, plan_runner
 from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
+from ..models.sites import places
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
+from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
+from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
 
-DEFAULT_FORMATS = (
-    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 5, 6, 8)),
-    *(f"int{bits}-g32-asym" for bits in (2, 3, 4)),
-    *(f"int{bits}-g128-asym" for bits in (3, 4)),
-    "bf16",
-)
 _HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
 _HEADER_START = 1000
 _SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
@@ -46,6 +44,7 @@ def profile(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     groups: Sequence[str] = (),
+    per_expert: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> SensitivityTable:
@@ -61,6 +60,7 @@ def profile(
         include: Globs on module names; empty means every quantizable module.
         exclude: Globs on module names to leave as they are.
         groups: Fusion rules such as ``q_proj,k_proj,v_proj``.
+        per_expert: Make every expert a unit of its own, instead of a layer's experts together.
         seed: Seed of calibration and probes.
         reporter: Where progress is shown; silent by default.
 
@@ -73,32 +73,46 @@ def profile(
     loaded = as_loaded_model(model)
     METRICS.get(metric)
     candidates = resolve_formats(formats, loaded.source_dtype)
-    units = find_units(loaded.module, include, exclude, groups)
+    units = find_units(loaded.module, include, exclude, groups, per_expert)
     samples = _as_samples(loaded, batches, seed)
-    origin = provenance(loaded, units, samples, metric, rounding, seed)
-    return price(loaded, units, candidates, samples, origin, reporter or Reporter(quiet=True))
+    selected = bool(include or exclude)
+    origin = provenance(loaded, units, samples, metric, rounding, seed, selected)
+    show = reporter or Reporter(quiet=True)
+    renderer = calibrated(
+        loaded,
+        units,
+        rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin.model.sha256,
+        reporter=show,
+    )
+    return price(loaded, units, candidates, renderer, samples, origin, show)
 
 
 def price(
     model: LoadedModel,
     units: tuple[UnitInfo, ...],
     formats: tuple[Format, ...],
+    renderer: Renderer,
     samples: Samples,
-    origin: dict[str, Any],
+    origin: Provenance,
     reporter: Reporter,
 ) -> SensitivityTable:
     """Make the table that ``origin`` (see :func:`provenance`) describes.
 
+    The renderings that are priced stay in ``renderer``, for whoever measures or writes them.
+
     Raises:
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
-    renderer = Renderer(model.module, units, origin["rounding"])
-    sizes = [renderer.weight(name).numel() for name in renderer.names]
-    with reporter.bar("Fitting scales", len(sizes), sizes) as advance:
-        renderer.fit(formats, lambda: advance(1))
-    with reporter.bar(f"Profiling ({origin['metric']})", samples.count) as advance:
-        task = Task(model, units, formats, renderer, samples, origin["seed"], advance)
-        scores = METRICS.get(origin["metric"])(task)
+    renderer.fit(formats, reporter)
+    with reporter.bar(f"Profiling ({origin.metric})", samples.count) as advance:
+        seed = origin.seed or 0
+        task = Task(model, units, formats, renderer, samples, seed, advance)
+        scores = METRICS.get(origin.metric)(task)
+    if task.unreached:
+        origin = _with_unreached(origin, task.unreached)
     values = scores.values if scores.signed else np.sqrt(np.maximum(scores.values, 0))
     if scores.diagonal is None:
         kl, stderr = _prices(scores)
@@ -114,8 +128,21 @@ def price(
         stderr=stderr * scale,
         scores=values * np.float32(scale**0.5) if len(values) > 1 else None,
         diagonal=scores.diagonal,
+        signed=scores.signed,
         provenance=origin,
     )
+
+
+def _with_unreached(origin: Provenance, names: Sequence[str]) -> Provenance:
+    """Say which experts have the price of their kind, here and in the profile."""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    warnings.warn(
+        f"No calibration token reached {len(names)} experts ({shown}). They get the price of their "
+        "kind; calibrate on more text, or on text that is like what the model will read.",
+        stacklevel=3,
+    )
+    known = (origin.coverage or {}) | {"unreached": list(names)}
+    return origin.model_copy(update={"coverage": known})
 
 
 def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
@@ -142,24 +169,22 @@ def provenance(
     metric: str,
     rounding: str,
     seed: int,
-) -> dict[str, Any]:
+    selected: bool = False,
+) -> Provenance:
     """What produced a table; equal provenance of two runs means equal tables."""
-    return {
-        "model": {
-            "id": model.id,
-            "revision": model.revision,
-            "sha256": state_sha256(model.module),
-        },
-        "definition_sha256": definition_sha256(model),
-        "dtype": model.source_dtype,
-        "metric": metric,
-        "rounding": rounding,
-        "calibration": samples.describe() | _counted(model, samples),
-        "seed": seed,
-        "outside_bytes": _outside_bytes(model, units),
-        "layer_types": _layer_types(model.module, units),
-        "versions": {name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
-    }
+    return Provenance(
+        model=ModelRef(id=model.id, revision=model.revision, sha256=state_sha256(model.module)),
+        definition_sha256=definition_sha256(model),
+        dtype=model.source_dtype,
+        metric=metric,
+        rounding=rounding,
+        calibration=samples.describe() | _counted(model, samples),
+        seed=seed,
+        outside_bytes=_outside_bytes(model, units),
+        coverage=coverage(model.module, units, selected).to_json(),
+        layer_types=_layer_types(model.module, units),
+        versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
+    )
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:
@@ -173,15 +198,16 @@ def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:
 
 def _layer_types(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, str]:
     """What units are that are more, or less, than a product of a matrix with every input vector."""
+    types = {place.name: place.layer_type for place in places(model)}
     found = {}
     for unit in units:
-        names = (*unit.modules, *unit.aliases)
-        modules = [model.get_submodule(name) for name in names]
-        lookups = [isinstance(module, nn.Embedding) for module in modules]
+        kinds = [types[name] for name in (*(part.module for part in unit.parts), *unit.aliases)]
+        lookups = [kind == "embedding" for kind in kinds]
+        other = next((kind for kind in kinds if kind not in ("linear", "embedding")), None)
         if any(lookups):
             found[unit.name] = "embedding" if all(lookups) else "tied embedding"
-        elif any(isinstance(module, nn.Conv2d) for module in modules):
-            found[unit.name] = "convolution"
+        elif other is not None:
+            found[unit.name] = other
     return found
 
 

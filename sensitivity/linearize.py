@@ -10,23 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.rendering import Renderer, Rows
+from ..models.passes import Upstream
+from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, samples_in
 from ..quantizers.format import Format
+from ..quantizers.store import Rows
 from .errors import map_errors
-from .probes import (
-    Factors,
-    Part,
-    Upstream,
-    check_reached,
-    inner,
-    label_upstream,
-    positions_in,
-    squared,
-    stream,
-)
+from .experts import Reach
+from .factors import Block, DenseGradient, Gradient, inner, squared
+from .probes import label_upstream, positions_in, stream
+from .uses import uses_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +86,37 @@ def linearize(
     diagonal = np.zeros(shape[1:])
     generator = torch.Generator().manual_seed(seed)
     start = 0
-    reached: set[str] = set()
-    for batch in samples.batches:
+    uses = uses_of(model, renderer, samples.batches)
+    reach = Reach(renderer, uses)
+    for batch in uses.pieces(samples.batches):
         block = slice(start, start + samples_in(batch))
         with torch.no_grad():
             log_p = model.logits(batch).log_softmax(-1)
         found = np.zeros((3, block.stop - block.start, *shape[1:]))
-        waiting: dict[str, list[Factors]] = {}  # of the first backward pass, for the second
+        # Of the first backward pass, for the second; a dense gradient is used at once.
+        waiting: dict[str, list[Gradient]] = {}
 
-        def keep(name: str, factors: Factors, to: dict[str, list[Factors]] = waiting) -> None:
-            to.setdefault(name, []).append(factors)
+        def keep(
+            name: str,
+            kl: Gradient,
+            waiting: dict[str, list[Gradient]] = waiting,
+            found: NDArray[np.float64] = found,
+        ) -> None:
+            if isinstance(kl, DenseGradient):
+                u = index[name]
+                found[:, :, u] += _products(kl, None, renderer, name, formats, int(choice[u]))
+            else:
+                waiting.setdefault(name, []).append(kl)
 
         def price(
             name: str,
-            fisher: Factors,
-            waiting: dict[str, list[Factors]] = waiting,
+            fisher: Gradient,
+            waiting: dict[str, list[Gradient]] = waiting,
             found: NDArray[np.float64] = found,
         ) -> None:
-            reached.add(name)
-            kl = waiting[name].pop(0)  # a module used twice comes in the same order again
+            reach.saw(name, fisher)
+            # A module used twice comes in the same order again.
+            kl = None if isinstance(fisher, DenseGradient) else waiting[name].pop(0)
             u = index[name]
             found[:, :, u] += _products(kl, fisher, renderer, name, formats, int(choice[u]))
 
@@ -122,28 +129,43 @@ def linearize(
         diagonal += found[2].sum(axis=0) / (2 * positions)
         start = block.stop
         advance(block.stop - block.start)
-    check_reached(renderer.names, reached)
-    return Linearization(first, second, diagonal / samples.count)
+    diagonals = diagonal[None, None] / samples.count
+    reach.extend(diagonals, [squared], units, formats)
+    probes = second[None].astype(np.float64)
+    reach.extend(probes, [inner], units, formats)
+    same = np.arange(len(units))
+    diagonals[0, 0, same, choice] = probes[0][:, same, choice] = 0  # no change, no price
+    return Linearization(first, probes[0].astype(np.float32), diagonals[0, 0])
 
 
 def _products(
-    kl: Factors,
-    fisher: Factors,
+    kl: Gradient | None,
+    fisher: Gradient | None,
     renderer: Renderer,
     name: str,
     formats: Sequence[Format],
     current: int,
 ) -> NDArray[np.float64]:
-    """Products of both gradients with the changes from one format to all: [3, samples, F]."""
+    """Products of both gradients with the changes from one format to all: [3, samples, F].
+
+    What is made of a gradient that is not given is zero.
+    """
+    source = kl or fisher
+    assert source is not None
 
     def work(rows: Rows, errors: Tensor) -> NDArray[np.float64]:
         errors -= errors[current].clone()
-        exact, probe = (Part(factors, rows, errors) for factors in (kl, fisher))
-        products = (inner(exact), inner(probe), squared(probe))
-        return np.stack([product.double().cpu().numpy() for product in products])
+        found = np.zeros((3, source.samples, len(formats)))
+        if kl is not None:
+            found[0] = inner(Block(kl, rows, errors)).double().cpu().numpy()
+        if fisher is not None:
+            probe = Block(fisher, rows, errors)
+            found[1] = inner(probe).double().cpu().numpy()
+            found[2] = squared(probe).double().cpu().numpy()
+        return found
 
-    parts = map_errors(work, renderer, name, formats, kl.touched_rows())
-    return sum(parts, np.zeros((3, len(kl.x), len(formats))))
+    blocks = map_errors(work, renderer, name, formats, source.touched_rows())
+    return sum(blocks, np.zeros((3, source.samples, len(formats))))
 
 
 def _kl_upstream(log_p: Tensor) -> Upstream:

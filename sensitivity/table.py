@@ -15,12 +15,13 @@ from safetensors.numpy import save_file
 
 from .._base.files import atomic_path, write_json
 from ..models.fusion import fuse
-from ..models.units import UnitInfo
+from ..models.units import Ranges, UnitInfo
 from ..quantizers.format import Format
+from .provenance import Provenance
 from .shrinkage import Shrinkage
 
-SCHEMA = 1
-PROFILE_FILE = "profile.safetensors"  # its name in a run folder
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # 1 does not say whether scores are signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,13 @@ class SensitivityTable:
         kl: float64 [U, F], predicted KL increase in nats per token; NaN = not allowed.
         stderr: float64 [U, F], standard error of ``kl`` (0 where the metric is deterministic).
         scores: float32 [N, U, F] per-sequence scores ``s`` with ``kl = mean(s**2)``, in
-            sqrt(nats per token), signed where the metric is an inner product; None for metrics
-            without samples.
+            sqrt(nats per token); None for metrics without samples.
         diagonal: float64 [U, F], the shape that ``kl`` was shrunk toward
             (:class:`.shrinkage.Shrinkage`), nats per token; None if ``kl`` is the plain mean.
-        provenance: Model, calibration, metric, rounding, versions and fingerprint.
+        signed: Whether ``scores`` are inner products, which add where units are fused, or roots of
+            prices, which add as squares; None where that is not known (profiles of schema 1): they
+            then count as signed if any of them is negative.
+        provenance: What it was made from; its JSON is taken, too.
     """
 
     units: tuple[UnitInfo, ...]
@@ -49,10 +52,13 @@ class SensitivityTable:
     stderr: NDArray[np.float64]
     scores: NDArray[np.float32] | None = None
     diagonal: NDArray[np.float64] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    signed: bool | None = None
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         """Check that every array has the shape the names say."""
+        if not isinstance(self.provenance, Provenance):
+            object.__setattr__(self, "provenance", Provenance.from_json(self.provenance))
         shape = (len(self.units), len(self.formats))
         named = {"bytes": self.bytes, "kl": self.kl, "stderr": self.stderr}
         for name, array in (named | {"diagonal": self.diagonal}).items():
@@ -110,7 +116,7 @@ class SensitivityTable:
         scores, diagonal = self.scores, self.diagonal
         if scores is not None:
             parts = scores.astype(np.float64)
-            signed = bool((parts < 0).any())
+            signed = bool((parts < 0).any()) if self.signed is None else self.signed
             totals = add(parts, 1) if signed else np.sqrt(add(parts**2, 1))
             # Ratios, as the mean of the squares is not always the price: negative traces count 0.
             kl *= _ratio((totals**2).mean(axis=0), add((parts**2).mean(axis=0)))
@@ -144,9 +150,10 @@ class SensitivityTable:
             tensors["diagonal"] = self.diagonal
         header = {
             "schema": SCHEMA,
-            "units": [asdict(unit) for unit in self.units],
+            "units": [_unit_json(unit) for unit in self.units],
             "formats": list(self.formats),
-            "provenance": self.provenance,
+            "signed": self.signed,
+            "provenance": self.provenance.to_json(),
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"bitplan_profile": json.dumps(header)})
@@ -177,9 +184,10 @@ class SensitivityTable:
             raise ValueError(
                 f"The header of {path} is damaged ({error}). Profile again."
             ) from error
-        if header.get("schema") != SCHEMA:
+        if header.get("schema") not in READABLE:
+            known = " and ".join(map(str, READABLE))
             raise ValueError(
-                f"{path} has profile schema {header.get('schema')}, this version reads {SCHEMA}. "
+                f"{path} has profile schema {header.get('schema')}, this version reads {known}. "
                 "Profile again, or use the bitplan version that wrote it."
             )
         try:
@@ -191,7 +199,8 @@ class SensitivityTable:
                 stderr=tensors["stderr"],
                 scores=tensors.get("scores"),
                 diagonal=tensors.get("diagonal"),
-                provenance=header["provenance"],
+                signed=header.get("signed"),
+                provenance=Provenance.from_json(header["provenance"]),
             )
             table.check_consistent()
         except (KeyError, TypeError, ValueError) as error:
@@ -240,6 +249,14 @@ def _ratio(value: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.
     return np.divide(value, base, out=np.ones_like(base), where=base > 0)
 
 
+def _unit_json(unit: UnitInfo) -> dict[str, Any]:
+    """A unit as JSON; ``rows`` is there only for one that has some rows of a matrix, not all."""
+    entry = asdict(unit)
+    if not unit.rows:
+        del entry["rows"]
+    return entry
+
+
 def _unit(entry: dict[str, Any]) -> UnitInfo:
     return UnitInfo(
         name=entry["name"],
@@ -248,4 +265,9 @@ def _unit(entry: dict[str, Any]) -> UnitInfo:
         kind=entry["kind"],
         layer=entry["layer"],
         aliases=tuple(entry["aliases"]),
+        rows=tuple(_ranges(some) for some in entry.get("rows", ())),
     )
+
+
+def _ranges(some: list[list[int]] | None) -> Ranges | None:
+    return None if some is None else tuple((int(start), int(stop)) for start, stop in some)

@@ -89,11 +89,11 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained Llama whose rows hold whole blocks of 256, as a Hub folder."""
-    from bitplan.tests.gguf_toys import wide_llama
+    from bitplan.testing.llama import save_toy_llama
 
-    return wide_llama(tiny_folder, tmp_path_factory.mktemp("wide"))
+    return save_toy_llama(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bitplan.jobs.record import Job
+from bitplan.jobs.job import Job
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
@@ -17,6 +16,7 @@ from bitplan.search.frontier import Frontier
 from bitplan.search.limits import Limits, build_problem
 from bitplan.search.plan import Baseline, Measured, Plan
 from bitplan.search.solve import solve
+from bitplan.sensitivity.provenance import ModelRef, Provenance
 from bitplan.sensitivity.table import SensitivityTable
 
 FORMATS = tuple(f"int{bits}-g{group}-asym" for group in (64, 128) for bits in (2, 3, 4, 5, 6, 8))
@@ -29,19 +29,19 @@ _MATRICES = {  # SmolLM2-135M, per layer
     "mlp.up_proj": (1536, 576),
     "mlp.down_proj": (576, 1536),
 }
-_PROVENANCE: dict[str, Any] = {
-    "model": {"id": "example/tiny-135m", "revision": None, "sha256": "5af571cb" * 8},
-    "metric": "fisher",
-    "rounding": "rtn",
-    "calibration": {
+_PROVENANCE = Provenance(
+    model=ModelRef(id="example/tiny-135m", sha256="5af571cb" * 8),
+    metric="fisher",
+    rounding="rtn",
+    calibration={
         "source": "builtin",
         "sequences": 96,
         "length": 128,
         "seed": 0,
         "sha256": "0d1e2f3a" * 8,
     },
-    "versions": {"bitplan": "0.1.0", "torch": "2.13.0"},
-}
+    versions={"bitplan": "0.1.0", "torch": "2.13.0"},
+)
 
 
 def transformer_units(layers: int, embedding: bool = False) -> tuple[UnitInfo, ...]:
@@ -112,6 +112,7 @@ def measure(plan: Plan, frontier: Frontier) -> Plan:
             "baselines": [
                 Baseline(
                     name=f"uniform {point.name}",
+                    format=point.name,
                     bytes=point.bytes,
                     predicted_kl=point.predicted_kl,
                     kl=0.95 * point.predicted_kl,

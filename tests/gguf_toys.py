@@ -8,8 +8,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
-from torch import nn
 
 from bitplan.models.workload import LoadedModel
 
@@ -54,29 +52,3 @@ def write_llama_gguf(model: LoadedModel, folder: Path, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def wide_llama(tokenizer_folder: Path, folder: Path) -> Path:
-    """An untrained Llama whose rows are long enough for every format, as a Hub folder."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.06)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return folder

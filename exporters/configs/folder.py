@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...jobs.materialize import save_hugging_face_files
-from ...kernels.linear import PackedLinear
-from ...models.find import is_conv1d
+from ...models.layers import layer_kind
 from ...models.measure import Run
 from ...quantizers.packed import PackedTensor
 from ..source import Source
@@ -113,25 +112,16 @@ def linear_names(source: Source, also: Sequence[str] = ()) -> list[str]:
         ValueError: If the plan quantizes another matrix.
     """
     modules = dict(source.model.module.named_modules(remove_duplicate=False))
-    transposed = _is_transposed(source.model.module)
     for unit in source.units:
         quantized = source.formats[unit.name].integer
-        module = modules[unit.name]
-        linear = isinstance(module, nn.Linear | PackedLinear) and not transposed
-        if quantized and not linear and unit.name not in also:
+        module = modules.get(unit.name)
+        if quantized and layer_kind(module) != "linear" and unit.name not in also:
+            owner = module or modules[unit.name.rpartition(".")[0].partition("[")[0]]
             raise ValueError(
-                f"{unit.name} is a {type(module).__name__}, which this target does not quantize. "
-                f"Leave it out of the plan (--exclude '{unit.name}')."
+                f"{unit.name} is {'a' if module else 'in a'} {type(owner).__name__}, which this "
+                f"target does not quantize. Leave it out of the plan (--exclude '{unit.name}')."
             )
-    return [name for name, m in modules.items() if isinstance(m, nn.Linear | PackedLinear)]
-
-
-def _is_transposed(model: nn.Module) -> bool:
-    """Whether the linear layers of the architecture are the transposed ones of GPT-2."""
-    if any(is_conv1d(module) for module in model.modules()):
-        return True
-    # A packed model no longer shows what its layers were; the code that made it does.
-    return hasattr(__import__(type(model).__module__, fromlist=["_"]), "Conv1D")
+    return [name for name, m in modules.items() if layer_kind(m) == "linear"]
 
 
 def read_config(path: Path) -> dict[str, Any]:

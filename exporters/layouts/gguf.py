@@ -208,9 +208,9 @@ def relative_distance(theirs: Tensor, ours: Tensor) -> float:
 
 def original_weight(module: nn.Module | None) -> Tensor | None:
     """The plain weight of a module as a matrix, if it has one."""
-    from ...models.find import weight_matrix
+    from ...models.layers import original_matrix
 
-    return None if module is None else weight_matrix(module)
+    return original_matrix(module)
 
 
 def copy_with(

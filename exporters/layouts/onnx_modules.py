@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.linear import PackedConv2d, PackedEmbedding
+from ...models.layers import conv_options, layer_kind, runs_own_code
+from ...models.sites import places
 from ...quantizers.format import Format
 from ...quantizers.packed import PackedTensor, unpack_bits
 from ..source import Source
@@ -194,10 +195,8 @@ class QuantizedConv2d(nn.Module):
 
     def __init__(self, name: str, packed: PackedTensor, like: Any) -> None:
         super().__init__()
-        packed_before = isinstance(like, PackedConv2d)
-        self.kernel = like.kernel_shape if packed_before else tuple(like.weight.shape)
+        self.kernel, self.options = conv_options(like)
         self.dense, self.bias = dense_weight(name, packed), like.bias
-        self.options = (like.stride, like.padding, like.dilation, like.groups)
 
     @property
     def weight(self) -> Tensor:
@@ -234,18 +233,37 @@ def quantized_copy(source: Source) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     modules = dict(result.named_modules(remove_duplicate=False))
+    parameters = {place.name: place for place in places(result)}
     names = {unit.name: (unit.name, *unit.aliases) for unit in source.units}
     for owner, packed in source.each("Packing"):
         for name in names[owner]:
-            replacement = _replacement(name, packed, modules[name])
+            place = parameters.get(name)
+            plain = name in modules and _has_form(modules[name])
+            if place is not None and not plain and packed.fmt.floating:
+                dense = place.restored(packed.dequantize()).contiguous()
+                place.module._parameters[place.attribute] = nn.Parameter(dense, False)
+                continue
+            replacement = _replacement(name, packed, modules.get(name))
             if replacement is not None:
                 parent, _, child = name.rpartition(".")
                 setattr(result.get_submodule(parent), child, replacement)
     return result.eval()
 
 
-def _replacement(name: str, packed: PackedTensor, module: nn.Module) -> nn.Module | None:
-    if isinstance(module, nn.Embedding | PackedEmbedding):
+def _has_form(module: nn.Module) -> bool:
+    """Whether a module has a counterpart with a quantized weight."""
+    return layer_kind(module) != "other" and not runs_own_code(module)
+
+
+def _replacement(name: str, packed: PackedTensor, module: nn.Module | None) -> nn.Module | None:
+    kind = layer_kind(module)
+    if module is None or not _has_form(module):
+        what = "a parameter" if module is None else f"a {type(module).__name__}"
+        raise ValueError(
+            f"{name} is {what}, for which the ONNX export has no quantized form. Leave it out of "
+            f"the plan (--exclude '{name}')."
+        )
+    if kind == "embedding":
         if packed.fmt.integer:
             raise ValueError(
                 f"{name} is an embedding, which is looked up and not multiplied, so it cannot be "
@@ -253,7 +271,7 @@ def _replacement(name: str, packed: PackedTensor, module: nn.Module) -> nn.Modul
             )
         embedding: nn.Module = nn.Embedding.from_pretrained(packed.dequantize())
         return embedding
-    if isinstance(module, nn.Conv2d | PackedConv2d):
+    if kind == "convolution":
         return QuantizedConv2d(name, packed, module)
     bias: Any = getattr(module, "bias", None)
     return QuantizedLinear(name, [packed], bias)

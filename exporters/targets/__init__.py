@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..._base.hints import did_you_mean
 from ..._base.registry import Registry
 from ...models.measure import Run
 from ...models.workload import LoadedModel
@@ -169,6 +169,5 @@ def find(name: str) -> tuple[str, Exporter, str | None]:
             return shown_name(candidate), exporter(), name
     known = [shown_name(candidate) for candidate in EXPORTERS.names()]
     runtimes = {r for candidate in EXPORTERS.names() for r in EXPORTERS.get(candidate).runtimes}
-    close = difflib.get_close_matches(shown_name(name), [*known, *sorted(runtimes)], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(shown_name(name), [*known, *sorted(runtimes)])
     raise ValueError(f"Unknown exporter {name!r}.{hint} Available: {', '.join(known)}.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
-from ...kernels.linear import PackedLinear
+from ...models.names import BUILTIN
+from ...models.packed_modules import PackedModule
 from ...models.rendering import Renderer
-from ...models.samples import BUILTIN, calibration_samples
+from ...models.samples import calibration_samples
 from ...sensitivity.metrics import Task
 from ...sensitivity.metrics._input_moments import input_moments
 from ..source import Source
@@ -40,7 +40,7 @@ class Imatrix(Exporter):
         from ..layouts.gguf import architecture_of, tensor_names
 
         model, said = source.model, source.plan.calibration
-        if any(isinstance(module, PackedLinear) for module in model.module.modules()):
+        if any(isinstance(module, PackedModule) for module in model.module.modules()):
             raise ValueError(
                 "An importance matrix is of the original model, which a packed folder no longer "
                 "holds. Give the plan.json in it, or the run."
@@ -56,14 +56,14 @@ class Imatrix(Exporter):
         names = tensor_names(*architecture_of(model), [unit.name for unit in units])
         with source.reporter.bar("Reading inputs", samples.count) as advance:
             task = Task(model, units, (), Renderer(model.module, units), samples, 0, advance)
-            moments, positions = input_moments(task, lambda x: x.square().sum(0))
+            moments, positions, _ = input_moments(task, lambda x: x.square().sum(0), "imatrix")
         writer = gguf.GGUFWriter(out, "imatrix")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [samples.source])
         writer.add_uint32("imatrix.chunk_count", samples.count)
         writer.add_uint32("imatrix.chunk_size", samples.length or 1)
-        for (name, kind), moment in moments.items():
-            if kind is nn.Linear and name in names and name not in source.aliases.values():
+        for (name, site), moment in moments.items():
+            if site == "linear" and name in names and name not in source.aliases.values():
                 writer.add_tensor(f"{names[name]}.in_sum2", moment.float().cpu().numpy())
                 counts = np.full((len(moment), 1), positions, np.float32)
                 writer.add_tensor(f"{names[name]}.counts", counts)

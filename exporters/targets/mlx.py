@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...kernels.linear import PackedEmbedding
+from ...models.layers import layer_kind
 from ...models.measure import Run
 from ...models.workload import LoadedModel
 from ...quantizers.format import Format
@@ -129,9 +129,7 @@ def _config(source: Source) -> dict[str, Any]:
     usual = _entry(most_used(source))
     config: dict[str, Any] = dict(usual)
     formats, modules = source.formats, source.model.module.named_modules()
-    embeddings = [
-        name for name, m in modules if isinstance(m, torch.nn.Embedding | PackedEmbedding)
-    ]
+    embeddings = [name for name, m in modules if layer_kind(m) == "embedding"]
     for name in (*embeddings, *linear_names(source, also=embeddings)):
         fmt = formats.get(name)
         config[name] = _entry(fmt) if fmt and fmt.integer else False

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...models.layers import layer_kind
 from ...quantizers.format import Format
 from ..source import Source
 from . import EXPORTERS, Exporter
@@ -61,6 +62,5 @@ def _entry(fmt: Format | None) -> dict[str, Any] | None:
 
 
 def _is_embedding(source: Source, name: str) -> bool:
-    from torch import nn
-
-    return isinstance(source.model.module.get_submodule(name), nn.Embedding)
+    modules = dict(source.model.module.named_modules())
+    return layer_kind(modules.get(name)) == "embedding"

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import product as pairs
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ...quantizers.format import Format
 from ...quantizers.packed import PackedTensor
 from ..gemm import order_of
 from ..latency import DENSE, WIDTHS, Device, Number
-from ..linear import PackedLinear
+from ..layouts import prepare
 from ..packing import PlanePack
 from .fitting import Freedom, Timings, fit, timings_of
 from .launch_cost import perf_model
@@ -153,7 +154,7 @@ def check(shapes: Sequence[Shape], bits: Sequence[int]) -> None:
 class _Contender:
     """A product with copies of its weights, and its input [m, k]."""
 
-    modules: Sequence[nn.Module]
+    products: Sequence[Callable[[Tensor], Tensor]]
     x: Tensor
     weight_bytes: int
 
@@ -162,20 +163,18 @@ class _Contender:
         fmt = _format(bits, group_size, device)
         size = fmt.stored_bytes((shape.n, shape.k))
         x = _input(shape, device)
-        like = torch.empty(0, dtype=x.dtype)
-        modules = [
-            PackedLinear(_random_weight(fmt, (shape.n, shape.k), seed), None, like).to(device)
-            for seed in range(_copies(size))
-        ]
-        return _Contender(modules, x, size)
+        weights = (_random_weight(fmt, (shape.n, shape.k), seed) for seed in range(_copies(size)))
+        layouts = [prepare(weight, device) for weight in weights]
+        products = [partial(layout.linear, bias=None) for layout in layouts]
+        return _Contender(products, x, size)
 
     @staticmethod
     def plain(shape: Shape, device: torch.device) -> _Contender:
         size = 4 * shape.n * shape.k
-        modules = [
+        products = [
             nn.Linear(shape.k, shape.n, bias=False, device=device) for _ in range(_copies(size))
         ]
-        return _Contender(modules, _input(shape, device).float(), size)
+        return _Contender(products, _input(shape, device).float(), size)
 
 
 def _format(bits: int, group_size: int, device: torch.device) -> Format:
@@ -212,15 +211,15 @@ def _race(contenders: Sequence[_Contender], seconds: float, device: torch.device
     if device.type == "cuda":
         return [_graph_seconds(contender, seconds) for contender in contenders]
     for contender in contenders:  # what is compiled or laid out at the first call is not timed
-        for module in contender.modules:
-            module(contender.x)
+        for product in contender.products:
+            product(contender.x)
     fastest = [math.inf] * len(contenders)
     start, done = time.perf_counter(), 0
     while done < LEAST_ROUNDS or time.perf_counter() - start < seconds * len(contenders):
         for i, contender in enumerate(contenders):
-            module = contender.modules[done % len(contender.modules)]
+            product = contender.products[done % len(contender.products)]
             before = time.perf_counter()
-            module(contender.x)
+            product(contender.x)
             fastest[i] = min(fastest[i], time.perf_counter() - before)
         done += 1
     return fastest
@@ -230,13 +229,13 @@ def _graph_seconds(contender: _Contender, seconds: float) -> float:
     """Seconds of one call, from replays of a CUDA graph with a call of every copy."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for module in contender.modules:
-            module(contender.x)
+        for product in contender.products:
+            product(contender.x)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for module in contender.modules:
-            module(contender.x)
+        for product in contender.products:
+            product(contender.x)
     fastest, done, start = math.inf, 0, time.perf_counter()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     while done < LEAST_ROUNDS or time.perf_counter() - start < seconds:
@@ -246,7 +245,7 @@ def _graph_seconds(contender: _Contender, seconds: float) -> float:
         last.synchronize()
         fastest = min(fastest, first.elapsed_time(last) / 1000)
         done += 1
-    return fastest / len(contender.modules)
+    return fastest / len(contender.products)
 
 
 def refit(base: Device, rows: Iterable[Row], name: str, source: str) -> Device:
@@ -307,4 +306,4 @@ def _timings(rows: Sequence[Row]) -> Timings:
 
 def grid(m: Iterable[int], n_k: Iterable[tuple[int, int]]) -> list[Shape]:
     """Every number of vectors with every matrix."""
-    return [Shape(tokens, *matrix) for matrix, tokens in product(n_k, m)]
+    return [Shape(tokens, *matrix) for matrix, tokens in pairs(n_k, m)]

@@ -29,9 +29,9 @@ class Integers(Codes):
 
     >>> import torch
     >>> from bitplan.quantizers.grid import render
-    >>> from bitplan.quantizers.methods import METHODS
+    >>> from bitplan.quantizers.methods.rtn import fit_grid
     >>> weight, fmt = torch.tensor([[-0.4, 0.0, 0.1, 0.3]]), Format.parse("int3-gc-asym")
-    >>> render(weight, fmt, METHODS.get("rtn")(weight, fmt))
+    >>> render(weight, fmt, fit_grid(weight, fmt))
     tensor([[-0.3999,  0.0000,  0.1000,  0.2999]])
 
     References:

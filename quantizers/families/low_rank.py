@@ -53,10 +53,10 @@ class LowRank(Family[Corrected]):
     True
     >>> import torch
     >>> from bitplan.quantizers.grid import render
-    >>> from bitplan.quantizers.methods import METHODS
+    >>> from bitplan.quantizers.methods.rtn import fit_grid
     >>> weight = torch.tensor([[0.5, 0.3, -0.2, 0.1], [0.1, -0.4, 0.2, 0.3]])
     >>> for fmt in map(Format.parse, ("int2-gc", "int2-gc+lr1", "int2-gc+lr2")):
-    ...     error = render(weight, fmt, METHODS.get("rtn")(weight, fmt)) - weight
+    ...     error = render(weight, fmt, fit_grid(weight, fmt)) - weight
     ...     print(f"{fmt}: {error.norm():.3f}")
     int2-gc: 0.183
     int2-gc+lr1: 0.087

@@ -54,9 +54,9 @@ class NormalFloat(Codes):
 
     >>> import torch
     >>> from bitplan.quantizers.grid import render
-    >>> from bitplan.quantizers.methods import METHODS
+    >>> from bitplan.quantizers.methods.rtn import fit_grid
     >>> weight, fmt = torch.tensor([[0.5, 0.1, 0.0, -0.16]]), Format.parse("nf4-g32")
-    >>> render(weight, fmt, METHODS.get("rtn")(weight, fmt))
+    >>> render(weight, fmt, fit_grid(weight, fmt))
     tensor([[ 0.5000,  0.0805,  0.0000, -0.1422]])
     >>> 8 * fmt.stored_bytes((192, 576)) / (192 * 576)
     4.5

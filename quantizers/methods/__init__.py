@@ -1,12 +1,47 @@
-"""Rounding methods: how the grid of a format is fitted to a weight, one file per method."""
+"""Rounding methods: how a weight becomes packed codes of a format, one file per method.
+
+A method says of itself, as traits of its registration:
+
+``grid``
+    ``(weight, fmt) -> Fitted | None`` if its codes are the nearest ones on a grid: whoever keeps
+    the grid can make the codes again at any time.
+``needs``
+    Names of the fields of :class:`Evidence` that it works from; without any it needs no data.
+``rounds``
+    ``(fmt) -> bool``, the formats it has codes of its own for; all others are rounded to nearest.
+``revision``
+    A whole number, raised when its codes change: codes kept by an earlier one are made again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..._base.registry import Registry
-from ..format import Fitted, Format
+from ..format import Format
+from ..packed import PackedTensor
 
-METHODS: Registry[Callable[[Tensor, Format], Fitted | None]] = Registry("method", __name__)
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a method may know of a weight [rows, cols] besides its entries.
+
+    Attributes:
+        hessian: Second moment of the inputs that multiply the weight, the mean of x x^T, float32
+            [cols, cols]; or [parts, cols, cols] if the rows are so many equal blocks with inputs
+            of their own, as in grouped convolutions and fused experts. None where nothing
+            multiplies it (a lookup table), or nothing reached it.
+        kept: What methods derived from the other fields, by name. Matrices with the same inputs
+            share one evidence, and all formats of a matrix do.
+    """
+
+    hessian: Tensor | None = None
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+Method = Callable[[Tensor, Format, Evidence], PackedTensor]
+METHODS: Registry[Method] = Registry("method", __name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ..._base.files import read_toml
+from ..._base.hints import did_you_mean
 from ..format import PER_CHANNEL, PER_TENSOR, Format
 
 FOLDER = Path(__file__).resolve().parent
@@ -135,8 +135,7 @@ class Rules(_Strict):
             ValueError: If there are no such rules, or their file is not valid.
         """
         if name not in names():
-            close = difflib.get_close_matches(name, names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, names())
             raise ValueError(f"Unknown runtime {name!r}.{hint} Available: {', '.join(names())}.")
         return cls.read(FOLDER / f"{name}.toml")
 

@@ -23,16 +23,15 @@ function frontierPoints() {
     add("uniform", p.name, p.bytes, p.kl, 0, "one format everywhere, predicted");
   }
   for (const b of CHART.baselines) {
-    const uniform = b.name.startsWith("uniform ");
-    const words = uniform ? "one format everywhere, measured" : "measured";
-    add(uniform ? "uniform measured" : "other measured", b.name.replace(/^uniform /, ""), b.bytes, b.kl, b.stderr, words);
+    const words = b.uniform ? "one format everywhere, measured" : "measured";
+    add(b.uniform ? "uniform measured" : "other measured", b.name, b.bytes, b.kl, b.stderr, words);
   }
   add("plan", "this plan", CHART.plan.bytes, CHART.plan.kl, 0, "predicted");
   if (CHART.measured) {
     add("plan measured", "this plan", CHART.plan.bytes, CHART.measured.kl, CHART.measured.stderr, "measured");
   }
   for (const point of points) {
-    point.labelled = point.kind.includes("measured") || !measured.has(`uniform ${point.name}`);
+    point.labelled = point.kind.includes("measured") || !measured.has(point.name);
   }
   return points;
 }
@@ -80,10 +79,10 @@ function frontierLegend() {
   ];
   if (CHART.measured) legend.push(entry([shape("plan measured")], "this plan, measured"));
   if (CHART.uniform.length) legend.push(entry([shape("uniform")], "one format everywhere, predicted"));
-  if (CHART.baselines.some((b) => b.name.startsWith("uniform "))) {
+  if (CHART.baselines.some((b) => b.uniform)) {
     legend.push(entry([shape("uniform measured")], "the same, measured"));
   }
-  if (CHART.baselines.some((b) => !b.name.startsWith("uniform "))) {
+  if (CHART.baselines.some((b) => !b.uniform)) {
     legend.push(entry([shape("other measured")], "other plans, measured"));
   }
   return legend;
@@ -234,8 +233,8 @@ const shortName = (name) => SHORT[name] ?? name;
 /* Predicted against measured KL of every plan that was measured. */
 function drawPrediction(place, width) {
   const checks = CHART.baselines.map((b) => ({
-    kind: b.name.startsWith("uniform ") ? "uniform measured" : "other measured",
-    name: b.name.replace(/^uniform /, ""), bytes: b.bytes, predicted: b.predicted, kl: b.kl, stderr: b.stderr,
+    kind: b.uniform ? "uniform measured" : "other measured",
+    name: b.name, bytes: b.bytes, predicted: b.predicted, kl: b.kl, stderr: b.stderr,
   }));
   checks.push({ kind: "plan measured", name: "this plan", bytes: CHART.plan.bytes, predicted: CHART.plan.kl,
     kl: CHART.measured.kl, stderr: CHART.measured.stderr });

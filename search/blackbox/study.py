@@ -18,11 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from ..oracle import Oracle
 from ..problem import Problem
-from ..solvers import SOLVERS
+from ..solvers import SOLVERS, abilities, solvers_that
 from .storage import open_storage, quiet, shown
 from .trials import Objective, SeededPerTrial, run_trials, worker_name
 
-OBJECTIVES = {"tpe": ("kl",), "nsga2": ("bytes", "kl")}  # per solver, all minimized
 TABLE_TRIALS = 20  # without an oracle
 
 
@@ -33,16 +32,17 @@ def open_study(storage: str | None, name: str, solver: str) -> Study:
         storage: URL such as ``sqlite:///job.sqlite`` (one machine) or
             ``postgresql://user:password@host/database``; None keeps the study in memory.
         name: Name of the study.
-        solver: ``tpe`` or ``nsga2``, which decides the objectives.
+        solver: Name of the solver, whose ``objectives`` the trials minimize.
 
     Raises:
         ValueError: If the storage cannot be opened, or the study has other objectives.
     """
-    if solver not in OBJECTIVES:
+    goals = abilities(solver).objectives
+    if not goals:
         raise ValueError(
-            f"Only {' and '.join(OBJECTIVES)} keep an Optuna study; {solver!r} does not."
+            f"Only {' and '.join(solvers_that('objectives'))} keep an Optuna study; {solver!r} "
+            "does not."
         )
-    goals = OBJECTIVES[solver]
     with quiet():
         study = optuna.create_study(
             storage=None if storage is None else open_storage(storage),

@@ -39,6 +39,14 @@ def baq(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         Zhang et al. (2025), "BAQ: efficient bit allocation quantization for large language
         models", arXiv 2506.05664; Cover and Thomas (2006), "Elements of information theory",
         chapter 10: reverse water-filling.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem()
+        >>> water_fill(problem, problem.unit_weights, 112).round(1).tolist()  # bytes
+        [19.4, 36.6, 13.4, 42.6]
+        >>> baq(problem, max_bytes=112).choice.tolist()
+        [1, 0, 1, 1]
     """
     problem.require_bytes_only("baq")
     problem.check_feasible(max_bytes)

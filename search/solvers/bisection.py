@@ -12,7 +12,7 @@ from . import SOLVERS
 from .certified import certified
 
 
-@SOLVERS.register("bisection")
+@SOLVERS.register("bisection", seeks_target=True)
 def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Find the smallest plan of at most a given predicted KL, by bisection over budgets.
 
@@ -38,6 +38,15 @@ def bisection(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         Burden and Faires, "Numerical analysis": bisection.  The search for the fewest bits that
         keep a quality floor is that of Wang et al. (2019), "HAQ: hardware-aware automated
         quantization with mixed precision", CVPR, with its accuracy-guaranteed objective.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem()  # its quality target is 0.25 nats
+        >>> plan = bisection(problem, max_bytes=256)
+        >>> plan.bytes, plan.loss
+        (96, 0.234375)
+        >>> plan.note
+        'No plan of less than 96 B has a loss of 0.25 nats or less.'
     """
     problem.require_bytes_only("bisection")
     problem.check_feasible(max_bytes)

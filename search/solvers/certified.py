@@ -17,7 +17,7 @@ MAX_WORK = 12_000_000  # states made in total, eight scanned hull steps counting
 ROUNDING = 1e-13  # relative loss differences below this are noise of float64 sums
 
 
-@SOLVERS.register("certified")
+@SOLVERS.register("certified", exact=True, limits=True, mixed_rows=True)
 def certified(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve the multiple-choice knapsack in integer bytes, with a proof.
 
@@ -48,6 +48,12 @@ def certified(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         Pisinger (1995), "A minimal algorithm for the multiple-choice knapsack problem", EJOR;
         Dyer, Kayal and Walker (1984), "A branch and bound algorithm for solving the
         multiple-choice knapsack problem".
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = certified(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.gap
+        ([1, 0, 1, 1], 104, 0.17578125, 0.0)
     """
     problem.check_feasible(max_bytes)
     if problem.constraints:

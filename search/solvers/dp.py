@@ -14,7 +14,7 @@ from .greedy import upgrade
 MAX_STATES = 4_000  # per unit
 
 
-@SOLVERS.register("dp")
+@SOLVERS.register("dp", exact=True, mixed_rows=True)
 def dp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve exactly by dynamic programming over Pareto states of (bytes, loss).
 
@@ -38,6 +38,12 @@ def dp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         Nemhauser and Ullmann (1969), "Discrete dynamic programming and capital allocation",
         Management Science; Dudzinski and Walukiewicz (1987), "Exact methods for the knapsack
         problem and its generalizations", EJOR.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = dp(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.gap
+        ([1, 0, 1, 1], 104, 0.17578125, 0.0)
     """
     problem.require_bytes_only("dp")
     problem.check_feasible(max_bytes)

@@ -12,7 +12,7 @@ from ..hull import lower_hull
 from ..levels import Ladder
 from ..oracle import Oracle
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 OFFSPRING = 16  # children per generation
 STAGES = 3
@@ -26,8 +26,7 @@ IDLE_GENERATIONS = 30  # that ask nothing new: every plan in reach is known
 Level = NDArray[np.intp]
 
 
-@SOLVERS.register("evolutionary")
-@measuring
+@SOLVERS.register("evolutionary", needs_oracle=True)
 def evolutionary(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Improve the certified plan on measured KL by level switches at constant bytes (EvoPress).
 
@@ -54,6 +53,13 @@ def evolutionary(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution
     References:
         Sieberling et al. (2024), "EvoPress: Accurate Dynamic Model Compression via Evolutionary
         Search", arXiv 2410.14649.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem(oracle_plans=64)  # its oracle contradicts the table
+        >>> plan = evolutionary(problem, max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss, round(problem.oracle.mean_kl(plan.choice), 3)
+        ([1, 1, 1, 0], 0.29296875, 0.176)
     """
     start = SOLVERS.get("certified")(replace(problem, oracle=None), max_bytes, seed=seed)
     return evolve(problem, start.choice, max_bytes, seed)

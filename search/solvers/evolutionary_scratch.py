@@ -6,12 +6,11 @@ import numpy as np
 
 from ..levels import Ladder
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 from .evolutionary import evolve
 
 
-@SOLVERS.register("evolutionary_scratch")
-@measuring
+@SOLVERS.register("evolutionary_scratch", needs_oracle=True)
 def evolutionary_scratch(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search on measured KL like `evolutionary`, from the largest uniform plan that fits.
 
@@ -29,6 +28,13 @@ def evolutionary_scratch(problem: Problem, max_bytes: int, *, seed: int = 0) -> 
     References:
         Sieberling et al. (2024), "EvoPress: Accurate Dynamic Model Compression via Evolutionary
         Search", arXiv 2410.14649.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem(oracle_plans=64)  # its oracle contradicts the table
+        >>> plan = evolutionary_scratch(problem, max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss, round(problem.oracle.mean_kl(plan.choice), 3)
+        ([1, 1, 1, 0], 0.29296875, 0.176)
     """
     problem.check_feasible(max_bytes)
     ladder = Ladder.build(problem)

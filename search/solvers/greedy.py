@@ -13,7 +13,7 @@ from ..problem import Problem, Solution
 from . import SOLVERS
 
 
-@SOLVERS.register("greedy")
+@SOLVERS.register("greedy", mixed_rows=True)
 def greedy(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Start small and keep taking the upgrade that removes the most loss per byte.
 
@@ -33,6 +33,12 @@ def greedy(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         bits by AIMET's automatic mixed precision (which walks down from the largest plan) and
         Tai et al. (2024), "MPTQ-ViT: mixed-precision post-training quantization for vision
         transformers", arXiv 2401.14895.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = greedy(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.lower_bound
+        ([1, 0, 1, 1], 104, 0.17578125, 0.13671875)
     """
     problem.require_bytes_only("greedy")
     problem.check_feasible(max_bytes)

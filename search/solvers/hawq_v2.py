@@ -51,6 +51,12 @@ def hawq_v2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Dong et al. (2020), "HAWQ-V2: Hessian aware trace-weighted quantization of neural
         networks", NeurIPS, arXiv 1911.03852.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = hawq_v2(toy_problem(), max_bytes=160)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss
+        ([2, 1, 1, 1], 144, 0.0274658203125)
     """
     problem.require_bytes_only("hawq_v2")
     problem.check_feasible(max_bytes)

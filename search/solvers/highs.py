@@ -14,7 +14,7 @@ MAX_GAP = 1e-5
 SMALLEST_OPTIMUM = 1e-6  # of the range of losses: what is below may be rounding of an optimum of 0
 
 
-@SOLVERS.register("highs")
+@SOLVERS.register("highs", exact=True, limits=True, mixed_rows=True)
 def highs(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve with all constraints at once by branch and cut (HiGHS), with a bound.
 
@@ -33,6 +33,12 @@ def highs(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Huangfu and Hall (2018), "Parallelizing the dual revised simplex method", Mathematical
         Programming Computation.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = highs(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.gap
+        ([1, 0, 1, 1], 104, 0.17578125, 0.0)
     """
     problem.check_feasible(max_bytes)
     program = Program.build(problem, max_bytes)

@@ -18,7 +18,7 @@ OPTIMUM = 1e5  # scaled LP optimum: CBC ignores improvements of about 1e-5
 SMALLEST_OPTIMUM = 1e-6  # of the largest loss: what is below may be rounding of an optimum of 0
 
 
-@SOLVERS.register("ilp")
+@SOLVERS.register("ilp", exact=True, limits=True, mixed_rows=True)
 def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Solve a 0/1 program with PuLP (CBC, else HiGHS); independent of bitplan's own solver.
 
@@ -37,6 +37,12 @@ def ilp(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Mitchell, O'Sullivan and Dunning (2011), "PuLP: a linear programming toolkit for Python";
         Yao et al. (2021), "HAWQ-V3: dyadic neural network quantization", ICML: bits by ILP.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = ilp(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss, plan.gap
+        ([1, 0, 1, 1], 104, 0.17578125, 0.0)
     """
     problem.check_feasible(max_bytes)
     program, take = _program(problem, max_bytes)

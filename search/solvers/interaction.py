@@ -57,6 +57,17 @@ def interaction(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
         Deng et al. (2023), "Mixed-precision quantization with cross-layer dependencies" (CLADO),
         arXiv 2307.05657, for the quadratic program; Schaefer and Strimmer (2005), "A shrinkage
         approach to large-scale covariance matrix estimation", for alpha.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem()
+        >>> signs = np.array([[1, 1, -1, -1], [-1, -1, 1, 1]] * 4)[:, :, None]  # layers cancel
+        >>> signed = replace(problem, scores=(signs * np.sqrt(problem.loss)).astype(np.float32))
+        >>> plan = interaction(signed, max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss
+        ([1, 0, 2, 0], 0.4062652587890625)
+        >>> plan.note.partition(":")[0]
+        'Cross-unit covariances, shrunk by 1.000, help'
     """
     problem.require_bytes_only("interaction")
     problem.check_feasible(max_bytes)

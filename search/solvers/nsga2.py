@@ -10,15 +10,14 @@ from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 POPULATION = 20
 FIRST_SIZES = 6
 BYTES = "bytes"  # the variable; groups have other names
 
 
-@SOLVERS.register("nsga2")
-@measuring
+@SOLVERS.register("nsga2", needs_oracle=True, objectives=("bytes", "kl"))
 def nsga2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Evolve the front of bytes and measured KL with NSGA-II; several workers may share it.
 
@@ -44,6 +43,13 @@ def nsga2(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Deb et al. (2002), "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II"; Akiba et
         al. (2019), "Optuna: A Next-generation Hyperparameter Optimization Framework".
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem(oracle_plans=64)  # its oracle contradicts the table
+        >>> plan = nsga2(problem, max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss, round(problem.oracle.mean_kl(plan.choice), 3)
+        ([1, 1, 1, 0], 0.29296875, 0.176)
     """
     problem.check_feasible(max_bytes)
     groups = Groups.build(problem)

@@ -28,6 +28,11 @@ def random(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Li and Talwalkar (2019), "Random search and reproducibility for neural architecture
         search", UAI: a search must beat random choices of equal cost.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> [random(toy_problem(), max_bytes=160, seed=seed).loss for seed in range(3)]
+        [0.312652587890625, 0.0235748291015625, 0.57037353515625]
     """
     problem.require_bytes_only("random")
     problem.check_feasible(max_bytes)

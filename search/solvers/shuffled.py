@@ -35,6 +35,14 @@ def shuffled(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
 
     References:
         Fisher (1935), "The design of experiments": the permutation test.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = shuffled(toy_problem(), max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss
+        ([1, 1, 1, 0], 0.29296875)
+        >>> plan.note
+        'Losses changed places among 4 of 4 units; the others are unique.'
     """
     problem.require_bytes_only("shuffled")
     problem.check_feasible(max_bytes)

@@ -9,11 +9,10 @@ from ..blackbox.study import mean_kl, search
 from ..hull import lower_hull
 from ..levels import Groups
 from ..problem import Problem, Solution
-from . import SOLVERS, measuring
+from . import SOLVERS
 
 
-@SOLVERS.register("tpe")
-@measuring
+@SOLVERS.register("tpe", needs_oracle=True, objectives=("kl",))
 def tpe(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     """Search group preferences on measured KL with Optuna's TPE; several workers may share it.
 
@@ -37,6 +36,13 @@ def tpe(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
     References:
         Bergstra et al. (2011), "Algorithms for Hyper-Parameter Optimization"; Akiba et al. (2019),
         "Optuna: A Next-generation Hyperparameter Optimization Framework".
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> problem = toy_problem(oracle_plans=64)  # its oracle contradicts the table
+        >>> plan = tpe(problem, max_bytes=112)
+        >>> plan.choice.tolist(), plan.loss, round(problem.oracle.mean_kl(plan.choice), 3)
+        ([1, 1, 1, 0], 0.29296875, 0.176)
     """
     problem.check_feasible(max_bytes)
     groups = Groups.build(problem)

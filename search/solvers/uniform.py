@@ -21,6 +21,12 @@ def uniform(problem: Problem, max_bytes: int, *, seed: int = 0) -> Solution:
 
     Raises:
         ValueError: If no single format fits.
+
+    Example:
+        >>> from bitplan.testing import toy_problem
+        >>> plan = uniform(toy_problem(), max_bytes=160)
+        >>> plan.choice.tolist(), plan.bytes, plan.loss
+        ([1, 1, 1, 1], 128, 0.05859375)
     """
     problem.require_bytes_only("uniform")
     problem.check_feasible(max_bytes)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..._base.registry import Registry
-from ...models.rendering import Renderer
-from ...models.samples import Samples
 from ...models.units import UnitInfo
-from ...models.workload import LoadedModel
 from ...quantizers.format import Format
+
+if TYPE_CHECKING:  # so that the names of metrics can be listed without torch
+    from ...models.passes import Pass
+    from ...models.rendering import Renderer
+    from ...models.samples import Samples
+    from ...models.workload import LoadedModel
+    from ..factors import Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,8 @@ class Task:
         samples: Calibration batches.
         seed: Seed of every random draw.
         advance: Called with a number of finished samples, for the progress bar.
+        unreached: Filled by the metric with the experts that no sample reached, whose price is
+            that of their kind.
     """
 
     model: LoadedModel
@@ -37,6 +44,14 @@ class Task:
     samples: Samples
     seed: int
     advance: Callable[[int], None]
+    unreached: list[str] = field(default_factory=list)
+
+    @property
+    def passes(self) -> Pass[Gradient]:
+        """Takes the samples through the model and shows inputs and gradients."""
+        from ..reading import whole_pass
+
+        return whole_pass(self.model, self.renderer, self.units, self.samples)
 
     def unit_index(self) -> dict[str, int]:
         """Canonical module name -> index of its unit."""

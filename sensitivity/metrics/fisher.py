@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..probes import inner, label_upstream, squared
+from ..factors import inner, squared
+from ..probes import label_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -27,6 +28,15 @@ def fisher(task: Task) -> Scores:
     References:
         Martens (2020), New insights and perspectives on the natural gradient method, JMLR 21;
         Efron and Morris (1975) for the shrinkage.
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = fisher(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), True)
+        >>> print((scores.values**2).mean(0)[:, 1].round(5))  # at 4 bits
+        [0.00376 0.00075 0.00112 0.0016 ]
     """
     generator = torch.Generator().manual_seed(task.seed)
     (scores, diagonal), positions = gradient_scores(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..probes import label_upstream, squared
+from ..factors import squared
+from ..probes import label_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -24,6 +25,15 @@ def fisher_diagonal(task: Task) -> Scores:
 
     References:
         Kirkpatrick et al. (2017), Overcoming catastrophic forgetting (the Fisher diagonal).
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = fisher_diagonal(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), True)
+        >>> print(scores.values.mean(0)[:, 1].round(5))  # at 4 bits
+        [0.00336 0.00062 0.00113 0.00149]
     """
     generator = torch.Generator().manual_seed(task.seed)
     (scores,), positions = gradient_scores(task, label_upstream(generator), [squared])

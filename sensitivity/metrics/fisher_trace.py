@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ..errors import squared_errors
-from ..probes import gradient_norm, label_upstream
+from ..factors import gradient_norm
+from ..probes import label_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -26,6 +27,15 @@ def fisher_trace(task: Task) -> Scores:
 
     References:
         Dong et al. (2020), HAWQ-V2, Sec. 3.2.
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = fisher_trace(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), True)
+        >>> print(scores.values.mean(0)[:, 1].round(5))  # at 4 bits
+        [0.00313 0.00063 0.00115 0.00147]
     """
     generator = torch.Generator().manual_seed(task.seed)
     (norms,), positions = gradient_scores(task, label_upstream(generator), [gradient_norm])

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..probes import Part, data_upstream
+from ..factors import Block, Factors
+from ..probes import data_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
+from ._input_moments import require_inputs
 
 
 @METRICS.register("output_fisher")
@@ -26,7 +28,17 @@ def output_fisher(task: Task) -> Scores:
 
     References:
         NVIDIA Model Optimizer, ``auto_quantize`` (gradient method).
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = output_fisher(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), False)
+        >>> print(scores.values.mean(0)[:, 1].round(5))  # at 4 bits
+        [0.00658 0.00123 0.00226 0.00287]
     """
+    require_inputs(task, "output_fisher")
     generator = torch.Generator().manual_seed(task.seed)
     upstream = data_upstream(generator, task.model.is_language_model)
     unlabelled = 1 if task.model.is_language_model else 0
@@ -34,26 +46,27 @@ def output_fisher(task: Task) -> Scores:
     return Scores((scores / positions).astype(np.float32), signed=False, in_nats=False)
 
 
-def output_squared(part: Part) -> Tensor:
+def output_squared(block: Block) -> Tensor:
     """[samples, F] for some rows; rows of a grouped convolution see their group's inputs."""
-    x, delta = part.factors.x, part.factors.delta
-    if isinstance(part.rows, Tensor):
-        return _looked_up_squared(part, part.rows)
-    upstream = delta.flatten(2)[:, :, part.rows].square()
+    assert isinstance(block.source, Factors)
+    x, delta = block.source.x, block.source.delta
+    if isinstance(block.rows, Tensor):
+        return _looked_up_squared(block.source, block, block.rows)
+    upstream = delta.flatten(2)[:, :, block.rows].square()
     if x.shape[2] == 1:
-        changes = (x[:, :, 0] @ errors.T for errors in part.errors)
+        changes = (x[:, :, 0] @ errors.T for errors in block.errors)
     else:
         groups = torch.arange(delta[0, 0].numel(), device=x.device) // delta.shape[-1]
-        picked = x[:, :, groups[part.rows]]
-        changes = (torch.einsum("nprc,rc->npr", picked, errors) for errors in part.errors)
+        picked = x[:, :, groups[block.rows]]
+        changes = (torch.einsum("nprc,rc->npr", picked, errors) for errors in block.errors)
     return torch.stack([(change.square() * upstream).sum((1, 2)) for change in changes], 1)
 
 
-def _looked_up_squared(part: Part, rows: Tensor) -> Tensor:
+def _looked_up_squared(source: Factors, block: Block, rows: Tensor) -> Tensor:
     """The same for an embedding, whose output at a token is the token's row."""
-    x, upstream = part.factors.x, part.factors.delta[:, :, 0].square()
+    x, upstream = source.x, source.delta[:, :, 0].square()
     where = torch.searchsorted(rows, x).clamp_(max=len(rows) - 1)
     upstream = upstream * (rows[where] == x).unsqueeze(-1)
     return torch.stack(
-        [(errors.square()[where] * upstream).sum((1, 2)) for errors in part.errors], 1
+        [(errors.square()[where] * upstream).sum((1, 2)) for errors in block.errors], 1
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..probes import absolute, data_upstream
+from ..factors import absolute
+from ..probes import data_upstream
 from . import METRICS, Scores, Task
 from ._gradient_scores import gradient_scores
 
@@ -25,6 +26,15 @@ def taylor(task: Task) -> Scores:
     References:
         AutoRound's AutoScheme (delta loss); Molchanov et al. (2019), Importance estimation for
         neural network pruning, for the first-order score.
+
+    Example:
+        >>> from bitplan.testing import toy_task
+        >>> task = toy_task()  # an embedding, a convolution and an MLP, at 2, 4 and 8 bits
+        >>> scores = taylor(task)
+        >>> scores.values.shape, scores.in_nats
+        ((16, 4, 3), False)
+        >>> print(scores.values.mean(0)[:, 1].round(3))  # at 4 bits
+        [0.473 0.211 0.397 0.459]
     """
     generator = torch.Generator().manual_seed(task.seed)
     upstream = data_upstream(generator, task.model.is_language_model)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.blackbox.study import job_of, open_study, publish
 from bitplan.search.oracle import Oracle
+from bitplan.testing.problems import synthetic_problem
 
 pytestmark = pytest.mark.slow
 TRIALS = 14

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitplan.jobs.record import Job
+from bitplan.jobs.job import Job
 from bitplan.jobs.settings import SearchSettings
 from bitplan.reports.html import write_report
 from bitplan.reports.run import RunData

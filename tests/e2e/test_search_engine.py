@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 from bitplan.__main__ import app
 from bitplan._base.progress import Reporter
 from bitplan.jobs.held_out import run_eval
-from bitplan.jobs.record import JobRecord, list_jobs, read_log
+from bitplan.jobs.job import read_log
+from bitplan.jobs.listing import list_jobs
+from bitplan.jobs.record import JobRecord
 from bitplan.quantizers.format import Format
 from bitplan.search.blackbox.study import open_study
 from bitplan.search.frontier import Frontier
@@ -360,7 +362,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import optuna
-import bitplan.jobs.search
+import bitplan.jobs.worker
 from bitplan.__main__ import main
 from bitplan.models.load import load_model
 

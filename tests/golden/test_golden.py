@@ -59,7 +59,7 @@ def plans(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     settings = ProfileSettings(model=str(tiny_folder), sequences=64, length=64, device="cpu")
     return {
         budget: run_search(
-            settings, SearchSettings(budget, eval_tokens=4096), run, Reporter(quiet=True)
+            settings, SearchSettings(budget=budget, eval_tokens=4096), run, Reporter(quiet=True)
         )
         for budget in ("2.6bpw", "3.5bpw", "4.3bpw")
     }

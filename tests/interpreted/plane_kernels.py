@@ -16,7 +16,6 @@ from bitplan.kernels import tune
 from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
 from bitplan.kernels.gemm import plane_linear
 from bitplan.kernels.layouts import PlaneLayout
-from bitplan.kernels.linear import PackedLinear
 from bitplan.kernels.packing import PlanePack
 from bitplan.kernels.planes import ORDERS, Order
 from bitplan.kernels.triton_launch import (
@@ -27,6 +26,7 @@ from bitplan.kernels.triton_launch import (
     multiply,
     multiply_dense,
 )
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.tests.packs import random_packed, relative_error
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -222,7 +222,7 @@ def test_caches_share_the_budget_and_never_mix_with_weights(seed: int) -> None:
     max_bytes = int(generator.integers(least, most + 1))
     solution = SOLVERS.get("certified")(problem, max_bytes)
 
-    choice, bits_of = split_choice(problem, solution.choice, len(table.units))
+    choice, bits_of = split_choice(problem, solution.choice)
     picked = [widths.index(bits_of[name]) for name in kv.layers]
     size = int(table.bytes[np.arange(len(choice)), choice].sum())
     size += sum(int(kv.bytes_per_token[i, w]) for i, w in enumerate(picked)) * context * batch

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.checkpoint import FILE_NAME, write_checkpoint
 from bitplan.quantizers.format import Format, families
 from bitplan.quantizers.grid import Grid, decode, encode, grid_rows, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 
 integers = st.builds(
     Format.of_integers, st.integers(1, 8), st.sampled_from([32, 64, 128, 256, 0, -1]), st.booleans()
@@ -51,7 +51,7 @@ def test_unpacking_inverts_packing(bits: int, rows: int, count: int, seed: int) 
 @given(weights(), formats)
 @settings(max_examples=60, deadline=None)
 def test_stored_bytes_are_exact(weight: Tensor, fmt: Format) -> None:
-    packed = PackedTensor.pack(weight, fmt, rtn(weight, fmt))
+    packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
     expected = fmt.stored_bytes((weight.shape[0], weight.shape[1]))
     assert packed.nbytes == expected
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def test_stored_bytes_are_exact(weight: Tensor, fmt: Format) -> None:
 @given(weights(), coded)
 @settings(max_examples=100, deadline=None)
 def test_rendering_is_decoding_the_codes(weight: Tensor, fmt: Format) -> None:
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     rendered = render(weight, fmt, grid)
     packed = PackedTensor.pack(weight, fmt, grid)
     assert torch.equal(rendered, packed.dequantize())
@@ -84,7 +84,7 @@ def test_a_row_is_the_same_alone_and_among_others(
     """Rendered, decoded, in place, and from what was stored."""
     count = len(weight)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=5)))
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     packed = PackedTensor.pack(weight, fmt, grid)
     whole = render(weight, fmt, grid)
     some = weight[rows].clone()
@@ -113,7 +113,7 @@ def test_clip_search_never_loses_to_no_clipping(weight: Tensor, bits: int, symme
     salience = weight.abs() + weight.square().mean().sqrt()
     searched, plain = (
         float((render(weight, fmt, grid) - weight).square().mul(salience).sum())
-        for grid in (rtn(weight, fmt), unclipped(weight, fmt))
+        for grid in (fit_grid(weight, fmt), unclipped(weight, fmt))
     )
     assert searched <= plain * (1 + 1e-3) + 1e-30
 
@@ -122,7 +122,7 @@ def test_clip_search_never_loses_to_no_clipping(weight: Tensor, bits: int, symme
 @settings(max_examples=60, deadline=None)
 def test_packed_linear_is_linear(weight: Tensor, fmt: Format, biased: bool) -> None:
     rows, cols = weight.shape
-    packed = PackedTensor.pack(weight, fmt, rtn(weight, fmt))
+    packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
     x = torch.randn(3, cols, generator=torch.Generator().manual_seed(0))
     bias = torch.nn.Parameter(torch.ones(rows)) if biased else None
     expected = torch.nn.functional.linear(x, packed.dequantize(), bias).detach()

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitplan.benchmarks import bench_solvers
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.frontier import Frontier
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.search.solvers.ilp import write_ilp
+from bitplan.testing.problems import synthetic_problem
 
 certified = SOLVERS.get("certified")
 ilp = SOLVERS.get("ilp")

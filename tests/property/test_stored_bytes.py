@@ -27,10 +27,11 @@ from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.runtimes import Rules, byte_count
 from bitplan.search.limits import Limits
 from bitplan.search.solve import solve
+from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.plans import hand_made, mixed
 from bitplan.tests.fakes import fake_table
 from bitplan.tests.gguf_toys import write_llama_gguf
 from bitplan.tests.packs import random_packed
-from bitplan.tests.plans import hand_made, mixed
 
 SEEDS = st.integers(0, 2**32 - 1)
 PACKERS: dict[str, Callable[[PackedTensor], packing.Tensors]] = {
@@ -105,7 +106,7 @@ def test_a_written_file_takes_what_the_plan_says(
     model, found = random_llama(generator), Rules.load(name)
     formats = [fmt.name for fmt in found.all_formats()]
     plan = mixed(model, found, list(generator.permutation(formats)))
-    if all(Format.parse(fmt).kind == "float" for fmt in plan.assignments.values()):
+    if all(Format.parse(fmt).floating for fmt in plan.assignments.values()):
         return
     like = None
     if name == "llama.cpp":
@@ -167,8 +168,8 @@ def test_a_plan_for_mlx_fills_its_budget_with_what_mlx_stores(
     found = Rules.load("mlx")
     units = find_units(wide.module)
     table = fake_table(units, tuple(n for n in found.candidates if n != "keep"))
-    identity = {"id": wide.id, "revision": None, "sha256": state_sha256(wide.module)}
-    table = replace(table, provenance=table.provenance | {"model": identity})
+    identity = ModelRef(id=wide.id, sha256=state_sha256(wide.module))
+    table = replace(table, provenance=table.provenance.model_copy(update={"model": identity}))
 
     plan = solve(table, "4.6bpw", limits=Limits(rules=found))
     assert plan.runtime == "mlx"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitplan._commands.bench import _note
+from bitplan._commands.kernels.bench import _note
 from bitplan.kernels.lab.bench import Row
 
 

@@ -15,7 +15,7 @@ from bitplan.quantizers.grid import line_of, nearest_level, render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 NAMES = [name for name in BLOCKS if name not in INTEGER_BLOCKS]
 
 
@@ -44,8 +44,8 @@ def test_sizes_are_those_of_ggml(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_blocks_mean_the_same_to_ggml_bit_for_bit(name: str) -> None:
     fmt, original = Format.parse(name), weight()
-    packed = PackedTensor.pack(original, fmt, rtn(original, fmt))
-    rendered = render(original, fmt, rtn(original, fmt))
+    packed = PackedTensor.pack(original, fmt, fit_grid(original, fmt))
+    rendered = render(original, fmt, fit_grid(original, fmt))
     assert packed.nbytes == fmt.stored_bytes((24, 512))
     assert np.array_equal(dequantize(packed.tensors["blocks"].numpy(), kind(name)), rendered)
     assert torch.equal(packed.dequantize(), rendered)
@@ -53,7 +53,7 @@ def test_packed_blocks_mean_the_same_to_ggml_bit_for_bit(name: str) -> None:
     assert torch.equal(packed.dequantize(rows), rendered[rows])
     grid = packed.grid()
     assert grid is not None
-    for kept, fitted in zip(grid, rtn(original, fmt) or (), strict=True):
+    for kept, fitted in zip(grid, fit_grid(original, fmt) or (), strict=True):
         assert (kept is None) == (fitted is None)
         assert kept is None or fitted is None or torch.equal(kept, fitted)
 
@@ -72,7 +72,7 @@ def test_any_bytes_survive_unpacking_and_packing(name: str) -> None:
 def test_fits_lose_less_than_the_reference_quantizer(name: str) -> None:
     fmt, original = Format.parse(name), weight()
     theirs = torch.from_numpy(dequantize(quantize(original.numpy(), kind(name)), kind(name)))
-    ours = render(original, fmt, rtn(original, fmt))
+    ours = render(original, fmt, fit_grid(original, fmt))
     assert (ours - original).square().sum() < (theirs - original).square().sum()
 
 
@@ -83,16 +83,16 @@ def test_fits_lose_less_than_the_reference_quantizer(name: str) -> None:
 def test_relative_error_of_a_normal_weight(name: str, most: float) -> None:
     original = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
     fmt = Format.parse(name)
-    error = render(original, fmt, rtn(original, fmt)) - original
+    error = render(original, fmt, fit_grid(original, fmt)) - original
     assert error.square().sum() / original.square().sum() < most
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_may_end_within_a_block(name: str) -> None:
     fmt, original = Format.parse(name), weight(24, 300)
-    packed = PackedTensor.pack(original, fmt, rtn(original, fmt))
+    packed = PackedTensor.pack(original, fmt, fit_grid(original, fmt))
     assert packed.nbytes == fmt.stored_bytes((24, 300))
-    rendered = render(original, fmt, rtn(original, fmt))
+    rendered = render(original, fmt, fit_grid(original, fmt))
     assert torch.equal(packed.dequantize(), rendered)
     theirs = dequantize(packed.tensors["blocks"].numpy(), kind(name))
     assert np.array_equal(theirs[:, :300], rendered)

@@ -12,7 +12,7 @@ from bitplan.exporters.source import open_source
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Baseline, Measured
-from bitplan.tests.plans import mixed
+from bitplan.testing.plans import mixed
 
 
 def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_path: Path) -> None:
@@ -45,13 +45,13 @@ def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_p
     assert "base_model" not in front  # the model is a local folder, not of the Hub
     for fmt in set(plan.assignments.values()):
         assert f"`{fmt}`" in body
-    assert f"the whole takes {plan.bytes:,} bytes" in body
+    assert f"together they take {plan.bytes:,} bytes" in body
     assert "0.1234" in body and "20.50 (original 19.25)" in body
     assert "uniform int4-g64, 12,345 bytes | KL 0.3" in body
     assert "(allocation.png)" in body and "(frontier.png)" not in body
     assert (out / "allocation.png").read_bytes() == b"png"
     for_mlx = write_card(source, "mlx", Rules.load("mlx"), out).read_text()
-    assert f"the whole takes {plan.bytes:,} bytes" not in for_mlx  # MLX stores other tensors
+    assert f"together they take {plan.bytes:,} bytes" not in for_mlx  # MLX stores other tensors
     hub = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "owner/name"})})
     text = write_card(replace(source, plan=hub), "mlx", None, out).read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/name"

@@ -17,7 +17,7 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 SPECS = {"a.q": "int4-g64-asym", "a.k": "int3-g32", "b": "int8-gc-asym", "c": "bf16"}
 
 
@@ -25,7 +25,7 @@ def packed_weights() -> dict[str, PackedTensor]:
     """One packed weight [7, 100] per format in ``SPECS``."""
     weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(2))
     formats = {name: Format.parse(spec) for name, spec in SPECS.items()}
-    return {name: PackedTensor.pack(weight, f, rtn(weight, f)) for name, f in formats.items()}
+    return {name: PackedTensor.pack(weight, f, fit_grid(weight, f)) for name, f in formats.items()}
 
 
 def tensor_bytes(path: Path) -> int:

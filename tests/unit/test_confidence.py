@@ -284,7 +284,7 @@ def test_the_file_is_plain_json_and_reads_back(tmp_path: Path) -> None:
     assert (after.more_sequences == before.more_sequences).all()
 
     path.write_text(path.read_text().replace('"seed": 0', '"seed": null'))
-    with pytest.raises(ValueError, match=r"confidence.json is damaged: seed"):
+    with pytest.raises(ValueError, match=r"confidence.json is not a valid confidence: seed"):
         Confidence.load(path)
     with pytest.raises(ValueError, match="--bootstrap"):
         Confidence.load(tmp_path / "missing.json")

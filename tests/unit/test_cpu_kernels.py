@@ -20,9 +20,9 @@ from bitplan.kernels import cpu, native
 from bitplan.kernels.backend import kernel_for
 from bitplan.kernels.cpu import FEW, CpuWeight
 from bitplan.kernels.layouts import CpuLayout, DenseLayout, PlaneLayout, StoredLayout, prepare
-from bitplan.kernels.linear import PackedLinear
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods import METHODS
+from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ compiled = pytest.mark.skipif(
 
 def pack(weight: Tensor, spec: str) -> PackedTensor:
     fmt = Format.parse(spec)
-    return PackedTensor.pack(weight, fmt, METHODS.get("rtn")(weight, fmt))
+    return METHODS.get("rtn")(weight, fmt, Evidence())
 
 
 def error(found: Tensor, x: Tensor, packed: PackedTensor, bias: Tensor | None = None) -> float:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.levels import Ladder
 from bitplan.search.oracle import Choice, Measure, Oracle
 from bitplan.search.problem import Constraint, Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.search.solvers.evolutionary import LEAST_SEQUENCES, switch_levels
+from bitplan.testing.problems import synthetic_problem
 
 SEQUENCES, LENGTH = 16, 8
 NAMES = ("evolutionary", "evolutionary_scratch")

@@ -24,7 +24,7 @@ from bitplan.exporters.verify import weight_error
 from bitplan.jobs.materialize import quantize
 from bitplan.models.find import find_units
 from bitplan.models.workload import LoadedModel, Workload
-from bitplan.tests.plans import hand_made
+from bitplan.testing.plans import hand_made
 
 
 def layers(model: LoadedModel) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bitplan.exporters.layouts import packing
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods.rtn import rtn
+from bitplan.quantizers.methods.rtn import fit_grid
 from bitplan.quantizers.packed import PackedTensor
 
 ROWS, COLS = 64, 128
@@ -19,7 +19,7 @@ def weight(spec: str, rows: int = ROWS, cols: int = COLS, seed: int = 0) -> Pack
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, cols, generator=generator)
     fmt = Format.parse(spec)
-    return PackedTensor.pack(matrix, fmt, rtn(matrix, fmt))
+    return PackedTensor.pack(matrix, fmt, fit_grid(matrix, fmt))
 
 
 def assert_same(left: PackedTensor, right: PackedTensor) -> None:
@@ -138,5 +138,5 @@ def test_what_cannot_be_packed_says_why() -> None:
     with pytest.raises(ValueError, match="cannot store the zero point 0"):
         positive = torch.rand(32, 32)
         fmt = Format.parse("int4-g32-asym")
-        packed = PackedTensor.pack(positive, fmt, rtn(positive, fmt))
+        packed = PackedTensor.pack(positive, fmt, fit_grid(positive, fmt))
         packing.to_gptq(packed, offset_zeros=True)

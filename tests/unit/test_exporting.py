@@ -27,8 +27,9 @@ from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.runtimes import Rules
 from bitplan.search.plan import Plan
+from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.plans import hand_made, mixed
 from bitplan.tests.fakes import fake_table
-from bitplan.tests.plans import hand_made, mixed
 
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
@@ -171,9 +172,9 @@ def run_of(model: LoadedModel, plan: Plan, folder: Path) -> Path:
     """A run folder: the plan with a profile of its model beside it."""
     units = find_units(model.module)
     table = fake_table(units, ("int3-g64-asym", "int4-g64"))
-    identity = {"id": model.id, "revision": None, "sha256": plan.model.sha256}
+    identity = ModelRef(id=model.id, sha256=plan.model.sha256)
     folder.mkdir()
-    replace(table, provenance=table.provenance | {"model": identity}).save(
+    replace(table, provenance=table.provenance.model_copy(update={"model": identity})).save(
         folder / "profile.safetensors"
     )
     plan.save(folder / "plan.json")
@@ -210,7 +211,7 @@ def test_a_plan_alone_needs_layers_and_says_which_are_not_there(
     shutil.copy(wide_folder / "config.json", tmp_path / "empty")
     plan.model.id = str(tmp_path / "empty")
     plan.assignments["model.layers.9.mlp.up_proj"] = "int4-g64"
-    with pytest.raises(ValueError, match=r"the model has no such layer.*nearest"):
+    with pytest.raises(ValueError, match=r"the model has no such layer.*Did you mean"):
         export(plan, "gptq", out, plan_only=True)
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "no such"}')
     with pytest.raises(ValueError, match=r"(?s)The layers of .* are not known .*config\.json"):

@@ -12,8 +12,8 @@ from bitplan.exporters.checks import nearest_format
 from bitplan.exporters.export import export
 from bitplan.jobs.materialize import load_packed
 from bitplan.kernels.layouts import CorrectedLayout, CpuLayout, DenseLayout, StoredLayout
-from bitplan.kernels.linear import PackedLinear
 from bitplan.models.load import load_model
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.models.samples import calibration_samples
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers import runtimes
@@ -25,7 +25,7 @@ from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.runtimes import Rules
 
-rtn = METHODS.get("rtn")
+rtn = METHODS.trait("rtn", "grid")
 NEW = ("nf4-g64", "int3-g32+lr2", "int2-g64-asym+lr4")
 # Table of the levels in appendix E of the paper on QLoRA.
 PUBLISHED = (

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.frontier import Frontier, UniformPoint
 from bitplan.search.hull import lower_hull, undominated
-from bitplan.search.plan import ModelRef
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import ModelRef
+from bitplan.testing.problems import synthetic_problem
 
 INF = np.inf
 
@@ -185,7 +185,7 @@ def test_a_broken_file_names_the_fault(
 ) -> None:
     path = tmp_path / "frontier.json"
     path.write_text(json.dumps(json.loads(Frontier.from_problem(problem).to_json()) | change))
-    with pytest.raises(ValueError, match=rf"frontier\.json: .*{says}"):
+    with pytest.raises(ValueError, match=rf"frontier\.json is not a valid frontier: .*{says}"):
         Frontier.load(path)
 
 
@@ -213,5 +213,5 @@ def test_missing_and_truncated_files(problem: Problem, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No frontier at"):
         Frontier.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text(Frontier.from_problem(problem).to_json()[:-20])
-    with pytest.raises(ValueError, match="Not a valid frontier"):
+    with pytest.raises(ValueError, match="is not a valid frontier"):
         Frontier.load(tmp_path / "half.json")

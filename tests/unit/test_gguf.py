@@ -21,7 +21,7 @@ from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.models.load import load_model
 from bitplan.models.workload import LoadedModel
 from bitplan.search.plan import Plan
-from bitplan.tests.plans import hand_made, mixed
+from bitplan.testing.plans import hand_made, mixed
 
 DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 EMBEDDING = "model.embed_tokens"

@@ -8,13 +8,13 @@ from bitplan.quantizers.format import Format
 from bitplan.quantizers.grid import Grid, decode, encode, grid_rows, render
 from bitplan.quantizers.methods import METHODS
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 
 
 def relative_error(spec: str, weight: Tensor) -> float:
     """Squared error of the rendering over the squared weight."""
     fmt = Format.parse(spec)
-    error = render(weight, fmt, rtn(weight, fmt)) - weight
+    error = render(weight, fmt, fit_grid(weight, fmt)) - weight
     return float(error.square().sum() / weight.square().sum())
 
 
@@ -33,7 +33,7 @@ def test_render_follows_the_formula() -> None:
 def test_render_into_its_own_input() -> None:
     fmt = Format.parse("int3-g64")
     weight = normal(4, 100)
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     expected = render(weight, fmt, grid)
     assert render(weight, fmt, grid, out=weight) is weight
     assert torch.equal(weight, expected)
@@ -43,7 +43,7 @@ def test_render_into_its_own_input() -> None:
 def test_rows_render_like_the_whole(spec: str) -> None:
     fmt = Format.parse(spec)
     weight = normal(10, 100)
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     rows = torch.tensor([7, 2, 2])
     assert torch.equal(
         render(weight[rows], fmt, grid_rows(grid, rows)), render(weight, fmt, grid)[rows]
@@ -53,7 +53,7 @@ def test_rows_render_like_the_whole(spec: str) -> None:
 def test_large_matrices_render_in_chunks() -> None:
     fmt = Format.parse("int4-g64")
     weight = normal(4100, 512)  # more than one chunk of rows
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     assert isinstance(grid, Grid)
     whole = render(weight, fmt, grid)
     assert torch.equal(whole, decode(encode(weight, fmt, grid), fmt, grid))
@@ -64,7 +64,7 @@ def test_large_matrices_render_in_chunks() -> None:
 def test_zero_groups_render_to_zero(spec: str) -> None:
     fmt = Format.parse(spec)
     weight = torch.zeros(3, 100)
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     assert torch.equal(render(weight, fmt, grid), weight)
 
 
@@ -72,13 +72,13 @@ def test_zero_is_representable() -> None:
     weight = normal(8, 64).add_(10)  # far from zero
     for spec in ("int4-g64-asym", "int2-g64-asym", "int4-g64"):
         fmt = Format.parse(spec)
-        assert render(torch.zeros(8, 64), fmt, rtn(weight, fmt)).count_nonzero() == 0
+        assert render(torch.zeros(8, 64), fmt, fit_grid(weight, fmt)).count_nonzero() == 0
 
 
 def test_one_bit_symmetric_keeps_signs() -> None:
     fmt = Format.parse("int1-g64")
     weight = normal(4, 64)
-    rendered = render(weight, fmt, rtn(weight, fmt))
+    rendered = render(weight, fmt, fit_grid(weight, fmt))
     assert torch.equal(rendered.sign(), weight.sign())
     assert relative_error("int1-g64", weight) == pytest.approx(1 - 2 / torch.pi, abs=0.05)
 
@@ -86,23 +86,23 @@ def test_one_bit_symmetric_keeps_signs() -> None:
 def test_float_formats_only_cast() -> None:
     weight = normal(3, 5)
     fmt = Format.parse("bf16")
-    assert rtn(weight, fmt) is None
+    assert fit_grid(weight, fmt) is None
     assert torch.equal(render(weight, fmt, None), weight.bfloat16().float())
 
 
 def test_parameters_are_welcome() -> None:
     fmt = Format.parse("int4-g32")
     weight = torch.nn.Parameter(normal(4, 64))
-    rendered = render(weight, fmt, rtn(weight, fmt))
-    assert torch.equal(rendered, render(weight.detach(), fmt, rtn(weight.detach(), fmt)))
+    rendered = render(weight, fmt, fit_grid(weight, fmt))
+    assert torch.equal(rendered, render(weight.detach(), fmt, fit_grid(weight.detach(), fmt)))
     assert not rendered.requires_grad
 
 
 def test_non_contiguous_weights() -> None:
     fmt = Format.parse("int4-g32-asym")
     weight = normal(96, 40).T
-    grid = rtn(weight, fmt)
-    same = rtn(weight.contiguous(), fmt)
+    grid = fit_grid(weight, fmt)
+    same = fit_grid(weight.contiguous(), fmt)
     assert isinstance(grid, Grid) and isinstance(same, Grid)
     assert torch.equal(grid.scale, same.scale)
     assert torch.equal(render(weight, fmt, grid), render(weight.contiguous(), fmt, same))
@@ -117,4 +117,4 @@ def test_weights_that_no_scale_can_hold_are_refused(spec: str, value: float, mes
     weight = normal(4, 64)
     weight[2, 3] = value
     with pytest.raises(ValueError, match=message):
-        rtn(weight, Format.parse(spec))
+        fit_grid(weight, Format.parse(spec))

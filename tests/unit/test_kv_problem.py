@@ -25,6 +25,7 @@ def make_kv(**changes: Any) -> KVTable:
         "kl": np.array([[0.0, 0.01, 0.3], [0.0, 0.02, 0.1]]),
         "stderr": np.array([[0.0, 0.001, 0.03], [0.0, 0.002, 0.01]]),
         "scores": np.arange(18, dtype=np.float32).reshape(3, 2, 3) / 7,
+        "indices": (0, 3),
     }
     return KVTable(**parts | changes)
 
@@ -116,7 +117,7 @@ def test_the_certified_plan_is_the_best_of_all(max_bytes: int) -> None:
 
 def test_a_choice_parts_into_weights_and_bits() -> None:
     problem = with_kv(make_problem(), make_kv(), 100, 1)
-    choice, bits = split_choice(problem, np.array([1, 0, 3, 2]), 2)
+    choice, bits = split_choice(problem, np.array([1, 0, 3, 2]))
     assert choice.tolist() == [1, 0]
     assert bits == {"model.layers.0": 8, "model.layers.3": 16}
 
@@ -186,7 +187,7 @@ def test_round_trip(tmp_path: Path, scores: Any) -> None:
     kv = make_kv(scores=scores)
     kv.save(tmp_path / "kv.json")
     found = KVTable.load(tmp_path / "kv.json")
-    assert (found.layers, found.bits) == (kv.layers, kv.bits)
+    assert (found.layers, found.bits, found.indices) == (kv.layers, kv.bits, kv.indices)
     for name in ("bytes_per_token", "kl", "stderr", "scores"):
         before, after = getattr(kv, name), getattr(found, name)
         if before is None:
@@ -204,9 +205,9 @@ def test_files_that_are_no_kv_table(tmp_path: Path) -> None:
     good.save(path)
     text = path.read_text()
     for old, new, says in (
-        ('"schema": 1', '"schema": 2', "schema 2, this version reads 1"),
-        ('"kl"', '"lk"', "'kl'"),
-        ("{", "", "is no sound KV table"),
+        ('"schema": 1', '"schema": 2', "schema: Input should be 1"),
+        ('"kl"', '"lk"', "kl: Field required"),
+        ("{", "", "is not a valid KV table"),
         ("0.3", "-0.3", "finite and not negative"),
     ):
         path.write_text(text.replace(old, new, 1))

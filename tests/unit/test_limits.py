@@ -13,10 +13,12 @@ import pytest
 from bitplan.kernels.latency import Device
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers.runtimes import Rules
-from bitplan.search.costs import parse_count, read_latency
 from bitplan.search.limits import Limits, build_problem, parse_assignments, parse_bans
+from bitplan.search.limits.bops import parse_count
+from bitplan.search.limits.latency import read_latency
 from bitplan.search.problem import Problem
 from bitplan.search.solve import solve
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.sensitivity.table import SensitivityTable
 from bitplan.tests.fakes import fake_table, transformer_units
 
@@ -71,7 +73,7 @@ def test_bans_take_globs_on_formats() -> None:
 
 
 def test_keep_can_be_banned() -> None:
-    kept = replace(table(), provenance={"dtype": "bfloat16"})
+    kept = replace(table(), provenance=Provenance(dtype="bfloat16"))
     problem = build_problem(kept, Limits(bans={"*": ("keep",)}))
     assert not problem.allowed[:, 4].any()
 
@@ -91,7 +93,7 @@ def test_a_ceiling_and_floats_by_width() -> None:
 
 
 def test_keep_as_a_floor_is_the_dtype_of_the_checkpoint() -> None:
-    kept = replace(table(), provenance={"dtype": "bfloat16"})
+    kept = replace(table(), provenance=Provenance(dtype="bfloat16"))
     problem = build_problem(kept, Limits(at_least={"lm_head": "keep"}))
     assert taken(problem, "model.embed_tokens") == ["bf16"]
 

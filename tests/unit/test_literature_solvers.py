@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.hull import lower_hull
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.search.solvers.baq import water_fill
 from bitplan.search.solvers.interaction import shrinkage
+from bitplan.testing.problems import synthetic_problem
 
 SEEDS = st.integers(0, 2**32 - 1)
 NAMES = ["baq", "dp", "greedy", "hawq_v2", "interaction", "random", "shuffled"]

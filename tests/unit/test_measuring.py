@@ -10,14 +10,19 @@ import pytest
 import torch
 
 from bitplan._base.progress import Reporter
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.held_out import HeldOut, with_cache
 from bitplan.models.find import find_units
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, evaluation_samples
 from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
-from bitplan.search.plan import MEASUREMENTS_FILE, BudgetRef, KVCache, ModelRef, Plan
+from bitplan.search.goals import Asked, ModelFacts
+from bitplan.search.goals.budget import OfBudget
+from bitplan.search.plan import BudgetRef, KVCache, Plan
+from bitplan.sensitivity.provenance import ModelRef
 
+WITHIN = OfBudget(Asked(budget="1000B"), ModelFacts("tiny", True))
 FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32-asym")
 
 
@@ -55,7 +60,8 @@ def plan(units: tuple[UnitInfo, ...], fmt: str, size: int, limit: int = 1000) ->
 def held_out(
     model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
 ) -> HeldOut:
-    return HeldOut(model, units, "rtn", samples, run, Reporter(quiet=True))
+    renderer = Renderer(model.module, units)
+    return HeldOut(model, renderer, samples, RunFolder(run), Reporter(quiet=True))
 
 
 def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +119,7 @@ def test_a_damaged_file_or_other_text_is_measured_again(
     tmp_path: Path,
     damage: str,
 ) -> None:
-    path = tmp_path / MEASUREMENTS_FILE
+    path = RunFolder(tmp_path).measurements
     path.write_text(damage)
     held_out(tiny, units, samples, tmp_path).measure({"a": plan(units, FORMATS[1], 10)})
     found = json.loads(path.read_text())
@@ -126,7 +132,7 @@ def test_the_best_plan_that_fits_is_shipped_with_the_others_as_baselines(
 ) -> None:
     sizes = {"int2-g32-asym": 500, "int4-g32-asym": 1000, "int8-g32-asym": 1001}
     plans = {fmt: plan(units, fmt, size) for fmt, size in sizes.items()}
-    best = held_out(tiny, units, samples, tmp_path).best(plans)
+    best = held_out(tiny, units, samples, tmp_path).best(plans, WITHIN)
     assert best.assignments == plans["int4-g32-asym"].assignments
     assert best.measured is not None
     assert best.measured.text_sha256 == samples.sha256
@@ -158,7 +164,7 @@ def test_a_plan_with_a_cache_is_another_plan(
     assert found["2"].mean_kl > found["4"].mean_kl > found["weights"].mean_kl
     assert found["16"].mean_kl == pytest.approx(found["weights"].mean_kl, rel=1e-3)
     over = weights.model_copy(update={"kv_cache": cache[4].model_copy(update={"bytes": 501})})
-    assert both.best({"over": over, "2": cached["2"]}).kv_cache == cache[2]
+    assert both.best({"over": over, "2": cached["2"]}, WITHIN).kv_cache == cache[2]
 
 
 def test_no_cache_is_the_same_run(tiny: LoadedModel) -> None:

@@ -17,6 +17,7 @@ from bitplan.quantizers.packed import PackedTensor
 from bitplan.search.limits import Limits
 from bitplan.search.memory import resident_bytes
 from bitplan.sensitivity.estimate import _layer_types
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_table, transformer_units
 
 FORMATS = ("int3-g64-asym", "int4-g128", "bf16")
@@ -59,7 +60,7 @@ def test_profiles_record_what_is_no_plain_product() -> None:
     units = find_units(model)
     types = _layer_types(model, units)
     assert types == {"embed": "embedding", "tokens": "tied embedding", "conv": "convolution"}
-    table = replace(fake_table(units, FORMATS), provenance={"layer_types": types})
+    table = replace(fake_table(units, FORMATS), provenance=Provenance(layer_types=types))
     held = resident_bytes(table, "nvidia")
     row = {unit.name: u for u, unit in enumerate(units)}
     for name in ("embed", "conv"):  # held as they are stored

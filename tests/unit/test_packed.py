@@ -8,14 +8,14 @@ from bitplan.quantizers.grid import render
 from bitplan.quantizers.methods import METHODS
 from bitplan.quantizers.packed import PackedTensor, pack_bits, unpack_bits
 
-rtn = METHODS.get("rtn")
+fit_grid = METHODS.trait("rtn", "grid")
 
 
 def pack(spec: str, rows: int = 6, cols: int = 100) -> tuple[torch.Tensor, PackedTensor]:
     """A random weight, rendered in a format, and the same weight packed."""
     fmt = Format.parse(spec)
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
-    grid = rtn(weight, fmt)
+    grid = fit_grid(weight, fmt)
     return render(weight, fmt, grid), PackedTensor.pack(weight, fmt, grid)
 
 
@@ -51,7 +51,7 @@ def test_int4_g64_asym_takes_exactly_4_3125_bits() -> None:
 def test_bytes_are_stable() -> None:
     weight = torch.arange(-8, 8).view(2, 8) / 8.0
     fmt = Format.parse("int4-gt")
-    packed = PackedTensor.pack(weight, fmt, rtn(weight, fmt))
+    packed = PackedTensor.pack(weight, fmt, fit_grid(weight, fmt))
     assert packed.tensors["scale"].tolist() == [[0.125]]
     assert bytes(packed.tensors["codes"].flatten().tolist()).hex() == "1032547698badcfe"
 

@@ -17,19 +17,21 @@ from bitplan.models.units import UnitInfo
 from bitplan.quantizers.format import Format
 from bitplan.search.budget import Budget
 from bitplan.search.plan import Plan
-from bitplan.search.solve import plan_from_choice, predicted_kl_stderr, solve
+from bitplan.search.solve import solve
+from bitplan.search.written import plan_from_choice, predicted_kl_stderr
 from bitplan.sensitivity.estimate import profile
+from bitplan.sensitivity.provenance import ModelRef, Provenance
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 from bitplan.tests.toys import softmax_regression
 
-PROVENANCE = {
-    "model": {"id": "tiny", "revision": None, "sha256": "00"},
-    "metric": "fisher",
-    "rounding": "rtn",
-    "calibration": {"source": "prose", "sequences": 4},
-    "versions": {"bitplan": "0.0.1", "torch": "2.0"},
-    "seed": 0,
-}
+PROVENANCE = Provenance(
+    model=ModelRef(id="tiny", sha256="00"),
+    metric="fisher",
+    rounding="rtn",
+    calibration={"source": "prose", "sequences": 4},
+    versions={"bitplan": "0.0.1", "torch": "2.0"},
+    seed=0,
+)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_a_plan_states_budget_prices_bound_and_origin(table: SensitivityTable) -
     assert plan.predicted_kl == pytest.approx(0.5)
     assert (plan.lower_bound_kl, plan.gap) == (plan.predicted_kl, 0.0)
     assert (plan.metric, plan.solver, plan.rounding) == ("fisher", "certified", "rtn")
-    assert plan.calibration == PROVENANCE["calibration"]
+    assert plan.calibration == PROVENANCE.calibration
     assert plan.versions["torch"] == "2.0"
     assert plan.versions["bitplan"] != "0.0.1"  # of the search, not of the profile
     assert plan.command == "bitplan solve"
@@ -99,7 +101,7 @@ def test_a_budget_above_the_largest_useful_plan_is_used_and_said(table: Sensitiv
 
 
 def test_keep_reaches_the_search(table: SensitivityTable) -> None:
-    provenance = PROVENANCE | {"dtype": "bfloat16"}
+    provenance = PROVENANCE.model_copy(update={"dtype": "bfloat16"})
     known = replace(table, formats=("low", "bf16"), provenance=provenance)
     plan = solve(known, 60, pins={"c": "keep"})
     assert plan.assignments == {"a": "low", "b": "low", "c": "bf16"}
@@ -118,7 +120,7 @@ def test_a_budget_below_the_smallest_plan_is_refused(table: SensitivityTable) ->
 
 
 def test_file_budgets_subtract_what_is_outside_the_units(table: SensitivityTable) -> None:
-    known = replace(table, provenance=PROVENANCE | {"outside_bytes": 950})
+    known = replace(table, provenance=PROVENANCE.model_copy(update={"outside_bytes": 950}))
     assert solve(known, "file:1kB").budget.bytes == 50
     with pytest.raises(ValueError, match="does not record the bytes outside its units"):
         solve(table, "file:1kB")
@@ -153,7 +155,7 @@ def test_a_choice_without_a_price_names_the_unit(table: SensitivityTable) -> Non
 
 def test_a_table_of_unknown_origin_is_refused(table: SensitivityTable) -> None:
     with pytest.raises(ValueError, match="does not record its model, metric"):
-        solve(replace(table, provenance={}), 50)
+        solve(replace(table, provenance=Provenance()), 50)
 
 
 def test_plan_file_round_trip(table: SensitivityTable, tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_plan_file_round_trip(table: SensitivityTable, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan
     data = json.loads((tmp_path / "plan.json").read_text())
     assert list(data)[:3] == ["schema", "model", "assignments"]
-    assert data["schema"] == 1
+    assert data["schema"] == 2
 
 
 def test_bad_plan_files(table: SensitivityTable, tmp_path: Path) -> None:

@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.models.find import find_units
+from bitplan.models.passes import Upstream
 from bitplan.models.rendering import Renderer
 from bitplan.models.workload import Batch, LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.estimate import profile
+from bitplan.sensitivity.factors import Gradient, gradient_products, inner
 from bitplan.sensitivity.probes import (
-    Factors,
-    Upstream,
     data_upstream,
     gaussian_upstream,
-    gradient_products,
-    inner,
     label_upstream,
     stream,
 )
@@ -77,7 +75,7 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
 
     found = {unit.name: np.zeros((3, len(FORMATS))) for unit in units}
 
-    def visit(name: str, factors: Factors) -> None:
+    def visit(name: str, factors: Gradient) -> None:
         found[name] += gradient_products(factors, renderer, name, FORMATS, [inner])[0]
 
     stream(model, renderer, batch, (lambda _logits, _batch: upstream_gradient, visit))

@@ -8,6 +8,7 @@ import pytest
 
 from bitplan.models.units import UnitInfo
 from bitplan.search.problem import Problem, Solution
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.sensitivity.table import SensitivityTable
 
 INF = np.inf
@@ -93,7 +94,7 @@ def test_a_pin_to_an_unmeasured_format_names_the_unit() -> None:
 
 def test_keep_is_the_dtype_of_the_checkpoint() -> None:
     kl = [[0.5, 0.1, 0.0], [2.0, 0.3, 0.0]]
-    table = replace(make_table(kl), provenance={"dtype": "bfloat16"})
+    table = replace(make_table(kl), provenance=Provenance(dtype="bfloat16"))
     pinned = Problem.from_table(table, {"lm_head": "keep"}, formats=["int2-g64"])
     assert pinned.allowed.tolist() == [[True, False, False], [False, False, True]]
     kept = Problem.from_table(table, formats=["int4-g64", "keep"])
@@ -103,11 +104,11 @@ def test_keep_is_the_dtype_of_the_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("provenance", "says"),
     [
-        ({}, r"does not record.* with 'keep' among --formats"),
-        ({"dtype": "float32"}, r"means 'fp32'.*with 'fp32' added to --formats"),
+        (Provenance(), r"does not record.* with 'keep' among --formats"),
+        (Provenance(dtype="float32"), r"means 'fp32'.*with 'fp32' added to --formats"),
     ],
 )
-def test_keep_that_is_unknown_or_not_profiled(provenance: dict[str, Any], says: str) -> None:
+def test_keep_that_is_unknown_or_not_profiled(provenance: Provenance, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Problem.from_table(replace(make_table(), provenance=provenance), {"embed": "keep"})
 

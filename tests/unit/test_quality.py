@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitplan.benchmarks.bench_solvers import synthetic_problem
 from bitplan.search.quality import MOST_MEASURED, TOLERANCE, Tried, smallest_within
 from bitplan.search.solvers.certified import certified
+from bitplan.testing.problems import synthetic_problem
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.0, 1.6])

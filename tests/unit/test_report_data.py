@@ -23,8 +23,9 @@ from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
-from bitplan.search.plan import PLAN_FILE, BudgetRef, KVCache, Plan, Refinement
+from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
 from bitplan.search.problem import Problem
+from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
 
@@ -85,7 +86,7 @@ def test_checks_pair_predictions_with_measurements(run: RunData, tmp_path: Path)
     assert (own.predicted, own.measured) == (run.plan.predicted_kl, run.plan.measured.kl)
     assert own.predicted_stderr == run.plan.predicted_kl_stderr
     assert [(c.name, c.predicted, c.measured, c.stderr) for c in others] == [
-        (b.name, b.predicted_kl, b.kl, b.kl_stderr) for b in run.plan.baselines
+        (b.format, b.predicted_kl, b.kl, b.kl_stderr) for b in run.plan.baselines
     ]
     assert prediction_data(RunData.load(fake_run(tmp_path, measured=False))).checks == ()
 
@@ -171,7 +172,7 @@ def test_the_best_uniform_fits_and_is_measured_first(run: RunData) -> None:
     rival = best_uniform(rows)
     assert rival is not None
     assert rival.name == "uniform int4-g128-asym"
-    assert rival.kl == min(row.kl for row in rows if row.uniform and row.kl is not None)
+    assert rival.kl == min(row.kl for row in rows if row.format and row.kl is not None)
     predicted = best_uniform([row._replace(kl=None) for row in rows])
     assert predicted is not None
     assert predicted.fits
@@ -199,14 +200,16 @@ def with_cache(plan: Plan, bits: dict[int, int], rest: int = 0) -> Plan:
         bytes=12_000_000,
         predicted_kl=0.01,
     )
-    budget = BudgetRef(text="30MB of memory", bytes=30_000_000 - rest)
+    budget = BudgetRef(
+        text="30MB of memory", bytes=30_000_000 - rest, kind="memory", memory=30_000_000
+    )
     return plan.model_copy(update={"kv_cache": cache, "budget": budget})
 
 
 def test_a_plan_that_counts_other_bytes_is_refused(tmp_path: Path) -> None:
     folder = fake_run(tmp_path)
-    plan = Plan.load(folder / PLAN_FILE)
-    plan.model_copy(update={"bytes": plan.bytes - 16}).save(folder / PLAN_FILE)
+    plan = Plan.load(folder / "plan.json")
+    plan.model_copy(update={"bytes": plan.bytes - 16}).save(folder / "plan.json")
     with pytest.raises(ValueError, match=f"{plan.bytes - 16:,} B where its formats take"):
         RunData.load(folder)
 
@@ -235,7 +238,7 @@ def test_facts_of_a_plan_with_a_cache(run: RunData) -> None:
 def test_a_cache_of_one_width_and_an_unknown_memory(run: RunData) -> None:
     plan = with_cache(run.plan, dict.fromkeys(range(3), 4))
     assert fact(plan, "KV cache").startswith("4 bits in all 3 layers; ")
-    plan.budget.text = "30MB"
+    plan.budget.memory = None
     weights = plan.bytes / 1e6
     assert fact(plan, "memory") == (
         f"{weights + 12:.1f} MB used: weights {weights:.1f} MB, KV cache 12.0 MB"
@@ -275,7 +278,7 @@ def test_a_gap_is_that_of_predictions(run: RunData) -> None:
 def test_targets_runtimes_and_notes_are_named(run: RunData) -> None:
     names = dict(facts(run.plan, comparison(run.plan)))
     assert not {"runtime", "solver note", "KV cache", "memory", "refined"} & names.keys()
-    budget = run.plan.budget.model_copy(update={"text": "KL <= 0.1"})
+    budget = run.plan.budget.model_copy(update={"text": "KL <= 0.1", "kind": "target"})
     more = {"budget": budget, "runtime": "vllm", "note": "5 plans measured."}
     plan = run.plan.model_copy(update=more)
     assert fact(plan, "bits per weight").endswith(" (target KL <= 0.1)")
@@ -303,7 +306,7 @@ def test_a_plan_for_another_model_is_refused(run: RunData) -> None:
     model = run.plan.model.model_copy(update={"sha256": "0ther"})
     with pytest.raises(ValueError, match=r"^plan\.json .*model 0ther\. Run the search again"):
         replace(run, plan=run.plan.model_copy(update={"model": model}))
-    table = replace(run.table, provenance={})
+    table = replace(run.table, provenance=Provenance())
     with pytest.raises(ValueError, match=r"^plan\.json .*model 5af571cb"):
         replace(run, table=table)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from bitplan._commands.reporting import app
+from bitplan.__main__ import app
 from bitplan.jobs.settings import SearchSettings
 from bitplan.reports import study
 from bitplan.tests.fakes import fake_run

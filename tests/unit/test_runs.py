@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
+from bitplan._base import records
 from bitplan._base.files import write_json
 from bitplan._base.progress import Reporter
-from bitplan.jobs import record as runs
-from bitplan.jobs.record import Job, JobRecord, RunLock, list_jobs, read_log
+from bitplan.jobs import job as jobs
+from bitplan.jobs.job import Job, read_log
+from bitplan.jobs.listing import list_jobs
+from bitplan.jobs.lock import RunLock, is_running
+from bitplan.jobs.record import JobRecord
 from bitplan.search.plan import Plan
 
 from ..fakes import fake_run, flat_units
@@ -30,7 +34,7 @@ SETTINGS: dict[str, Any] = {"model": "my model", "formats": ["int4-g64", "int8-g
 FAKE_JOB = """
 import sys, time
 from pathlib import Path
-from bitplan.jobs.record import Job
+from bitplan.jobs.job import Job
 
 folder, stop = Path(sys.argv[1]), sys.argv[2]
 
@@ -170,14 +174,14 @@ def test_listing_jobs_does_not_keep_one_from_starting(tmp_path: Path) -> None:
 
     def look() -> None:
         while not stop.is_set():
-            runs.is_running(tmp_path)
+            is_running(tmp_path)
 
     thread = threading.Thread(target=look)
     thread.start()
     try:
         for _ in range(50):
             with RunLock(tmp_path, TEXT):
-                assert runs.is_running(tmp_path)
+                assert is_running(tmp_path)
     finally:
         stop.set()
         thread.join()
@@ -194,7 +198,7 @@ def test_exceptions_are_marked_and_pass(
         raise error
     record = JobRecord.load(tmp_path)
     assert (record.status, record.stages[0].status) == (status, status)
-    assert not runs.is_running(tmp_path)
+    assert not is_running(tmp_path)
     *_, stage, run = read_log(tmp_path)
     assert (stage["event"], stage["level"]) == (f"stage {status}", level)
     assert run["event"] == f"run {status}"
@@ -284,7 +288,7 @@ def test_bars_reach_the_job_file_once_a_second_and_give_an_eta(
     with Job(tmp_path, ARGV, SETTINGS) as job, job.stage("profile"):
         reporter = Reporter(quiet=True, listener=job)
         reporter.say("96 sequences")
-        monkeypatch.setattr(runs, "write_json", counted)
+        monkeypatch.setattr(records, "write_json", counted)
         now += 50
         with reporter.bar("Profiling", 400) as advance:
             for _ in range(100):
@@ -309,10 +313,10 @@ def test_a_full_disk_does_not_stop_a_run_at_a_progress_note(
     def full(path: Path, data: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(runs, "WRITE_INTERVAL", 0.0)
+    monkeypatch.setattr(jobs, "WRITE_INTERVAL", 0.0)
     with Job(tmp_path, ARGV, SETTINGS) as job, job.stage("profile"):
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "write_json", full)
+            patch.setattr(records, "write_json", full)
             job.on_progress("Profiling", 0, 3)
         job.on_progress("Profiling", 1, 3)
     assert JobRecord.load(tmp_path).stages[0].done == 1
@@ -377,7 +381,7 @@ def test_settings_of_says_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"schema": 2}))
-    with pytest.raises(ValueError, match=r"job.json is not a job this version.*schema"):
+    with pytest.raises(ValueError, match=r"job.json is not a valid job: schema"):
         JobRecord.load(tmp_path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not a JSON text file"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bitplan.jobs.record import Job
+from bitplan.jobs.job import Job
 from bitplan.jobs.settings import SearchSettings
 from bitplan.reports.serve import make_server
 from bitplan.reports.study import dashboard_command

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from bitplan._base.settings import settings_of
+from bitplan.jobs.limit_settings import FrontierSettings, SolveSettings
 from bitplan.jobs.settings import ProfileSettings, SearchSettings, read_settings
 
 PROFILE = ProfileSettings(
@@ -137,8 +139,24 @@ def test_settings_of_another_version_are_explained(settings: dict[str, Any], mes
         read_settings(settings)
 
 
-def test_every_setting_is_documented() -> None:
-    for field in fields(SearchSettings):
-        assert (
-            f"\n        {field.name}: " in (SearchSettings.__doc__ or "") or field.name == "budget"
-        )
+@pytest.mark.parametrize(
+    "settings", [ProfileSettings, SearchSettings, SolveSettings, FrontierSettings]
+)
+def test_every_setting_says_what_it_means(settings: type[Any]) -> None:
+    declared = {setting.name: setting.option.help for setting in settings_of(settings)}
+    assert {field.name for field in fields(settings)} - declared.keys() <= {"command"}
+    assert [name for name, text in declared.items() if not text.rstrip(".").strip()] == []
+    assert all(text.endswith(".") for text in declared.values())
+
+
+def test_limits_of_a_saved_profile_are_those_of_a_search() -> None:
+    limits: dict[str, Any] = {"pins": {"lm_head": "int6-g64"}, "runtime": "vllm"}
+    more: dict[str, Any] = {"latency_device": "h100", "max_ms": 2.0, "batch": 4}
+    searched = SearchSettings("4bpw", **limits, **more).limits()
+    assert SolveSettings(**limits, **more).limits() == searched
+    fused = FrontierSettings(**limits, formats=("int4-gc",), groups=("q,k",)).limits()
+    assert fused == replace(
+        SearchSettings("4bpw", **limits).limits(), formats=("int4-gc",), groups=("q,k",)
+    )
+    with pytest.raises(ValueError, match="needs --latency-device"):
+        SolveSettings(batch=4)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bitplan._base.registry import Registry
-from bitplan.jobs.record import JobInfo
+from bitplan.jobs.listing import JobInfo
 from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
 from bitplan.reports.words import plain
-from bitplan.search.plan import KVCache, Latency, Plan
+from bitplan.search.plan import BudgetRef, KVCache, Latency, Plan
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.metrics import METRICS
 from bitplan.tests.fakes import fake_run, transformer_units
@@ -49,11 +49,13 @@ def test_summary_has_every_number(plan: Plan) -> None:
 
 def test_what_does_not_fit_says_so_in_words(plan: Plan) -> None:
     """Colour alone says nothing in a log, or to everyone."""
-    larger = plan.baselines[-1].model_copy(update={"name": "uniform int8-gc", "bytes": 1 << 30})
+    larger = plan.baselines[-1].model_copy(
+        update={"name": "uniform int8-gc", "format": "int8-gc", "bytes": 1 << 30}
+    )
     plan = plan.model_copy(update={"baselines": [*plan.baselines, larger]})
     assert re.search(r"\nint8-gc .*\n\(over budget\) *\n", shown(plan, {}) + "\n")
     assert shown(plan, {}).count("(over budget)") == 1
-    asked = plan.budget.model_copy(update={"text": "KL <= 0.1"})
+    asked = plan.budget.model_copy(update={"text": "KL <= 0.1", "kind": "target"})
     assert "(larger)" in shown(plan.model_copy(update={"budget": asked}), {})
     latency = Latency(ms=1.0, tokens=1, device="h100", sureness="assumed", max_ms=1.0)
     plan.baselines[0].ms = 1.5
@@ -116,18 +118,20 @@ def test_markup_in_names_is_text(plan: Plan) -> None:
 
 def test_a_plan_with_a_cache_fits_eighty_columns(plan: Plan) -> None:
     for baseline in plan.baselines:
-        baseline.name += " + kv16"
+        baseline.format = f"{baseline.format} + kv16"
         baseline.bytes += 700_000_000
     bits = {f"model.layers.{i}": 16 if i == 3 else 8 for i in range(30)}
     plan.kv_cache = KVCache(bits=bits, context=8192, batch=4, bytes=12_000_000, predicted_kl=0.01)
-    plan.budget.text = "1GiB of memory"
+    plan.budget = BudgetRef(
+        text="1GiB of memory", bytes=plan.budget.bytes, kind="memory", memory=1 << 30
+    )
     text = shown(plan, {})
     assert max(map(len, text.splitlines())) <= 80
     assert "16 bits in 1 layers" not in text
     assert "KV cache          16 bits in 1 layer, 8 bits in 29; 12.0 MB at 8,192 tokens" in text
     assert " bpw " not in text
     for baseline in plan.baselines:  # no name is folded
-        assert f"\n{baseline.name.removeprefix('uniform ')} " in text
+        assert f"\n{baseline.format} " in text
     assert "\nthis plan " in text
     assert "69.1 MB" in text  # weights and cache
 
@@ -218,7 +222,7 @@ def test_markup_of_plugins_is_taken_out() -> None:
         def get(self, name: str) -> object:
             return plugin
 
-    cells = [next(iter(c.cells)) for c in plugins_table(One("solver", "")).columns]
+    cells = [next(iter(c.cells)) for c in plugins_table(One("solver", "bitplan.reports")).columns]
     assert cells == ["theirs", "Like ilp, see other.Solver and [1].", "The other package"]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bitplan._base.progress import Reporter
+from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.settings import ProfileSettings
 from bitplan.jobs.truth import Truth, guarded
 from bitplan.models.find import find_units
@@ -20,6 +21,7 @@ from bitplan.models.samples import Samples, calibration_samples, samples_from_ba
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.linearize import linearize
+from bitplan.sensitivity.provenance import ModelRef, Provenance
 from bitplan.sensitivity.shrinkage import Shrinkage
 from bitplan.sensitivity.table import SensitivityTable, stored_bytes
 
@@ -60,7 +62,7 @@ def table(model: LoadedModel, formats: tuple[str, ...] = FORMATS) -> Sensitivity
     units = find_units(model.module)
     parsed = [Format.parse(name) for name in formats]
     shape = (len(units), len(formats))
-    provenance: dict[str, Any] = {"model": {"sha256": "ab12"}, "rounding": "rtn"}
+    provenance = Provenance(model=ModelRef(id="net", sha256="ab12"), rounding="rtn")
     return SensitivityTable(
         units=units,
         formats=formats,
@@ -74,12 +76,13 @@ def table(model: LoadedModel, formats: tuple[str, ...] = FORMATS) -> Sensitivity
 def make(run: Path, model: LoadedModel | None = None, **changed: Any) -> Truth:
     model = model or loaded()
     arguments: dict[str, Any] = {
+        "renderer": Renderer(model.module, find_units(model.module)),
         "table": table(model),
         "samples": samples(model, 1),
         "guard": samples(model, 2),
         "seed": 0,
     } | changed
-    return Truth(model=model, run=run, reporter=Reporter(quiet=True), **arguments)
+    return Truth(model=model, run=RunFolder(run), reporter=Reporter(quiet=True), **arguments)
 
 
 def stored(run: Path) -> list[Path]:
@@ -137,12 +140,14 @@ def test_what_prices_depend_on_names_another_file(tmp_path: Path, changed: str) 
     make(tmp_path).linearize(CHOICE, 1)
     model = loaded()
     base = table(model)
+    other = {"model": ModelRef(id="net", sha256="c")}
+    renamed = base.provenance.model_copy(update=other)
     others: dict[str, dict[str, Any]] = {
         "samples": {"samples": samples(model, 5)},
         "fewer": {"samples": samples(model, 1).head(8)},
         "seed": {"seed": 1},
         "formats": {"table": table(model, ("int3-gc-asym", *FORMATS[1:]))},
-        "model": {"table": replace(base, provenance=base.provenance | {"model": {"sha256": "c"}})},
+        "model": {"table": replace(base, provenance=renamed)},
     }
     make(tmp_path, model, **others[changed]).linearize(CHOICE, 1)
     assert len(stored(tmp_path)) == 2

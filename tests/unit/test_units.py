@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bitplan.models.find import as_stored, find_units, unplanned_tensors, weight_matrix
+from bitplan.models.find import as_stored, find_units, unplanned_tensors
+from bitplan.models.sites import places
 from bitplan.models.workload import LoadedModel
 
 
@@ -92,22 +93,36 @@ def test_two_stacks_keep_their_kinds_apart() -> None:
     assert cells == [(0, "conv"), (1, "conv"), (2, "conv"), (None, "layer2.0.conv")]
 
 
-def test_weights_that_no_packed_module_can_hold_are_no_units() -> None:
+def test_every_float_parameter_with_two_dimensions_is_in_a_unit() -> None:
     class Scaled(nn.Embedding):
         pass
 
-    module = nn.ModuleDict({"embed": Scaled(8, 4), "head": nn.Linear(4, 8), "fc": nn.Linear(4, 4)})
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.bias = nn.Parameter(torch.randn(2, 3, 4)), nn.Parameter(torch.ones(3))
+
+    module = nn.ModuleDict(
+        {"embed": Scaled(8, 4), "head": nn.Linear(4, 8), "odd": Odd(), "rnn": nn.LSTM(4, 2)}
+    )
     module["head"].weight = module["embed"].weight
-    assert [u.name for u in find_units(module)] == ["fc"]
+    units = {unit.name: (unit.shapes[0], unit.aliases) for unit in find_units(module)}
+    assert units == {
+        "embed": ((8, 4), ("head",)),
+        "odd.table": ((6, 4), ()),
+        "rnn.weight_ih_l0": ((8, 4), ()),
+        "rnn.weight_hh_l0": ((8, 2), ()),
+    }
 
 
 def test_matrices_are_views_with_outputs_as_rows() -> None:
     conv, linear, transposed = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(3, 5), Conv1D(7, 2)
     for module, shape in ((conv, (6, 18)), (linear, (5, 3)), (transposed, (7, 2))):
-        matrix = weight_matrix(module)
-        assert matrix is not None
-        assert tuple(matrix.shape) == shape
+        (place,) = places(module)
+        matrix = place.matrix(place.parameter)
+        assert tuple(matrix.shape) == place.shape == shape
         assert matrix.data_ptr() == module.weight.data_ptr()
+        assert torch.equal(place.restored(matrix), place.parameter)
 
 
 def test_unplanned_tensors_are_everything_else_once(tiny: LoadedModel) -> None:

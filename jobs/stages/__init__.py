@@ -1,0 +1,1 @@
+"""The stages of a search, one file each: each keeps what it found in the run folder."""

@@ -1,0 +1,93 @@
+"""How much of a model a plan is about, and what the whole of it takes in a file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from ..sensitivity.table import SensitivityTable
+from .budget import Budget
+from .plan import Covered
+
+LEAST = 0.9  # of the weights: a budget per weight says little where units hold fewer
+LEFT_OUT_ON_PURPOSE = (
+    "excluded"  # begins the reason of weights that --include or --exclude left out
+)
+NAMED = 3  # left-out parameters that a message names
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def coverage_of(table: SensitivityTable) -> Covered | None:
+    """How much of the model the table's units hold; None for a profile that does not say."""
+    recorded = table.provenance.coverage
+    return None if recorded is None else Covered.model_validate(recorded)
+
+
+def model_sizes(table: SensitivityTable, planned: int) -> tuple[int | None, int | None]:
+    """Bytes of the whole model's file with a plan, and of the original one; None if unknown.
+
+    Args:
+        table: The table, whose provenance says what lies outside its units and in which dtype the
+            model came.
+        planned: Bytes of the planned weights.
+    """
+    outside = table.provenance.outside_bytes
+    if outside is None:
+        return None, None
+    item = _ITEM_BYTES.get(table.provenance.dtype or "")
+    return planned + outside, None if item is None else item * table.weights + outside
+
+
+def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
+    """Bytes of the written model file outside the units; only ``file:`` budgets need them.
+
+    Raises:
+        ValueError: If the table does not record them.
+    """
+    if budget.kind != "file":
+        return 0
+    outside = table.provenance.outside_bytes
+    if outside is None:
+        raise ValueError(
+            f"The budget {budget.text!r} counts the whole file, but this profile does not record "
+            "the bytes outside its units. Profile again, or give the budget of the units alone, "
+            "such as '4.3bpw'."
+        )
+    return outside
+
+
+def describe_coverage(found: Covered) -> str:
+    """Which share of the weights is planned, and the largest that are not, as a phrase."""
+    if not found.left_out:
+        return f"all {found.weights:,} weights are planned"
+    largest = sorted(found.left_out, key=lambda entry: -entry.weights)
+    named = ", ".join(f"{e.name} ({e.weights:,}: {e.reason})" for e in largest[:NAMED])
+    more = f" and {len(largest) - NAMED:,} more" if len(largest) > NAMED else ""
+    share = math.floor(1000 * found.share) / 10  # 100 % is all, not nearly all
+    return f"{share:.1f} % of {found.weights:,} weights are planned; not {named}{more}"
+
+
+def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
+    """Refuse a budget per weight that would be about a part of the model only, or warn.
+
+    Where the units were chosen, by ``--include`` or ``--exclude``, that is what was asked for.
+
+    Args:
+        table: The table.
+        budget: What was asked for; None where that is no size.
+
+    Raises:
+        ValueError: If ``budget`` counts bits per weight or a ratio, and units hold less than
+            LEAST of the weights.
+    """
+    found = coverage_of(table)
+    if found is None or found.selected or found.share >= LEAST:
+        return
+    text = describe_coverage(found)
+    if budget is not None and budget.kind in ("bpw", "ratio"):
+        raise ValueError(
+            f"{budget.text!r} would say little about the size of the model: {text}. Give a budget "
+            "in bytes or for the whole file, such as 'file:82MB', or say with --include or "
+            "--exclude what to plan."
+        )
+    warnings.warn(f"{text[0].upper()}{text[1:]}, and stay as they are.", stacklevel=3)

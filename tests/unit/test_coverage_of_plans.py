@@ -1,0 +1,88 @@
+"""How much of a model a plan is about: recorded, shown, and refused where it would mislead."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitplan.reports.prose import headline, tiles
+from bitplan.reports.summary import comparison, facts
+from bitplan.search.goals import Asked, ModelFacts
+from bitplan.search.goals.budget import OfBudget
+from bitplan.search.plan import Plan
+from bitplan.search.solve import solve
+from bitplan.sensitivity.table import SensitivityTable
+
+from ..fakes import fake_table, transformer_units
+
+OUTSIDE = 1_000_000
+
+
+def covering(share: float, **more: Any) -> SensitivityTable:
+    """A table whose units hold this share of the model's weights; experts are the rest."""
+    table = fake_table(transformer_units(1))
+    everything = round(table.weights / share)
+    left = everything - table.weights
+    coverage = {
+        "planned": table.weights,
+        "weights": everything,
+        "left_out": [{"name": "experts", "weights": left, "reason": "no site"}] if left else [],
+        **more,
+    }
+    known = {"coverage": coverage, "outside_bytes": OUTSIDE, "dtype": "bfloat16"}
+    return replace(table, provenance=table.provenance.model_copy(update=known))
+
+
+@pytest.mark.parametrize("budget", ["3bpw", "0.25x"])
+def test_a_budget_per_weight_of_a_part_of_the_model_is_refused(budget: str) -> None:
+    table = covering(0.15)
+    with pytest.raises(ValueError, match=rf"'{budget}' would say little .*: 15\.0 % of .*experts"):
+        solve(table, budget)
+    asked = OfBudget(Asked(budget=budget), ModelFacts("m", True))
+    with pytest.raises(ValueError, match=r"--include or --exclude what to plan"):
+        asked.resolve(asked.problem(table), table)
+
+
+def test_other_budgets_warn_and_chosen_units_are_what_was_asked_for() -> None:
+    with pytest.warns(UserWarning, match=r"15\.0 % of .* weights are planned; not experts"):
+        solve(covering(0.15), "1MB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = solve(covering(0.15, selected=True), "3bpw")
+        solve(covering(0.9), "3bpw")
+    assert plan.coverage is not None
+    assert plan.coverage.share == pytest.approx(0.15, rel=1e-6)
+
+
+def test_a_plan_says_what_the_whole_file_takes(tmp_path: Path) -> None:
+    table = covering(0.9)
+    plan = solve(table, "4.3bpw")
+    assert plan.model_bytes == plan.bytes + OUTSIDE
+    assert plan.original_bytes == 2 * table.weights + OUTSIDE
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    before, after = f"{plan.original_bytes / 1e6:.1f} MB", f"{plan.model_bytes / 1e6:.1f} MB"
+    said = dict(facts(plan, comparison(plan)))
+    share = f"({100 * plan.model_bytes / plan.original_bytes:.1f} %)"
+    assert said["size"] == f"{before} → {after} {share}, the whole model's file"
+    assert said["coverage"].startswith("90.0 % of ") and "experts" in said["coverage"]
+    assert headline(plan).startswith(f"{before} → {after}, ")
+    assert tiles(plan, [])[0][1] == "of the original file"
+
+
+def test_nearly_all_is_not_all() -> None:
+    almost = solve(covering(0.999_99), "4.3bpw")
+    assert dict(facts(almost, []))["coverage"].startswith("99.9 % of ")
+    whole = solve(covering(1.0), "4.3bpw")
+    assert dict(facts(whole, []))["coverage"] == f"all {whole.weights:,} weights are planned"
+
+
+def test_without_a_record_nothing_is_claimed() -> None:
+    plan = solve(fake_table(transformer_units(1)), "4.3bpw")
+    assert (plan.coverage, plan.model_bytes) == (None, None)
+    said = dict(facts(plan, []))
+    assert "coverage" not in said and "at 16 bits" in said["size"]
