@@ -40,10 +40,10 @@ def covering(share: float, **more: Any) -> SensitivityTable:
 @pytest.mark.parametrize("budget", ["3bpw", "0.25x"])
 def test_a_budget_per_weight_of_a_part_of_the_model_is_refused(budget: str) -> None:
     table = covering(0.15)
-    with pytest.raises(ValueError, match=rf"'{budget}' would say little .*: 15\.0 % of .*experts"):
+    with pytest.raises(ValueError, match=rf"{budget} would hold for 15% of .*experts"):
         solve(table, budget)
     asked = OfBudget(Asked(budget=budget), ModelFacts("m", True))
-    with pytest.raises(ValueError, match=r"--include or --exclude what to plan"):
+    with pytest.raises(ValueError, match=r"--include or --exclude"):
         asked.resolve(asked.problem(table), table)
 
 
@@ -79,6 +79,11 @@ def test_nearly_all_is_not_all() -> None:
     assert dict(facts(almost, []))["coverage"].startswith("99.9 % of ")
     whole = solve(covering(1.0), "4.3bpw")
     assert dict(facts(whole, []))["coverage"] == f"all {whole.weights:,} weights are planned"
+
+
+def test_experts_that_no_token_reached_are_counted() -> None:
+    plan = solve(covering(1.0, unreached=["experts.3", "experts.7"]), "4.3bpw")
+    assert "reached 2 experts" in dict(facts(plan, []))["coverage"]
 
 
 def test_without_a_record_nothing_is_claimed() -> None:
