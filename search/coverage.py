@@ -27,9 +27,11 @@ def model_sizes(table: SensitivityTable, planned: int) -> tuple[int | None, int 
             model came.
         planned: Bytes of the planned weights.
     """
-    outside = table.provenance.outside_bytes
+    outside, came_in = table.provenance.outside_bytes, table.provenance.file_bytes
     if outside is None:
         return None, None
+    if came_in is not None:
+        return planned + outside, came_in
     item = _ITEM_BYTES.get(table.provenance.dtype or "")
     return planned + outside, None if item is None else item * table.weights + outside
 

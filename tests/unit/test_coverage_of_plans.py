@@ -74,6 +74,13 @@ def test_a_plan_says_what_the_whole_file_takes(tmp_path: Path) -> None:
     assert tiles(plan, [])[0][1] == "of the original file"
 
 
+def test_a_quantized_file_is_compared_with_what_it_took() -> None:
+    table = covering(1.0)
+    origin = table.provenance.model_copy(update={"dtype": "float32", "file_bytes": 2_500_000})
+    plan = solve(replace(table, provenance=origin), "4.3bpw")
+    assert plan.original_bytes == 2_500_000
+
+
 def test_nearly_all_is_not_all() -> None:
     almost = solve(covering(0.999_99), "4.3bpw")
     assert dict(facts(almost, []))["coverage"].startswith("99.9 % of ")
