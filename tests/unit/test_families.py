@@ -12,8 +12,8 @@ from bitplan.exporters.checks import nearest_format
 from bitplan.exporters.export import export
 from bitplan.jobs.materialize import load_packed
 from bitplan.kernels.layouts import CorrectedLayout, CpuLayout, DenseLayout, StoredLayout
-from bitplan.models.packed_modules import PackedLinear
 from bitplan.models.load import load_model
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.models.samples import calibration_samples
 from bitplan.models.units import UnitInfo
 from bitplan.quantizers import runtimes
