@@ -181,6 +181,7 @@ def provenance(
         calibration=samples.describe() | _counted(model, samples),
         seed=seed,
         outside_bytes=_outside_bytes(model, units),
+        file_bytes=model.file_bytes,
         coverage=coverage(model.module, units, selected).to_json(),
         layer_types=_layer_types(model.module, units),
         versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
