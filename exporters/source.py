@@ -12,6 +12,7 @@ from torch import Tensor
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder, plan_path
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
+from ..jobs.renderings import plan_renderer
 from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
@@ -102,8 +103,9 @@ def open_source(
         ValueError: If there is no plan, or plan and model do not match.
     """
     reporter = reporter or Reporter(quiet=True)
-    plan, layers = target, None
+    plan, layers, beside = target, None, None
     if isinstance(target, Path):
+        beside = RunFolder.around(target)
         if is_packed(target) and weights:
             return _unchanged(_from_folder(target, like, reporter), target, change)
         if is_packed(target) and (target / "config.json").is_file():
@@ -115,8 +117,15 @@ def open_source(
         check_model(name, "cpu")
         reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
         model = load_model(name, "cpu") if weights else load_structure(name)
-    plan = change(plan, model) if change else plan
-    return _from_plan(plan, model, like, reporter)
+    before, plan = plan, change(plan, model) if change else plan
+    if plan.assignments != before.assignments:
+        plan = plan.model_copy(update={"codes_sha256": None})  # that of other formats
+    units = planned_units(model.module, plan)
+    if weights:
+        renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
+    else:
+        renderer = Renderer(model.module, units, plan.rounding)
+    return _from_plan(plan, model, units, renderer, like, reporter)
 
 
 def _unchanged(
@@ -130,8 +139,14 @@ def _unchanged(
     return source
 
 
-def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Reporter) -> Source:
-    units = planned_units(model.module, plan)
+def _from_plan(
+    plan: Plan,
+    model: LoadedModel,
+    units: tuple[UnitInfo, ...],
+    renderer: Renderer,
+    like: Path | None,
+    reporter: Reporter,
+) -> Source:
     formats = assignment_formats(plan)
     unplanned, tied = unplanned_tensors(model.module, units)
     dtype = getattr(torch, model.source_dtype)
@@ -139,8 +154,6 @@ def _from_plan(plan: Plan, model: LoadedModel, like: Path | None, reporter: Repo
     def others() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
-
-    renderer = Renderer(model.module, units, plan.rounding)
 
     def packed(name: str) -> PackedTensor:
         return renderer.store.packed(name, formats[name])

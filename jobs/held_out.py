@@ -20,6 +20,7 @@ from ..search.plan import Baseline, KVCache, Measured, Plan, plan_key
 from .folder import RunFolder, plan_path
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
 from .measurements import Figures, Measurements
+from .renderings import plan_renderer
 
 
 class HeldOut:
@@ -108,6 +109,7 @@ class HeldOut:
                     text=self.samples.source,
                     text_sha256=self.samples.sha256,
                 ),
+                "codes_sha256": self._renderer.store.digest(assignment_formats(plans[best])),
                 "baselines": [
                     _baseline(name, plans[name], measured[name], result, (uniform or {}).get(name))
                     for name in plans
@@ -159,7 +161,9 @@ def run_eval(
         quantized = load_packed(target, device, torch.float32)
         run = with_cache(quantized, quantized.logits, plan.kv_cache)
     else:
-        run = plan_run(model, Renderer(model.module, units, plan.rounding), plan)
+        beside = RunFolder.around(target)
+        renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
+        run = plan_run(model, renderer, plan)
     before = plan.measured
     samples = evaluation_samples(
         model,

@@ -19,22 +19,29 @@ from ..models.load import check_model, find_device, load_model
 from ..models.packed_modules import PackedLinear
 from ..models.packing import compute_in, replace
 from ..models.rendering import Renderer
+from ..models.samples import Samples
 from ..models.sites import places
 from ..models.units import Ranges, UnitInfo
-from ..models.workload import LoadedModel, Workload
+from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
 from ..quantizers.format import Format
+from ..quantizers.methods import METHODS
 from ..quantizers.packed import PackedTensor
 from ..quantizers.runtimes import byte_count
 from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
+from .renderings import plan_renderer
 
 _HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
 GENERATION_FILE = "generation_config.json"
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: Plan | Path | str,
+    batches: Samples | Sequence[Batch] | None = None,
+) -> nn.Module:
     """Replace the planned layers of a model by packed ones, in place.
 
     The model's other layers stay as they are; the original weights of the replaced ones are
@@ -42,7 +49,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Args:
         model: The very model the plan was made for (its weights are compared by hash).
-        plan: The plan.
+        plan: The plan or its path, which may be in the folder of its run.
+        batches: Calibration batches of the profile, for rounding methods that need data.
 
     Returns:
         ``model``.
@@ -50,8 +58,13 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
+    plan, beside = _opened(plan)
     units = planned_units(model, plan)
-    renderer = Renderer(model, units, plan.rounding)
+    if METHODS.trait(plan.rounding, "needs"):
+        loaded = as_loaded_model(model)
+        renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
+    else:
+        renderer = Renderer(model, units, plan.rounding)
     packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
     replace(model, packed, _aliases(units), rows_of(units))
     return model
@@ -63,6 +76,7 @@ def quantize(
     model: LoadedModel | nn.Module | None = None,
     reporter: Reporter | None = None,
     renderer: Renderer | None = None,
+    batches: Samples | Sequence[Batch] | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -76,6 +90,8 @@ def quantize(
         model: The original model, when it is loaded already.
         reporter: Where progress is shown.
         renderer: That of the run which made the plan, when it is at hand.
+        batches: Calibration batches of the profile, for rounding methods that need data; by
+            default those that the plan names.
 
     Returns:
         The folder.
@@ -83,7 +99,7 @@ def quantize(
     Raises:
         ValueError: If ``out`` exists and is not such a folder, or plan and model do not match.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    plan, beside = _opened(plan)
     out = Path(out).resolve()
     if out.exists() and not is_packed(out):
         raise ValueError(f"{out} exists and is not a packed model. Choose another --out.")
@@ -96,7 +112,9 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    renderer = renderer or Renderer(model.module, units, plan.rounding)
+    renderer = renderer or plan_renderer(
+        plan, model, units, beside=beside, batches=batches, reporter=reporter
+    )
     packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
@@ -232,6 +250,14 @@ def _pack(
         for unit in units:
             yield unit.name, renderer.store.packed(unit.name, formats[unit.name])
             advance(1)
+
+
+def _opened(plan: Plan | Path | str) -> tuple[Plan, RunFolder | None]:
+    """A plan, and the folder it lies in."""
+    if isinstance(plan, Plan):
+        return plan, None
+    path = Path(plan)
+    return Plan.load(path), RunFolder.around(path)
 
 
 def rows_of(units: Sequence[UnitInfo]) -> dict[str, Ranges]:

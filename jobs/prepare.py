@@ -27,6 +27,7 @@ from ..search.goals import GOALS, Asked, Goal, ModelFacts, goal_class
 from ..search.kv import KVTable
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
+from ..sensitivity.evidence import calibrated
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
@@ -67,8 +68,10 @@ class Work:
         )
 
 
-def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
+def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | None = None) -> Work:
     """Load a model, find its units and choose its calibration sequences.
+
+    Codes that cannot be recomputed are kept in the run's ``folder``, if there is one.
 
     Raises:
         ValueError: If a name is unknown, or the model or text cannot be used.
@@ -103,7 +106,16 @@ def prepare(settings: ProfileSettings, reporter: Reporter) -> Work:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
     formats = resolve_formats(settings.formats, model.source_dtype)
-    renderer = Renderer(model.module, units, settings.rounding)
+    renderer = calibrated(
+        model,
+        units,
+        settings.rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin.model.sha256,
+        folder=folder.renderings if folder else None,
+        reporter=reporter,
+    )
     return Work(model, units, formats, samples, origin, renderer)
 
 
@@ -210,6 +222,7 @@ def profiled(work: Work, run: RunFolder, reporter: Reporter) -> SensitivityTable
         if not path.with_suffix(".json").exists():  # the disk was full
             table.save(path)
         reporter.say(f"Profile found in {path}, not computed again")
+        work.renderer.complete(work.formats, reporter)  # what it priced is what will be measured
         return table
     run.path.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=run.path):

@@ -43,7 +43,8 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
     check(settings)
     argv = ["bitplan", "profile", settings.model]
     with _job(run, argv, {"profile": asdict(settings)}, reporter) as job, job.stage("profile"):
-        return profiled(prepare(settings, reporter), RunFolder(run), reporter)
+        folder = RunFolder(run)
+        return profiled(prepare(settings, reporter, folder), folder, reporter)
 
 
 def run_search(
@@ -82,7 +83,7 @@ def _begun(
     reporter: Reporter,
 ) -> Context:
     """The model loaded, and all found out that needs no profile."""
-    work = prepare(settings, reporter)
+    work = prepare(settings, reporter, folder)
     goal = goal_of(search, work.model)
     blank = work.blank_table()
     goal.resolve(goal.problem(blank), blank)  # what cannot fit is found out here

@@ -46,6 +46,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
             "every worker the same file; the built-in prose differs between versions of Python."
         )
     table = search.limits().for_runtime(loaded.blank_table())
+    loaded.renderer.complete(loaded.formats, reporter)
     with TemporaryDirectory() as name:
         folder = RunFolder(Path(name))
         truth = Truth(

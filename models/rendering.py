@@ -92,6 +92,10 @@ class Renderer:
         """Make the renderings of all matrices that are not there yet."""
         self.store.fit(self.names, formats, reporter)
 
+    def complete(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
+        """:meth:`fit` for the formats whose codes are kept; the others are fitted when needed."""
+        self.store.complete(((name, fmt) for name in self.names for fmt in formats), reporter)
+
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
@@ -172,9 +176,10 @@ class _Swap:
         def read(_module: nn.Module) -> Any:
             parameter = place.parameter
             if torch.is_grad_enabled() and parameter.requires_grad:
-                return _InPlaceOf.apply(parameter, place.restored(self.rendered(matrix)))
+                standing_in: Any = _InPlaceOf.apply
+                return standing_in(parameter, place.restored(self.rendered(matrix)))
             if place.site.by_index and whole is not None and parameter.shape == place.shape:
-                return LazyWeight(parameter.shape, parameter, dense, some)
+                return LazyWeight(torch.Size(parameter.shape), parameter, dense, some)
             return dense()
 
         def dense() -> Tensor:

@@ -19,7 +19,6 @@ from .packed import PackedTensor
 from .shelf import MEMORY, Shelf
 
 Rows = slice | Tensor  # a range of rows, or their indices
-RENDERINGS_FOLDER = "renderings"  # its name in a run folder
 
 
 class Evidences(Protocol):
@@ -218,4 +217,4 @@ class Renderings:
 
 def _bytes(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy())
+    return memoryview(plain.numpy())  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from .._base.records import Record, Strict
+from ..models.coverage import Coverage
 from ..quantizers.format import Format
 from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
@@ -126,41 +127,10 @@ class Refinement(Strict):
 
 
 class RowSet(Strict):
-    """Which rows of a matrix a part is: ``rows`` are half-open ranges, ascending."""
+    """Which rows of a matrix a part is: half-open ranges, in the order the part has them."""
 
     module: str
     rows: list[tuple[int, int]]
-
-
-class LeftOut(Strict):
-    """Weights that no unit holds, and why."""
-
-    name: str
-    weights: int
-    reason: str
-
-
-class Covered(Strict):
-    """How much of the model the plan is about; tied weights count once.
-
-    Attributes:
-        planned: Weights in units.
-        weights: All weights: entries of parameters with two dimensions or more.
-        left_out: The others.
-        selected: Whether the user chose the units with ``--include`` or ``--exclude``.
-        unreached: Experts that no calibration token reached, whose price is their type's.
-    """
-
-    planned: int
-    weights: int
-    left_out: list[LeftOut] = Field(default_factory=list)
-    selected: bool = False
-    unreached: list[str] = Field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """``planned / weights``."""
-        return self.planned / self.weights if self.weights else 1.0
 
 
 class Plan(Record):
@@ -190,6 +160,8 @@ class Plan(Record):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
+        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
+            them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
@@ -207,7 +179,7 @@ class Plan(Record):
     bpw: float
     model_bytes: int | None = None
     original_bytes: int | None = None
-    coverage: Covered | None = None
+    coverage: Coverage | None = None
     predicted_kl: Predicted
     predicted_kl_stderr: Predicted
     lower_bound_kl: Predicted
@@ -224,6 +196,7 @@ class Plan(Record):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
     created: str
@@ -235,12 +208,16 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:
-        for name, rows in self.row_sets.items():
-            ends = [end for pair in rows.rows for end in pair]
-            if name not in self.assignments or not ends or ends != sorted(set(ends)):
+        taken: dict[str, list[tuple[int, int]]] = {}
+        for name, part in self.row_sets.items():
+            if name not in self.assignments:
+                raise ValueError(f"row_sets.{name}: it has no format in assignments")
+            taken.setdefault(part.module, []).extend(part.rows)
+        for module, ranges in taken.items():
+            if module in self.assignments or _overlap(sorted(ranges)):
                 raise ValueError(
-                    f"row_sets.{name}: it must have a format, and rows as ascending ranges that do "
-                    f"not touch or overlap, not {rows.rows}"
+                    f"row_sets: the rows of {module!r} overlap, are none, or it has a format as a "
+                    f"whole, too: {sorted(ranges)}"
                 )
         return self
 
@@ -288,6 +265,14 @@ class Plan(Record):
                     f"{path} is not a valid plan: {part!r} has the format {fmt!r}. {error}"
                 ) from error
         return plan
+
+
+def _overlap(ranges: list[tuple[int, int]]) -> bool:
+    """Whether a range is empty or begins before the one before it ends."""
+    before = [0, *(stop for _, stop in ranges)]
+    return any(
+        not last <= start < stop for last, (start, stop) in zip(before, ranges, strict=False)
+    )
 
 
 def plan_key(plan: Plan) -> str:

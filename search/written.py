@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..sensitivity.table import SensitivityTable
 from .coverage import coverage_of, model_sizes
 from .hull import lower_hull
-from .plan import BudgetRef, KVCache, Latency, Plan
+from .plan import BudgetRef, KVCache, Latency, Plan, RowSet
 from .problem import Problem, Solution
 
 SEARCH_PACKAGES = (
@@ -80,9 +80,15 @@ def plan_from_choice(
     return Plan(
         model=origin.model,
         assignments={
-            module: table.formats[f]
+            part.name: table.formats[f]
             for unit, f in zip(table.units, choice.tolist(), strict=True)
-            for module in unit.modules
+            for part in unit.parts
+        },
+        row_sets={
+            part.name: RowSet(module=part.module, rows=list(part.rows))
+            for unit in table.units
+            for part in unit.parts
+            if part.rows is not None
         },
         goal=goal,
         budget=budget,

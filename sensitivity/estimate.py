@@ -23,6 +23,7 @@ from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
+from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
@@ -76,8 +77,16 @@ def profile(
     samples = _as_samples(loaded, batches, seed)
     selected = bool(include or exclude)
     origin = provenance(loaded, units, samples, metric, rounding, seed, selected)
-    renderer = Renderer(loaded.module, units, rounding)
     show = reporter or Reporter(quiet=True)
+    renderer = calibrated(
+        loaded,
+        units,
+        rounding,
+        lambda: samples,
+        samples.sha256,
+        model_sha256=origin.model.sha256,
+        reporter=show,
+    )
     return price(loaded, units, candidates, renderer, samples, origin, show)
 
 
@@ -172,6 +181,7 @@ def provenance(
         calibration=samples.describe() | _counted(model, samples),
         seed=seed,
         outside_bytes=_outside_bytes(model, units),
+        file_bytes=model.file_bytes,
         coverage=coverage(model.module, units, selected).to_json(),
         layer_types=_layer_types(model.module, units),
         versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},

@@ -125,7 +125,7 @@ class SiteContract(Contract):
                     found = torch.autograd.grad(
                         logits, list(parameters.values()), gradient, allow_unused=True
                     )
-                products = dict(zip(parameters, found, strict=True))
+                products: dict[str, Tensor | None] = dict(zip(parameters, found, strict=True))
                 row = [self._products(renderer, unit, formats, products) for unit in units]
                 expected.append(np.stack(row) / np.sqrt(2 * logits.shape[1]))
         size = np.abs(expected).max(axis=(0, 2), keepdims=True)

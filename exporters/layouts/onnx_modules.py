@@ -195,6 +195,8 @@ class QuantizedConv2d(nn.Module):
 
     def __init__(self, name: str, packed: PackedTensor, like: Any) -> None:
         super().__init__()
+        self.kernel: tuple[int, ...]
+        self.options: Any
         self.kernel, self.options = conv_options(like)
         self.dense, self.bias = dense_weight(name, packed), like.bias
 
@@ -211,7 +213,8 @@ class QuantizedConv2d(nn.Module):
             # OpenVINO multiplies what normalizes the outputs of a convolution with groups into the
             # weights before this reshape, where they have another rank. A bound is in its way.
             weight = weight.clamp(min=-torch.finfo(torch.float32).max)
-        return F.conv2d(x, weight, self.bias, *self.options)
+        result: Tensor = F.conv2d(x, weight, self.bias, *self.options)
+        return result
 
 
 def dense_weight(name: str, packed: PackedTensor) -> nn.Module:
@@ -238,7 +241,8 @@ def quantized_copy(source: Source) -> nn.Module:
     for owner, packed in source.each("Packing"):
         for name in names[owner]:
             place = parameters.get(name)
-            if place is not None and packed.fmt.floating:
+            plain = name in modules and _has_form(modules[name])
+            if place is not None and not plain and packed.fmt.floating:
                 dense = place.restored(packed.dequantize()).contiguous()
                 place.module._parameters[place.attribute] = nn.Parameter(dense, False)
                 continue
@@ -249,9 +253,14 @@ def quantized_copy(source: Source) -> nn.Module:
     return result.eval()
 
 
+def _has_form(module: nn.Module) -> bool:
+    """Whether a module has a counterpart with a quantized weight."""
+    return layer_kind(module) != "other" and not runs_own_code(module)
+
+
 def _replacement(name: str, packed: PackedTensor, module: nn.Module | None) -> nn.Module | None:
     kind = layer_kind(module)
-    if module is None or kind == "other" or runs_own_code(module):
+    if module is None or not _has_form(module):
         what = "a parameter" if module is None else f"a {type(module).__name__}"
         raise ValueError(
             f"{name} is {what}, for which the ONNX export has no quantized form. Leave it out of "

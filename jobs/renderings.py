@@ -1,0 +1,143 @@
+"""Renderers of runs and plans: where their codes are kept, and how they are made again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+
+from .._base.progress import Reporter
+from ..models.names import BUILTIN, SELF
+from ..models.rendering import Renderer
+from ..models.samples import Samples, calibration_samples, samples_from_batches
+from ..models.units import UnitInfo
+from ..models.workload import Batch, LoadedModel
+from ..quantizers.format import Format
+from ..search.plan import Plan
+from ..sensitivity.evidence import calibrated
+from .folder import RunFolder
+from .record import JobRecord
+
+
+def plan_renderer(
+    plan: Plan,
+    model: LoadedModel,
+    units: Sequence[UnitInfo],
+    *,
+    beside: RunFolder | None = None,
+    batches: Samples | Sequence[Batch] | None = None,
+    reporter: Reporter | None = None,
+) -> Renderer:
+    """A renderer with the codes that a plan was priced with.
+
+    Codes that cannot be recomputed are taken from the folder of the run, or else made again from
+    the calibration data that the plan names.
+
+    Args:
+        plan: The plan.
+        model: The plan's model.
+        units: The planned units.
+        beside: The folder the plan lies in, which may be that of the run.
+        batches: The calibration data; by default those that the plan names.
+        reporter: Where progress is shown.
+
+    Raises:
+        ValueError: If the calibration data are needed and not found, or the codes made from them
+            are not those that were priced.
+    """
+    kept = beside.renderings if beside else None
+    if kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK)):
+        kept = None
+    renderer = calibrated(
+        model,
+        units,
+        plan.rounding,
+        lambda: recorded_samples(plan, model, beside, batches),
+        plan.calibration.get("sha256", ""),
+        model_sha256=plan.model.sha256,
+        folder=kept,
+        reporter=reporter,
+    )
+    formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
+    renderer.store.complete(formats.items(), reporter)
+    if plan.codes_sha256 and (found := renderer.store.digest(formats)) != plan.codes_sha256:
+        raise ValueError(
+            f"Rounding by {plan.rounding!r} on this machine does not give the codes that were "
+            f"priced and measured (sha256 {plan.codes_sha256[:12]}…, here {str(found)[:12]}…): "
+            "processors and versions of torch add up differently. Use the plan in the folder of "
+            "its run, with the renderings folder, or search again here."
+        )
+    return renderer
+
+
+def recorded_samples(
+    plan: Plan,
+    model: LoadedModel,
+    beside: RunFolder | None = None,
+    batches: Samples | Sequence[Batch] | None = None,
+) -> Samples:
+    """The calibration sequences that a plan was made from.
+
+    Args:
+        plan: The plan.
+        model: Its model.
+        beside: The folder the plan lies in; the run's record there knows the path of a text.
+        batches: The data, if they are at hand; compared with the plan's by hash.
+
+    Raises:
+        ValueError: If they are not found, or are others.
+    """
+    wanted = plan.calibration
+    name, seed = str(wanted.get("source")), int(wanted.get("seed") or 0)
+    if isinstance(batches, Samples):
+        found = [batches]
+    elif batches is not None:
+        found = [samples_from_batches(batches, model, name, seed)]
+    else:
+        found = list(_candidates(plan, model, beside))
+    for samples in found:
+        if samples.sha256 == wanted.get("sha256"):
+            return samples
+    what = f"{wanted.get('sequences')} sequences of {name!r}"
+    why = "those given are others" if found else "they were not found"
+    if found and batches is None:
+        why = f"what is called {name!r} here is another text, or is cut into other tokens"
+    raise ValueError(
+        f"The weights were rounded by {plan.rounding!r} on {what}, which are needed to round them "
+        f"again, and {why}. Use the plan in the folder of its run, with the renderings "
+        "folder, or put the text in the current folder; from Python, give the batches."
+    )
+
+
+def _candidates(plan: Plan, model: LoadedModel, beside: RunFolder | None) -> Iterator[Samples]:
+    wanted = plan.calibration
+    for source in _sources(plan, beside) if model.is_language_model else (BUILTIN,):
+        try:
+            yield calibration_samples(
+                model,
+                source,
+                int(wanted.get("sequences") or 1),
+                int(wanted.get("length") or 0),
+                int(wanted.get("seed") or 0),
+            )
+        except ValueError:  # not there, or too short
+            continue
+
+
+def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str]:
+    """Where the calibration text may be; a plan holds its name without the folder."""
+    name = str(plan.calibration.get("source"))
+    if name in (BUILTIN, SELF):
+        yield name
+        return
+    if beside is not None and beside.job.is_file():
+        settings = JobRecord.load(beside.path).settings
+        yield str(settings.get("profile", {}).get("calibration"))
+    words = shlex.split(plan.command or "")
+    for i, word in enumerate(words):
+        option, _, value = word.partition("=")
+        if option == "--calibration":
+            yield value or "".join(words[i + 1 : i + 2])
+    yield name
+    if beside is not None:
+        yield str(beside.path / name)
