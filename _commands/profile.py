@@ -29,6 +29,7 @@ def profile(
 ) -> None:
     """Price every layer in every format and save the table; `bitplan solve` reads it."""
     from .._base.progress import Reporter
+    from ..jobs.folder import RunFolder
     from ..jobs.search import run_profile
 
     settings = options.profile_settings(asked)
@@ -40,4 +41,4 @@ def profile(
         bpw = 8 * table.uniform_bytes(name) / table.weights
         shown.add_row(name, f"{bpw:.3f}", f"{table.kl[:, i].sum():.4g}")
     out.print(shown)
-    hint("Next:", "solve", run / "profile.safetensors", "--budget …")
+    hint("Next:", "solve", RunFolder(run).profile, "--budget …")

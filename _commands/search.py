@@ -38,6 +38,7 @@ def search(
     After an interruption the same command, or --resume RUN, goes on where it stopped.
     """
     from .._base.progress import Reporter
+    from ..jobs.folder import RunFolder
     from ..jobs.record import JobRecord
     from ..jobs.search import run_search
     from ..jobs.settings import read_settings
@@ -59,4 +60,4 @@ def search(
     *_, report = write_report(run)
     print_summary(out, plan, {"report": report})
     same = () if plan.runtime is None else ("--for", plan.runtime)
-    hint("Another budget, at once:", "solve", run / "profile.safetensors", *same, "--budget …")
+    hint("Another budget, at once:", "solve", RunFolder(run).profile, *same, "--budget …")

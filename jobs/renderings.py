@@ -7,14 +7,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from .._base.progress import Reporter
+from ..models.names import BUILTIN, SELF
 from ..models.rendering import Renderer
-from ..models.samples import (
-    BUILTIN,
-    SELF,
-    Samples,
-    calibration_samples,
-    samples_from_batches,
-)
+from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel
 from ..quantizers.format import Format

@@ -171,7 +171,8 @@ def _from_gguf(name: str, path: Path) -> LoadedModel:
             f"{path} could not be read ({type(error).__name__}: {error}). It is truncated or of an "
             "architecture transformers cannot read; check its size and download it again."
         ) from error
-    return LoadedModel(name, module, "float32", Workload(module, tokenizer=tokenizer))
+    workload, size = Workload(module, tokenizer=tokenizer), path.stat().st_size
+    return LoadedModel(name, module, "float32", workload, file_bytes=size)
 
 
 def _from_hugging_face(name: str) -> LoadedModel:

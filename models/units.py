@@ -85,9 +85,8 @@ def row_count(ranges: Ranges) -> int:
 
 def ranges_fault(ranges: Ranges) -> str | None:
     """What is wrong with the rows of a part; None if nothing is."""
-    ends = [end for pair in ranges for end in pair]
-    if not ends or ends[0] < 0 or ends != sorted(set(ends)):
-        return f"rows are ascending ranges that do not touch or overlap, not {_shown(ranges)}"
+    if not ranges or any(not 0 <= start < stop for start, stop in ranges) or overlap([ranges]):
+        return f"rows are ranges that do not overlap, each with rows, not {list(ranges)}"
     return None
 
 
@@ -189,10 +188,6 @@ def by_matrix(row_sets: Mapping[str, Ranges]) -> dict[str, dict[str, Ranges]]:
     for name, ranges in row_sets.items():
         found.setdefault(matrix_name(name), {})[name] = ranges
     return found
-
-
-def _shown(ranges: Ranges) -> str:
-    return ", ".join(f"{start} to {stop - 1}" for start, stop in ranges) or "nothing"
 
 
 def module_kinds(unit: UnitInfo) -> tuple[str, ...]:

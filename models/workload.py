@@ -46,6 +46,8 @@ class LoadedModel:
         source_dtype: Data type of the checkpoint, what the format ``keep`` stores.
         workload: Batches and output rule; its tokenizer is None when the model has no text.
         revision: Commit of a Hugging Face checkpoint, when known.
+        file_bytes: Bytes of the file it came in, where ``source_dtype`` does not give them: one
+            whose weights are quantized.
     """
 
     id: str
@@ -53,6 +55,7 @@ class LoadedModel:
     source_dtype: str
     workload: Workload
     revision: str | None = None
+    file_bytes: int | None = None
 
     @property
     def is_language_model(self) -> bool:

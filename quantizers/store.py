@@ -217,4 +217,4 @@ class Renderings:
 
 def _bytes(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy())
+    return memoryview(plain.numpy())  # type: ignore[arg-type]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 
+from ..models.coverage import ENOUGH, Coverage
 from ..sensitivity.table import SensitivityTable
 from .budget import Budget
-from .plan import Covered
 
-LEAST = 0.9  # of the weights: a budget per weight says little where units hold fewer
-LEFT_OUT_ON_PURPOSE = (
-    "excluded"  # begins the reason of weights that --include or --exclude left out
-)
 NAMED = 3  # left-out parameters that a message names
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def coverage_of(table: SensitivityTable) -> Covered | None:
+def coverage_of(table: SensitivityTable) -> Coverage | None:
     """How much of the model the table's units hold; None for a profile that does not say."""
     recorded = table.provenance.coverage
-    return None if recorded is None else Covered.model_validate(recorded)
+    return None if recorded is None else Coverage.from_json(recorded)
 
 
 def model_sizes(table: SensitivityTable, planned: int) -> tuple[int | None, int | None]:
@@ -31,9 +27,11 @@ def model_sizes(table: SensitivityTable, planned: int) -> tuple[int | None, int 
             model came.
         planned: Bytes of the planned weights.
     """
-    outside = table.provenance.outside_bytes
+    outside, came_in = table.provenance.outside_bytes, table.provenance.file_bytes
     if outside is None:
         return None, None
+    if came_in is not None:
+        return planned + outside, came_in
     item = _ITEM_BYTES.get(table.provenance.dtype or "")
     return planned + outside, None if item is None else item * table.weights + outside
 
@@ -56,15 +54,18 @@ def outside_bytes(table: SensitivityTable, budget: Budget) -> int:
     return outside
 
 
-def describe_coverage(found: Covered) -> str:
+def describe_coverage(found: Coverage) -> str:
     """Which share of the weights is planned, and the largest that are not, as a phrase."""
+    guessed = ""
+    if found.unreached:
+        guessed = f"; no calibration token reached {len(found.unreached):,} experts among them"
     if not found.left_out:
-        return f"all {found.weights:,} weights are planned"
+        return f"all {found.weights:,} weights are planned{guessed}"
     largest = sorted(found.left_out, key=lambda entry: -entry.weights)
     named = ", ".join(f"{e.name} ({e.weights:,}: {e.reason})" for e in largest[:NAMED])
     more = f" and {len(largest) - NAMED:,} more" if len(largest) > NAMED else ""
     share = math.floor(1000 * found.share) / 10  # 100 % is all, not nearly all
-    return f"{share:.1f} % of {found.weights:,} weights are planned; not {named}{more}"
+    return f"{share:.1f} % of {found.weights:,} weights are planned{guessed}; not {named}{more}"
 
 
 def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
@@ -78,16 +79,12 @@ def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
 
     Raises:
         ValueError: If ``budget`` counts bits per weight or a ratio, and units hold less than
-            LEAST of the weights.
+            ENOUGH of the weights.
     """
     found = coverage_of(table)
-    if found is None or found.selected or found.share >= LEAST:
+    if found is None or found.selected or found.share >= ENOUGH:
         return
-    text = describe_coverage(found)
     if budget is not None and budget.kind in ("bpw", "ratio"):
-        raise ValueError(
-            f"{budget.text!r} would say little about the size of the model: {text}. Give a budget "
-            "in bytes or for the whole file, such as 'file:82MB', or say with --include or "
-            "--exclude what to plan."
-        )
+        found.require(budget.text)
+    text = describe_coverage(found)
     warnings.warn(f"{text[0].upper()}{text[1:]}, and stay as they are.", stacklevel=3)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from .._base.records import Record, Strict
+from ..models.coverage import Coverage
 from ..models.units import Ranges, by_matrix, matrix_name, overlap, ranges_fault
 from ..quantizers.format import Format
 from ..sensitivity.provenance import ModelRef
@@ -127,41 +128,10 @@ class Refinement(Strict):
 
 
 class RowSet(Strict):
-    """Which rows of a matrix a part is: ``rows`` are half-open ranges, ascending."""
+    """Which rows of a matrix a part is: half-open ranges, in the order the part has them."""
 
     module: str
     rows: list[tuple[int, int]]
-
-
-class LeftOut(Strict):
-    """Weights that no unit holds, and why."""
-
-    name: str
-    weights: int
-    reason: str
-
-
-class Covered(Strict):
-    """How much of the model the plan is about; tied weights count once.
-
-    Attributes:
-        planned: Weights in units.
-        weights: All weights: entries of parameters with two dimensions or more.
-        left_out: The others.
-        selected: Whether the user chose the units with ``--include`` or ``--exclude``.
-        unreached: Experts that no calibration token reached, whose price is their type's.
-    """
-
-    planned: int
-    weights: int
-    left_out: list[LeftOut] = Field(default_factory=list)
-    selected: bool = False
-    unreached: list[str] = Field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """``planned / weights``."""
-        return self.planned / self.weights if self.weights else 1.0
 
 
 class Plan(Record):
@@ -210,7 +180,7 @@ class Plan(Record):
     bpw: float
     model_bytes: int | None = None
     original_bytes: int | None = None
-    coverage: Covered | None = None
+    coverage: Coverage | None = None
     predicted_kl: Predicted
     predicted_kl_stderr: Predicted
     lower_bound_kl: Predicted

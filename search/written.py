@@ -80,9 +80,9 @@ def plan_from_choice(
     return Plan(
         model=origin.model,
         assignments={
-            module: table.formats[f]
+            part.name: table.formats[f]
             for unit, f in zip(table.units, choice.tolist(), strict=True)
-            for module in unit.modules
+            for part in unit.parts
         },
         row_sets={
             part.name: RowSet(module=part.module, rows=list(part.rows))

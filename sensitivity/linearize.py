@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..models.passes import Upstream
 from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.units import UnitInfo
@@ -19,7 +20,7 @@ from ..quantizers.store import Rows
 from .errors import map_errors
 from .experts import Reach
 from .factors import Block, DenseGradient, Gradient, inner, squared
-from .probes import Upstream, label_upstream, positions_in, stream
+from .probes import label_upstream, positions_in, stream
 from .uses import uses_of
 
 

@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.passes import Upstream
 from ..models.rendering import Renderer, first_input, rows_of
 from ..models.sites import Place
 from ..models.workload import Batch, LoadedModel, samples_in
 from .factors import DenseGradient, Factors, Gradient
 from .uses import Use, check_unchanged, gradients_to, uses_of
-
-# Gradient with respect to the logits [samples, positions, classes], from the logits themselves.
-Upstream = Callable[[Tensor, Batch], Tensor]
-
 
 Visitor = Callable[[str, Gradient], None]
 Hook = Callable[..., Any]

@@ -43,6 +43,7 @@ class Provenance(BaseModel):
         calibration: What the samples say of themselves: source, number, length, seed, hash.
         seed: Seed of every random draw.
         outside_bytes: Bytes of a written model file that are not units, header included.
+        file_bytes: Bytes of the file that the model came in, where ``dtype`` does not give them.
         layer_types: Unit -> what it is where it is no product of a matrix with every input:
             ``embedding``, ``tied embedding``, ``convolution``.
         coverage: Which of the model's weights are in units, and which are left out and why.
@@ -63,6 +64,7 @@ class Provenance(BaseModel):
     calibration: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
     outside_bytes: int | None = None
+    file_bytes: int | None = None
     layer_types: dict[str, str] = Field(default_factory=dict)
     coverage: dict[str, Any] | None = None
     evidence: dict[str, Any] | None = None
@@ -110,7 +112,14 @@ class Provenance(BaseModel):
         for key, value in self.model_dump().items():
             inner = value if isinstance(value, dict) else {"": value}
             flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in inner.items()}
-        silent = ("versions", "layer_types", "coverage", "model.id", "calibration.per")
+        silent = (
+            "versions",
+            "layer_types",
+            "coverage",
+            "file_bytes",
+            "model.id",
+            "calibration.per",
+        )
         return {key: value for key, value in flat.items() if not key.startswith(silent)}
 
     def _knows(self, name: str) -> bool:

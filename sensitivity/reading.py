@@ -1,4 +1,4 @@
-"""Passes of a model in memory that read the factors of every weight gradient."""
+"""Passes of a model in memory that read inputs by their sites and gradients from the stream."""
 
 from __future__ import annotations
 
@@ -7,43 +7,54 @@ from functools import partial
 
 from torch import Tensor
 
-from ..models.passes import Pass, Upstream, Watched, WholePass
+from ..models.passes import Pass, Upstream
 from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.units import UnitInfo
+from ..models.whole import Watched, WholePass
 from ..models.workload import Batch, LoadedModel
-from .probes import Factors, module_input, stream
+from .factors import Gradient
+from .probes import stream
+from .uses import Uses, uses_of
 
 
-class FactorReader:
-    """Reads inputs from every module of a unit, and gradients from the stream of factors.
+class UsesReader:
+    """Reads a model as :func:`.uses.uses_of` has found that it uses its weights.
 
     Args:
         model: The model.
-        renderer: Says which modules are units.
+        renderer: Knows the units.
+        samples: The inputs.
     """
 
-    def __init__(self, model: LoadedModel, renderer: Renderer) -> None:
-        self._model, self._renderer = model, renderer
+    def __init__(self, model: LoadedModel, renderer: Renderer, samples: Samples) -> None:
+        self._model, self._renderer, self._samples = model, renderer, samples
 
     def watched(self) -> Iterator[Watched]:
-        """Every module of a unit; tied ones under one name."""
-        for name, module in self._renderer.hooked_modules():
-            yield Watched(name, module, partial(module_input, module))
+        """The modules of all weights that are products with inputs."""
+        uses = self._uses()
+        for use in uses.by_factors:
+            place = use.place
+            read = partial(place.site.inputs, place.module)
+            divides = not uses.singly
+            yield Watched(use.matrix, place.site_name, place.module, read, use.scale, divides)
 
-    def pieces(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The batches as they are."""
-        return batches
+    def pieces(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """See :meth:`.uses.Uses.pieces`."""
+        return self._uses().pieces(batches)
 
     def stream(
-        self, batch: Batch, *probes: tuple[Upstream, Callable[[str, Factors], None]]
+        self, batch: Batch, *probes: tuple[Upstream, Callable[[str, Gradient], None]]
     ) -> Tensor:
         """See :func:`.probes.stream`."""
         return stream(self._model, self._renderer, batch, *probes)
 
+    def _uses(self) -> Uses:
+        return uses_of(self._model, self._renderer, self._samples.batches)
+
 
 def whole_pass(
     model: LoadedModel, renderer: Renderer, units: Sequence[UnitInfo], samples: Samples
-) -> Pass[Factors]:
+) -> Pass[Gradient]:
     """A pass over samples with the whole model in memory."""
-    return WholePass(model, renderer, units, samples, FactorReader(model, renderer))
+    return WholePass(model, renderer, units, samples, UsesReader(model, renderer, samples))

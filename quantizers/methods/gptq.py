@@ -97,7 +97,7 @@ def _feedback(hessian: Tensor) -> Tensor:
         damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(dead, mean[:, None], damping[:, None]))
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         if not failed.any() and lower.isfinite().all():
-            factor = lower.flip(-2, -1)
+            factor: Tensor = lower.flip(-2, -1)
             return (factor / factor.diagonal(dim1=-2, dim2=-1)[:, None]).to(hessian.dtype)
         if attempt:
             damping = torch.where(failed > 0, 10 * damping, damping)
@@ -190,7 +190,7 @@ class _Sweep:
         end = start + target.shape[1]
         weight = self.weight[:, start:end]
         back = self.feedback[:, start:end, start:end].transpose(1, 2)
-        made_up = torch.linalg.solve_triangular(
+        made_up: Tensor = torch.linalg.solve_triangular(
             back, target - weight, upper=False, unitriangular=True
         )
         return weight + made_up

@@ -14,9 +14,11 @@ from ...models.units import UnitInfo
 from ...quantizers.format import Format
 
 if TYPE_CHECKING:  # so that the names of metrics can be listed without torch
+    from ...models.passes import Pass
     from ...models.rendering import Renderer
     from ...models.samples import Samples
     from ...models.workload import LoadedModel
+    from ..factors import Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,13 @@ class Task:
     seed: int
     advance: Callable[[int], None]
     unreached: list[str] = field(default_factory=list)
+
+    @property
+    def passes(self) -> Pass[Gradient]:
+        """Takes the samples through the model and shows inputs and gradients."""
+        from ..reading import whole_pass
+
+        return whole_pass(self.model, self.renderer, self.units, self.samples)
 
     def unit_index(self) -> dict[str, int]:
         """Canonical module name -> index of its unit."""

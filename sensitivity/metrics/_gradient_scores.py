@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...models.workload import samples_in
+from ...models.passes import Upstream
 from ..experts import Reach
 from ..factors import Gradient, Product, gradient_products
-from ..probes import Upstream, positions_in, stream
 from ..uses import uses_of
 from . import Task
 
@@ -38,27 +37,17 @@ def gradient_scores(
     scores = np.zeros(shape)
     uses = uses_of(task.model, task.renderer, task.samples.batches)
     reach = Reach(task.renderer, uses)
-    positions = np.zeros((task.samples.count, 1, 1))
-    start = 0
-    for batch in uses.pieces(task.samples.batches):
-        count = samples_in(batch)
-        rows = scores[:, start : start + count]
 
-        def visit(name: str, source: Gradient, rows: NDArray[np.float64] = rows) -> None:
-            found = gradient_products(source, task.renderer, name, task.formats, products)
-            if not np.isfinite(found).all():
-                raise ValueError(
-                    f"The gradient of {name!r} is NaN or Inf on a calibration batch. Check the "
-                    f"model there, or leave it out with --exclude {name!r}."
-                )
-            reach.saw(name, source)
-            rows[:, :, index[name]] += found
+    def visit(name: str, source: Gradient, samples: range) -> None:
+        found = gradient_products(source, task.renderer, name, task.formats, products)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"The gradient of {name!r} is NaN or Inf on a calibration batch. Check the "
+                f"model there, or leave it out with --exclude {name!r}."
+            )
+        reach.saw(name, source)
+        scores[:, samples.start : samples.stop, index[name]] += found
 
-        # No name for the logits: the last batch's would stay in memory during the next one.
-        positions[start : start + count] = (
-            positions_in(stream(task.model, task.renderer, batch, (upstream, visit))) - unlabelled
-        )
-        start += count
-        task.advance(count)
+    positions = task.passes.backward((upstream, visit), advance=task.advance)
     task.unreached.extend(reach.extend(scores, products, task.units, task.formats))
-    return scores, positions
+    return scores, (positions - unlabelled)[:, None, None].astype(np.float64)

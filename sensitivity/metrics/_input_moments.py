@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...models.rendering import first_input
-from ...models.workload import samples_in
+from ...models.passes import Inputs
 from ..experts import Reach
 from ..factors import squared
-from ..probes import positions_in
-from ..uses import Use, Uses, uses_of
+from ..uses import Uses, uses_of
 from . import Task
 
 
@@ -64,42 +62,22 @@ def input_moments(
     moments: dict[Key, Tensor] = {}
     reach = Reach(task.renderer, uses)
 
-    def collect(use: Use) -> Callable[..., None]:
-        place = use.place
+    def collect(inputs: Inputs) -> None:
+        x = inputs.x.flatten(0, 1)
+        if not len(x):  # an expert that no token was sent to
+            return
+        if x.is_floating_point():
+            moment = moment_of(x)
+        else:
+            vocabulary = task.renderer.weight(inputs.name).shape[0]
+            moment = torch.bincount(x, minlength=vocabulary).float()
+        if inputs.scale != 1:
+            moment = inputs.scale**2 * moment
+        key = Key(inputs.name, inputs.kind)
+        moments[key] = moments[key] + moment if key in moments else moment
+        reach.saw_all(inputs.name)
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Tensor
-        ) -> None:
-            x = place.site.inputs(module, first_input(args, kwargs), 1)[0]
-            if not len(x):  # an expert that no token was sent to
-                return
-            if place.site.lookups:
-                vocabulary = task.renderer.weight(use.matrix).shape[0]
-                moment = torch.bincount(x, minlength=vocabulary).float()
-            else:
-                moment = moment_of(x)
-            if use.scale != 1:
-                moment = use.scale**2 * moment
-            key = Key(use.matrix, place.site_name)
-            moments[key] = moments[key] + moment if key in moments else moment
-            reach.saw_all(use.matrix)
-
-        return hook
-
-    handles = [
-        use.place.module.register_forward_hook(collect(use), with_kwargs=True)
-        for use in uses.by_factors
-    ]
-    positions = 0
-    try:
-        with torch.no_grad():
-            for batch in task.samples.batches:
-                logits = task.model.logits(batch)
-                positions += logits.shape[0] * positions_in(logits)
-                task.advance(samples_in(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    positions = int(task.passes.forward(collect, task.advance).sum())
     return moments, positions, reach
 
 

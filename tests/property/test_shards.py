@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitplan.models.find import find_units
+from bitplan.models.passes import Inputs
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, samples_from_batches
 from bitplan.models.workload import LoadedModel, Workload, samples_in
-from bitplan.sensitivity.probes import Factors
+from bitplan.sensitivity.factors import Gradient
 from bitplan.sensitivity.reading import whole_pass
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -95,12 +96,12 @@ def sums_of(model: LoadedModel, samples: Samples) -> dict[str, Any]:
     passes = whole_pass(model, Renderer(model.module, units), units, samples)
     sums: dict[str, Any] = {}
 
-    def moments(name: str, x: Tensor, _samples: range) -> None:
-        rows = x.flatten(0, 2).double()
-        sums[f"{name} moments"] = sums.get(f"{name} moments", 0.0) + (rows.T @ rows).numpy()
+    def moments(inputs: Inputs) -> None:
+        rows, key = inputs.x.flatten(0, 2).double(), f"{inputs.name} moments"
+        sums[key] = sums.get(key, 0.0) + (rows.T @ rows).numpy()
 
-    def gradients(name: str, factors: Factors, _samples: range) -> None:
-        squares = factors.gradient(slice(None)).double().square().sum(0)
+    def gradients(name: str, gradient: Gradient, _samples: range) -> None:
+        squares = gradient.gradient(slice(None)).double().square().sum(0)
         sums[f"{name} gradients"] = sums.get(f"{name} gradients", 0.0) + squares.numpy()
 
     def upstream(logits: Tensor, _batch: Any) -> Tensor:

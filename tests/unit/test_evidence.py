@@ -49,6 +49,7 @@ def test_moments_are_those_of_what_each_output_channel_multiplies() -> None:
     model, samples = images()
     net, x = model.module, torch.cat([b for b in samples.batches if isinstance(b, Tensor)])
     (found,) = gathered(model, samples)
+    assert isinstance(net, Net)
     inputs = {"plain": x, "depthwise": net.plain(x), "grouped": net.depthwise(net.plain(x))}
     for name, given in inputs.items():
         module = net.get_submodule(name)
@@ -57,6 +58,7 @@ def test_moments_are_those_of_what_each_output_channel_multiplies() -> None:
         assert hessian is not None
         assert hessian.shape[0] == module.groups
         # mean square of the outputs without bias = w H w^T, channel by channel
+        assert module.bias is not None
         output = module(given) - module.bias[:, None, None]
         expected = output.square().mean((0, 2, 3))
         rows = module.weight.flatten(1).unflatten(0, (module.groups, -1))
@@ -93,8 +95,9 @@ def test_batches_do_not_matter_and_few_matrices_at_a_time_give_the_same(tiny: Lo
     assert sum(len(some) for some in pieces) == len(whole) + 1
     for some in pieces[1:]:
         for name, evidence in some.items():
-            assert evidence.hessian is not None and whole[name].hessian is not None
-            assert torch.equal(evidence.hessian, whole[name].hessian)
+            expected = whole[name].hessian
+            assert evidence.hessian is not None and expected is not None
+            assert torch.equal(evidence.hessian, expected)
 
 
 def test_a_renderer_gets_what_its_method_needs(tiny: LoadedModel) -> None:
@@ -110,10 +113,10 @@ def test_a_renderer_gets_what_its_method_needs(tiny: LoadedModel) -> None:
 
 
 def test_an_input_that_overflows_is_named() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False).eval()
-    with torch.no_grad():
-        module[0].bias.fill_(1e30)
-        module[1].weight.fill_(1e-30)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    module = nn.Sequential(first, second).requires_grad_(False).eval()
+    first.bias.fill_(1e30)
+    second.weight.fill_(1e-30)
     model = LoadedModel("big", module, "float32", Workload(module))
     samples = samples_from_batches([torch.randn(3, 4)], model, "x", 0)
     renderer = Renderer(module, find_units(module), "gptq")

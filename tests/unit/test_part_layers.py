@@ -110,7 +110,9 @@ def in_parts(draw: st.DrawFn) -> tuple[Tensor, list[Ranges], list[str]]:
     names = ("int1-g32", "int3-g64-asym", "int8-gt", "nf4-g64", "int4-gc+lr2", "bf16", "q4_k")
     chosen = [draw(st.sampled_from(names)) for _ in row_sets]
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(len(owners) + cols))
-    return weight, [tuple(ranges) for ranges in row_sets.values()], chosen
+    turned = draw(st.booleans())  # a part has its rows in the order of its ranges
+    ranges_of = [tuple(reversed(r)) if turned else tuple(r) for r in row_sets.values()]
+    return weight, ranges_of, chosen
 
 
 @given(in_parts(), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))

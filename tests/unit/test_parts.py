@@ -144,8 +144,11 @@ def test_a_plan_with_parts_reads_back(plan: Plan, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({f"{UP}[rows:0]": None}, r"up_proj\[rows:0\]: row_sets does not say which rows"),
-        ({f"{UP}[rows:0]": (UP, [])}, r"up_proj\[rows:0\]: rows are ascending ranges.*not nothing"),
-        ({f"{UP}[rows:0]": (UP, [(5, 9), (2, 3)])}, "ascending ranges.*5 to 8, 2 to 2"),
+        (
+            {f"{UP}[rows:0]": (UP, [])},
+            r"up_proj\[rows:0\]: rows are ranges.*each with rows, not \[\]",
+        ),
+        ({f"{UP}[rows:0]": (UP, [(5, 9), (6, 7)])}, r"do not overlap.*\[\(5, 9\), \(6, 7\)\]"),
         ({f"{UP}[rows:0]": (DOWN, [(0, 192)])}, "a part of 'model.layers.1.mlp.down_proj' has"),
         ({f"{UP}[rows:0]": (UP, [(0, 130), (256, 320)])}, "share rows 128 to 129"),
         ({f"{UP}[rows:7]": (UP, [(512, 513)])}, r"up_proj\[rows:7\]: it has no format"),

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bitplan.models.find import find_units
-from bitplan.models.passes import Pass
+from bitplan.models.passes import Inputs, Pass
 from bitplan.models.rendering import Assignment, Renderer
 from bitplan.models.samples import Samples, calibration_samples, samples_from_batches
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
-from bitplan.sensitivity.probes import Factors, data_upstream, stream
+from bitplan.sensitivity.factors import Factors, Gradient
+from bitplan.sensitivity.probes import data_upstream, stream
 from bitplan.sensitivity.reading import whole_pass
 from tests.toys import softmax_regression
 
@@ -108,7 +108,7 @@ CASES: dict[str, Callable[[], tuple[LoadedModel, Samples]]] = {
 }
 
 
-def whole(model: LoadedModel, samples: Samples) -> Pass[Factors]:
+def whole(model: LoadedModel, samples: Samples) -> Pass[Gradient]:
     units = find_units(model.module)
     return whole_pass(model, Renderer(model.module, units), units, samples)
 
@@ -142,10 +142,10 @@ def by_hand(model: LoadedModel, samples: Samples, plan: Assignment) -> Seen:
     return seen
 
 
-def collector(seen: Seen) -> Callable[[str, Tensor, range], None]:
-    def visit(name: str, x: Tensor, samples: range) -> None:
-        assert len(x) == len(samples)
-        seen.setdefault((name, samples.start), []).append(x.clone())
+def collector(seen: Seen) -> Callable[[Inputs], None]:
+    def visit(inputs: Inputs) -> None:
+        assert len(inputs.x) == len(inputs.samples) and inputs.scale == 1
+        seen.setdefault((inputs.name, inputs.samples.start), []).append(inputs.x.clone())
 
     return visit
 
@@ -202,14 +202,14 @@ def test_inputs_that_no_sample_owns_are_shown_as_a_whole() -> None:
             self.tokens, self.where = nn.Embedding(9, 4), nn.Embedding(6, 4)
 
         def forward(self, ids: Tensor) -> Tensor:
-            logits: Tensor = self.tokens(ids) + self.where(torch.arange(6))
+            logits: Tensor = self.tokens(ids) + self.where(torch.arange(6)[None])
             return logits
 
     module = Positions().requires_grad_(False).eval()
     model = LoadedModel("positions", module, "float32", Workload(module))
     samples = samples_from_batches(torch.randint(0, 9, (5, 6)).split(3), model, "toy", 0)
     shapes: list[tuple[str, tuple[int, ...], range]] = []
-    whole(model, samples).forward(lambda name, x, who: shapes.append((name, tuple(x.shape), who)))
+    whole(model, samples).forward(lambda i: shapes.append((i.name, tuple(i.x.shape), i.samples)))
     assert shapes == [
         ("tokens", (3, 6), range(3)),
         ("where", (1, 6), range(3)),
@@ -232,7 +232,7 @@ def test_backward_factors_are_the_weight_gradients_of_autograd(case: str) -> Non
             start = next(starts)  # once per batch, in order
             return upstreams[number, start : start + len(batch)].clone()  # may be overwritten
 
-        def visit(name: str, factors: Factors, who: range) -> None:
+        def visit(name: str, factors: Gradient, who: range) -> None:
             order.append((who.start, number))
             rows = factors.touched_rows()
             gradient = factors.gradient(slice(None) if rows is None else rows)
@@ -347,32 +347,24 @@ def test_visits_of_a_model_in_one_block_are_those_of_forward() -> None:
     assert_same(found, alone)
 
 
-def test_sums_over_data_gradients_are_those_of_the_metric_stream() -> None:
-    """The upstream of the text's own labels goes through a pass unchanged."""
+def test_text_labels_reach_the_upstream_through_a_pass() -> None:
     model, samples = language()
-    passes = whole(model, samples)
     upstream = data_upstream(torch.Generator(), is_language_model=True)
-    found: dict[str, float] = {}
-    passes.backward(
-        (
-            upstream,
-            lambda name, factors, _: found.update(
-                {name: found.get(name, 0.0) + float(factors.delta.double().square().sum())}
-            ),
-        )
-    )
-    expected: dict[str, float] = {}
+    found: list[tuple[str, Tensor]] = []
+    expected: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, gradient: Gradient, _samples: range) -> None:
+        assert isinstance(gradient, Factors)
+        found.append((name, gradient.delta))
+
+    def keep_plain(name: str, gradient: Gradient) -> None:
+        assert isinstance(gradient, Factors)
+        expected.append((name, gradient.delta))
+
+    whole(model, samples).backward((upstream, keep))
     renderer = Renderer(model.module, find_units(model.module))
     for batch in samples.batches:
-        stream(
-            model,
-            renderer,
-            batch,
-            (
-                upstream,
-                lambda name, factors: expected.update(
-                    {name: expected.get(name, 0.0) + float(factors.delta.double().square().sum())}
-                ),
-            ),
-        )
-    assert found == expected and np.isfinite(list(found.values())).all()
+        stream(model, renderer, batch, (upstream, keep_plain))
+    assert len(found) == len(expected) == 3 * 11
+    for (name, delta), (other, wanted) in zip(found, expected, strict=True):
+        assert name == other and torch.equal(delta, wanted)

@@ -221,3 +221,38 @@ def test_a_format_that_does_not_exist_is_named_with_its_module(
     path.write_text(text.replace('"c": "int2-gc"', '"c": "int9-g64"'))
     with pytest.raises(ValueError, match=r"'c' has the format 'int9-g64'.*Did you mean"):
         Plan.load(path)
+
+
+def test_rows_of_a_matrix_may_have_formats_of_their_own(tmp_path: Path) -> None:
+    halves = UnitInfo("w[rows:0]", ("w[rows:0]",), ((2, 16),), "w", rows=(((0, 1), (3, 4)),))
+    others = UnitInfo("w[rows:1]", ("w[rows:1]",), ((2, 16),), "w", rows=(((1, 3),),))
+    formats = ("int2-gc", "int8-gc")
+    table = SensitivityTable(
+        units=(halves, others),
+        formats=formats,
+        bytes=stored_bytes((halves, others), [Format.parse(name) for name in formats]),
+        kl=np.array([[0.5, 0.1], [0.4, 0.0]]),
+        stderr=np.zeros((2, 2)),
+        provenance=PROVENANCE,
+    )
+    plan = plan_from_choice(table, np.array([0, 1]), "certified")
+    assert plan.assignments == {"w[rows:0]": "int2-gc", "w[rows:1]": "int8-gc"}
+    assert {name: (r.module, r.rows) for name, r in plan.row_sets.items()} == {
+        "w[rows:0]": ("w", [(0, 1), (3, 4)]),
+        "w[rows:1]": ("w", [(1, 3)]),
+    }
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    data = json.loads(path.read_text())
+    for damage, says in (
+        ({"w[rows:1]": {"module": "w", "rows": [[1, 4]]}}, "parts of w share rows 3 to 3"),
+        (
+            {"w[rows:1]": {"module": "w", "rows": [[2, 2]]}},
+            r"rows:1\]: rows are ranges.*each with rows",
+        ),
+        ({"w[rows:2]": {"module": "w", "rows": [[1, 3]]}}, r"rows:2\]: it has no format"),
+    ):
+        path.write_text(json.dumps(data | {"row_sets": data["row_sets"] | damage}))
+        with pytest.raises(ValueError, match=says):
+            Plan.load(path)

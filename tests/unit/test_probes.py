@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.models.find import find_units
+from bitplan.models.passes import Upstream
 from bitplan.models.rendering import Renderer
 from bitplan.models.workload import Batch, LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.estimate import profile
 from bitplan.sensitivity.factors import Gradient, gradient_products, inner
 from bitplan.sensitivity.probes import (
-    Upstream,
     data_upstream,
     gaussian_upstream,
     label_upstream,
