@@ -160,7 +160,7 @@ def _described(
     """The unit of every weight; of those to be split, the units of its parts."""
     experts = {one.place.name: expert_of(one.place.path, model) for one in found}
     stack = _main_stack(list(experts))
-    units = []
+    units: list[UnitInfo] = []
     for one in found:
         place, name = one.place, one.place.name
         expert = experts[name]
