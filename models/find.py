@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from .._base.hints import closest
 from .coverage import Coverage, Left
 from .fusion import fuse
 from .sites import Place, places
@@ -223,7 +223,7 @@ def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
 def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
         if not _matches(names, [glob]):
-            near = get_close_matches(glob, names, n=1, cutoff=0.3) or names[:1]
+            near = closest(glob, names, cutoff=0.3) or list(names[:1])
             raise ValueError(f"No layer matches {glob!r}. A layer name looks like {near[0]!r}.")
 
 

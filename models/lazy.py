@@ -125,4 +125,4 @@ def _operator(name: str) -> Callable[..., Any]:
 for _name in ("add", "sub", "mul", "matmul", "truediv", "pow"):
     for _side in ("", "r"):
         setattr(LazyWeight, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
-LazyWeight.__neg__ = _operator("__neg__")  # type: ignore[attr-defined]
+setattr(LazyWeight, "__neg__", _operator("__neg__"))  # noqa: B010

@@ -176,9 +176,10 @@ class _Swap:
         def read(_module: nn.Module) -> Any:
             parameter = place.parameter
             if torch.is_grad_enabled() and parameter.requires_grad:
-                return _InPlaceOf.apply(parameter, place.restored(self.rendered(matrix)))
+                standing_in: Any = _InPlaceOf.apply
+                return standing_in(parameter, place.restored(self.rendered(matrix)))
             if place.site.by_index and whole is not None and parameter.shape == place.shape:
-                return LazyWeight(parameter.shape, parameter, dense, some)
+                return LazyWeight(torch.Size(parameter.shape), parameter, dense, some)
             return dense()
 
         def dense() -> Tensor:

@@ -62,7 +62,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def _become(module: nn.Module, kind: type[nn.Module], reads: dict[str, Read], keys: Any) -> None:
+def _become(module: nn.Module, kind: Any, reads: dict[str, Read], keys: Any) -> None:
     if reads:
         module.__dict__[_READS], module.__dict__[_KEYS] = reads, keys
         object.__setattr__(module, "__class__", kind)  # for the sites to look at
@@ -74,7 +74,7 @@ def _become(module: nn.Module, kind: type[nn.Module], reads: dict[str, Read], ke
 
 
 @cache
-def _subclass(kind: type[nn.Module], keys: tuple[tuple[str, str, bool], ...]) -> type[nn.Module]:
+def _subclass(kind: Any, keys: tuple[tuple[str, str, bool], ...]) -> type[nn.Module]:
     """The subclass in which some parameters are properties: one per class and parameters."""
     namespace: dict[str, Any] = {
         "__module__": kind.__module__,
@@ -86,7 +86,8 @@ def _subclass(kind: type[nn.Module], keys: tuple[tuple[str, str, bool], ...]) ->
     for attribute, site, packed in keys:
         namespace |= SITES.get(site).methods(kind, packed)
         namespace[attribute] = property(_getter(attribute))
-    return type(kind)(kind.__name__, (kind,), namespace)
+    made: type[nn.Module] = type(kind)(kind.__name__, (kind,), namespace)
+    return made
 
 
 def _getter(attribute: str) -> Callable[[nn.Module], Any]:
@@ -102,7 +103,7 @@ def _reduce(self: nn.Module, _protocol: Any) -> Any:
     return _rebuild, (original_class(self), self.__dict__[_KEYS]), state
 
 
-def _rebuild(kind: type[nn.Module], keys: tuple[tuple[str, str, bool], ...]) -> nn.Module:
+def _rebuild(kind: Any, keys: tuple[tuple[str, str, bool], ...]) -> nn.Module:
     subclass = _subclass(kind, keys)
     module: nn.Module = subclass.__new__(subclass)
     return module

@@ -26,7 +26,7 @@ from ..quantizers.methods import METHODS, Evidence
 from .uses import uses_of
 
 LIMIT = 1 << 31  # bytes of second moments and their factors at a time
-TOKENS = 2048  # per forward pass of a language model, whatever --batch-tokens: sums stay the same
+TOKENS = 1024  # per forward pass of a language model, whatever --batch-tokens: sums stay the same
 
 
 def calibrated(

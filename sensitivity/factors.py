@@ -96,7 +96,8 @@ class DenseGradient:
 
     def reached(self) -> Tensor:
         """Which experts have a gradient: bool [blocks]."""
-        return self.matrix.unflatten(0, (self.blocks, -1)).flatten(1).any(1)
+        blocks: Tensor = self.matrix.unflatten(0, (self.blocks, -1))
+        return blocks.flatten(1).any(1)
 
     def touched_rows(self) -> Tensor | None:
         """The rows of experts that have a gradient."""
@@ -104,7 +105,8 @@ class DenseGradient:
         if reached is None or reached.all():
             return None
         rows = torch.arange(len(self.matrix), device=self.matrix.device)
-        return rows.unflatten(0, (self.blocks, -1))[reached].flatten()
+        found: Tensor = rows.unflatten(0, (self.blocks, -1))[reached].flatten()
+        return found
 
     def gradient(self, rows: Rows) -> Tensor:
         """See :class:`Gradient`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from .toys import seeded
 
@@ -26,7 +27,7 @@ def save_toy_llama(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    merges = list(product(LETTERS, repeat=2))[:-1]
+    merges = [(a, b) for a, b in product(LETTERS, repeat=2)][:-1]
     names = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     assert len(set(names)) == VOCABULARY
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
@@ -44,7 +45,8 @@ def save_toy_llama(
         bos_token_id=None,
         eos_token_id=0,
     )
-    model = seeded(LlamaForCausalLM(config), hidden**-0.5, seed)
+    made: Any = LlamaForCausalLM(config)
+    model: Any = seeded(made, hidden**-0.5, seed)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     return folder

@@ -195,6 +195,8 @@ class QuantizedConv2d(nn.Module):
 
     def __init__(self, name: str, packed: PackedTensor, like: Any) -> None:
         super().__init__()
+        self.kernel: tuple[int, ...]
+        self.options: Any
         self.kernel, self.options = conv_options(like)
         self.dense, self.bias = dense_weight(name, packed), like.bias
 
@@ -211,7 +213,8 @@ class QuantizedConv2d(nn.Module):
             # OpenVINO multiplies what normalizes the outputs of a convolution with groups into the
             # weights before this reshape, where they have another rank. A bound is in its way.
             weight = weight.clamp(min=-torch.finfo(torch.float32).max)
-        return F.conv2d(x, weight, self.bias, *self.options)
+        result: Tensor = F.conv2d(x, weight, self.bias, *self.options)
+        return result
 
 
 def dense_weight(name: str, packed: PackedTensor) -> nn.Module:

@@ -25,7 +25,7 @@ class Conv(Site):
         assert isinstance(module, nn.modules.conv._ConvNd)
         if not module.transposed:
             return weight.flatten(1)
-        by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
+        by_group: Tensor = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1).flatten(1)
 
     def restored(

@@ -45,9 +45,8 @@ class Experts(Site):
         self, module: nn.Module, attribute: str, matrix: Tensor, shape: torch.Size
     ) -> Tensor:
         """See :meth:`Site.restored`: a view."""
-        if is_transposed(module, attribute, shape):
-            return matrix.unflatten(0, (shape[0], -1)).transpose(1, 2)
-        return matrix.unflatten(0, (shape[0], -1))
+        experts: Tensor = matrix.unflatten(0, (shape[0], -1))
+        return experts.transpose(1, 2) if is_transposed(module, attribute, shape) else experts
 
     def methods(self, kind: type[nn.Module], packed: bool) -> dict[str, Any]:
         """Packed experts run the plain loop over the experts that tokens reach.

@@ -107,5 +107,5 @@ class Blocks(Codes):
         from ..grid import decode
         from ..lines import Grid
 
-        codes, *grid = unpack_blocks(fmt.name, tensors["blocks"][rows])
-        return decode(codes[:, :cols], fmt, Grid(*grid))
+        codes, d, *rest = unpack_blocks(fmt.name, tensors["blocks"][rows])
+        return decode(codes[:, :cols], fmt, Grid(d, *rest))

@@ -65,7 +65,7 @@ class Integers(Codes):
         """The largest scale."""
         if fmt.symmetric:
             return max(-low, high) / fmt.zero_point
-        return (high - low) / (2**fmt.bits - 1)
+        return (high - low) / float(2**fmt.bits - 1)
 
     def fit(self, weight: Tensor, fmt: Format) -> Grid:
         """Clip search, see ``rtn``."""

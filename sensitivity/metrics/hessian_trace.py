@@ -97,7 +97,7 @@ def _parts(batch: Batch) -> list[Batch]:
 
 
 def _probe(
-    task: Task, batch: Batch, parameters: list[Tensor], generator: torch.Generator
+    task: Task, batch: Batch, parameters: Sequence[Tensor], generator: torch.Generator
 ) -> list[Tensor | None]:
     """``v_u * (H v)_u`` of every parameter for one draw of signs; None if it is not used."""
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # flash has no double backward

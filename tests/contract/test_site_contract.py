@@ -68,7 +68,8 @@ class EmbeddingToy(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-        return self.head(torch.tanh(self.tokens(ids) + self.positions(positions)))
+        logits: Tensor = self.head(torch.tanh(self.tokens(ids) + self.positions(positions)))
+        return logits
 
 
 class ExpertsToy(nn.Module):

@@ -15,6 +15,11 @@ from bitplan.models.workload import Workload
 VOCABULARY = 128
 
 
+def configured(kind: Any, **options: Any) -> Any:
+    """A configuration; some take options that their signatures do not name."""
+    return kind(**options)
+
+
 def _ids(length: int = 10, count: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, VOCABULARY, (2, length), generator=generator) for _ in range(count)]
@@ -93,7 +98,8 @@ def mixtral() -> Workload:
 
 
 def qwen3_moe() -> Workload:
-    config = t.Qwen3MoeConfig(
+    config = configured(
+        t.Qwen3MoeConfig,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -134,7 +140,8 @@ def mamba() -> Workload:
 
 def t5() -> Workload:
     torch.manual_seed(0)
-    config = t.T5Config(
+    config = configured(
+        t.T5Config,
         vocab_size=VOCABULARY,
         d_model=32,
         d_kv=8,
@@ -151,7 +158,8 @@ def t5() -> Workload:
 
 def bert() -> Workload:
     torch.manual_seed(0)
-    config = t.BertConfig(
+    config = configured(
+        t.BertConfig,
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
@@ -166,7 +174,8 @@ def bert() -> Workload:
 
 def vit() -> Workload:
     torch.manual_seed(0)
-    config = t.ViTConfig(
+    config = configured(
+        t.ViTConfig,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -54,7 +54,7 @@ def test_large_matrices_render_in_chunks() -> None:
     fmt = Format.parse("int4-g64")
     weight = normal(4100, 512)  # more than one chunk of rows
     grid = fit_grid(weight, fmt)
-    assert grid is not None
+    assert isinstance(grid, Grid)
     whole = render(weight, fmt, grid)
     assert torch.equal(whole, decode(encode(weight, fmt, grid), fmt, grid))
     assert torch.equal(whole[4090:], render(weight[4090:], fmt, grid_rows(grid, slice(4090, None))))
@@ -103,7 +103,7 @@ def test_non_contiguous_weights() -> None:
     weight = normal(96, 40).T
     grid = fit_grid(weight, fmt)
     same = fit_grid(weight.contiguous(), fmt)
-    assert grid is not None and same is not None
+    assert isinstance(grid, Grid) and isinstance(same, Grid)
     assert torch.equal(grid.scale, same.scale)
     assert torch.equal(render(weight, fmt, grid), render(weight.contiguous(), fmt, same))
 

@@ -140,7 +140,7 @@ def test_compiled_model_is_one_graph(spec: str) -> None:
     torch._dynamo.reset()  # it counts what it compiled in other tests
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     indices = torch.tensor([[1, 2, 3]])
-    assert torch.allclose(compiled(indices), model(indices), atol=1e-6, rtol=1e-5)
+    assert torch.allclose(compiled(indices), model(indices), atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ["int4-g64-asym", "int3-g32"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -70,7 +72,7 @@ def test_fused_matrices_share_a_unit() -> None:
         ({"groups": ["gate,up"]}, "matches nothing"),
     ],
 )
-def test_bad_selections_are_explained(options: dict[str, list[str]], message: str) -> None:
+def test_bad_selections_are_explained(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_units(Net(), **options)
 
