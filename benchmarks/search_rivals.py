@@ -126,7 +126,9 @@ def _tabulate(task: Task, metric: str, scores: Scores) -> SensitivityTable:
         scores=values if len(values) > 1 else None,
         diagonal=scores.diagonal,
         signed=scores.signed,
-        provenance=provenance(task.model, task.units, task.samples, metric, "rtn", task.seed),
+        provenance=provenance(
+            task.model, task.units, task.samples, metric, "rtn", task.seed, selected=True
+        ),  # the lab takes the layers only
     )
 
 

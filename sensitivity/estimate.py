@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
+from ..quantizers.methods import METHODS
 from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .provenance import ModelRef, Provenance
@@ -215,8 +217,15 @@ def provenance(
         file_bytes=model.file_bytes,
         coverage=coverage(model.module, units, selected).to_json(),
         layer_types=_layer_types(model.module, units),
+        evidence=_evidence(rounding, samples),
         versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     )
+
+
+def _evidence(rounding: str, samples: Samples) -> dict[str, Any] | None:
+    """What a rounding method looked at, and the data that was made from."""
+    needs = METHODS.trait(rounding, "needs")
+    return {"needs": sorted(needs), "data_sha256": samples.sha256} if needs else None
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:

@@ -87,7 +87,7 @@ class Moments:
     nothing, so their errors cannot make up for each other. Nor has one that nothing reaches.
     A convolution multiplies unfolded patches; each channel group has second moments of its own.
     A weight that is no plain factor of its module's input (fused experts, recurrent and odd
-    layers) has none either.
+    layers) has none either, nor have some rows of a convolution with channel groups.
 
     Args:
         model: The original model.
@@ -195,6 +195,9 @@ class Moments:
                     f"whose squares overflow. Leave it out with --exclude {leader!r}."
                 )
             result |= dict.fromkeys(found.names, Evidence(moments))
+            if len(moments) > 1:  # rows that were cut do not fall into the channel groups
+                cut = [name for name in found.names if self._renderer.parts[name].rows is not None]
+                result |= dict.fromkeys(cut, Evidence())
         return result
 
     def _run(

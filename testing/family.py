@@ -104,6 +104,7 @@ class FamilyContract(Contract):
             assert fmt.bits <= 8
         if fmt.levels is not None:
             assert len(fmt.levels) == 2**fmt.bits
+            assert list(fmt.levels) == sorted(fmt.levels)
         if fmt.block_size > 1:
             assert fmt.block_size % fmt.group_size == 0
         assert (fmt.rank > 0) <= (fmt.base is not None)

@@ -20,9 +20,11 @@ from ..models.sites import FALLBACK, SITES, Place, Site, places, site_of
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel, samples_in, take
 from ..quantizers.format import Format
+from ..sensitivity.factors import Factors
 from ..sensitivity.metrics import METRICS, Task
 from ..sensitivity.probes import label_upstream
 from .contract import Contract
+from .toys import drawn
 
 LAYER_TYPES = {"linear", "embedding", "convolution", "recurrent", "experts", "other"}
 FORMATS = ("int2-g32-asym", "int4-gc", "fp32")
@@ -130,6 +132,37 @@ class SiteContract(Contract):
         assert (size > 0).all()
         np.testing.assert_allclose(scores / size, np.stack(expected) / size, atol=2e-4)
 
+    def test_factors_multiply_to_the_gradient(
+        self, name: str, model: LoadedModel, own: list[Place]
+    ) -> None:
+        """Where a site gives factors, of every call; else prices would silently come the slow way.
+
+        Whole batches: the factors of a sample are those of its own inputs.
+        """
+        for place in own:
+            scale = place.site.scale(place.module)
+            for x, output in calls(model, place) if scale is not None else ():
+                samples, weight = len(x), place.parameter
+                delta = drawn(output.shape, 9)
+                with torch.enable_grad():
+                    weight.requires_grad_(True)
+                    per_sample = [
+                        torch.autograd.grad(place.module(x[i : i + 1]), weight, delta[i : i + 1])[0]
+                        for i in range(samples)
+                    ]
+                    weight.requires_grad_(False)
+                factors = Factors(
+                    place.site.inputs(place.module, x, samples),
+                    scale * place.site.deltas(place.module, delta, samples),
+                )
+                rows = factors.touched_rows()
+                found = factors.gradient(slice(None) if rows is None else rows)
+                for gradient, expected in zip(found, per_sample, strict=True):
+                    matrix = place.matrix(expected)
+                    given = matrix if rows is None else matrix[rows]
+                    torch.testing.assert_close(gradient, given, rtol=1e-4, atol=1e-5)
+                    assert matrix.count_nonzero() == given.count_nonzero()
+
     def _products(
         self,
         renderer: Renderer,
@@ -211,6 +244,20 @@ def requiring_gradients(renderer: Renderer) -> Iterator[dict[str, Tensor]]:
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def calls(model: LoadedModel, place: Place) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of every call of a place's module on the first batch."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = place.module.register_forward_hook(
+        lambda _module, args, out: seen.append((args[0], out))
+    )
+    try:
+        model.logits(model.workload.calibration[0])
+    finally:
+        hook.remove()
+    return seen
 
 
 @torch.no_grad()

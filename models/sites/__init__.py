@@ -77,6 +77,12 @@ class Site:
         """What stands for the whole module when its weight is packed; see :meth:`kernels`."""
         raise NotImplementedError
 
+    def packed_rows(
+        self, module: nn.Module, parts: list[tuple[PackedTensor, Tensor]]
+    ) -> nn.Module | None:
+        """:meth:`packed` for a weight in parts, each with some rows; None to have it read."""
+        return None
+
     def methods(self, kind: type[nn.Module], packed: bool) -> dict[str, Any]:
         """Methods that a class needs besides while something else stands for its parameters."""
         return {}

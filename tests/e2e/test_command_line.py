@@ -312,3 +312,21 @@ def test_python_interface(tiny_folder: Path) -> None:
     bitplan.apply(model, plan)
     with torch.no_grad():
         assert np.isfinite(model(batches[0]).logits.numpy()).all()
+
+
+def test_a_plan_rounded_by_gptq_goes_all_the_way(tiny_folder: Path, tmp_path: Path) -> None:
+    folder, packed, exported = (tmp_path / name for name in ("run", "packed", "exported"))
+    searched = run(
+        "search", tiny_folder, "--budget", "3.6bpw", "--out", folder, "--rounding", "gptq", *SMALL
+    )
+    assert searched.returncode == 0, searched.stderr
+    assert Plan.load(folder / "plan.json").rounding == "gptq"
+    assert any((folder / "renderings").rglob("*.safetensors"))
+    steps = [
+        ("quantize", folder / "plan.json", "--out", packed),
+        ("eval", packed),
+        ("export", folder, "--to", "compressed_tensors", "--snap", "--out", exported),
+    ]
+    for step in steps:
+        done = run(*step)
+        assert done.returncode == 0, done.stderr

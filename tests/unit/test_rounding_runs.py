@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bitplan._base.progress import Reporter
+from bitplan.exporters.configs.folder import TensorFiles
+from bitplan.exporters.configs.gptq import PARTS
 from bitplan.exporters.export import export
+from bitplan.exporters.layouts.packing import from_gptq
 from bitplan.exporters.source import open_source
 from bitplan.jobs.folder import RunFolder
 from bitplan.jobs.held_out import run_eval
@@ -137,6 +141,26 @@ def test_packed_and_exported_codes_are_those_that_were_priced(
         if not same(expected[n], nearest(weights[n], expected[n].fmt, Evidence()))
     ]
     assert len(others) >= 10, "GPTQ's codes are not the nearest"
+
+
+def test_a_gptq_folder_holds_those_codes(
+    searched: tuple[Path, Plan], tiny_folder: Path, tmp_path: Path, gptq_calls: Fits
+) -> None:
+    run, _ = searched
+    done = export(run, "gptq", tmp_path / "gptq", round_up=True)
+    rounded = {name for name, spec in done.changed.items() if spec != "bf16"}
+    assert len(gptq_calls) == len(rounded)  # rows of 160 are no multiple of 64
+    files = TensorFiles(tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    compared = 0
+    for name, expected in priced(run, tiny_folder).items():
+        if name in done.changed:
+            continue
+        tensors = files.parts(name, PARTS)
+        found = from_gptq(tensors, expected.fmt, config["checkpoint_format"] == "gptq")
+        assert torch.equal(found.dequantize(), expected.dequantize())
+        compared += 1
+    assert compared >= 10
 
 
 def test_the_packed_model_computes_what_was_measured(
