@@ -268,7 +268,7 @@ def test_a_weight_too_large_for_a_format_closes_that_format_only() -> None:
         table = profile(module, [torch.randn(4, 8)], FORMATS)
     assert np.isnan(table.kl[0]).tolist() == [True, True, False]
     assert np.isfinite(table.kl[1]).all()
-    with pytest.raises(ValueError, match="No format given can hold '0'. A weight of 9"):
+    with pytest.raises(ValueError, match=r"No format given can hold '0'\. A weight of 9"):
         profile(module, [torch.randn(4, 8)], FORMATS[:2])
 
 
