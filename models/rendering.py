@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._base.progress import Reporter
-from ..quantizers.format import Format
+from ..quantizers.format import Format, family_of
 from ..quantizers.store import Renderings, Rows
 from .lazy import LazyWeight
 from .sites import Place, places
@@ -56,6 +56,8 @@ class Renderer:
             if place.name in aliases:
                 self._places[owners[id(place.parameter)]].append(place)
         self._copied: tuple[str, int, Tensor] | None = None
+        self._refusals: dict[tuple[str, str], str | None] = {}
+        self._ends: dict[str, Tensor] = {}  # the smallest and the largest weight of a part
         self.store = Renderings(self.weight, rounding, folder)
 
     @property
@@ -90,16 +92,46 @@ class Renderer:
 
     def fit(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
         """Make the renderings of all matrices that are not there yet."""
-        self.store.fit(self.names, formats, reporter)
+        able = {name: [f for f in formats if not self.refusal(name, f)] for name in self.names}
+        alike = [name for name, some in able.items() if len(some) == len(formats)]
+        if alike:
+            self.store.fit(alike, formats, reporter)
+        for name in able.keys() - alike:
+            self.store.fit([name], able[name])
 
     def complete(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
         """:meth:`fit` for the formats whose codes are kept; the others are fitted when needed."""
-        self.store.complete(((name, fmt) for name in self.names for fmt in formats), reporter)
+        pairs = ((name, fmt) for name in self.names for fmt in formats)
+        self.store.complete((pair for pair in pairs if not self.refusal(*pair)), reporter)
+
+    def prepare(self, name: str, fmt: Format) -> None:
+        """Make one rendering, unless it is there or cannot be."""
+        if not self.refusal(name, fmt):
+            self.store.prepare(name, fmt)
+
+    def refusal(self, name: str, fmt: Format) -> str | None:
+        """Why a format cannot hold a part, a weight too large for its scales; None if it can."""
+        key = (name, fmt.name)
+        if key not in self._refusals:
+            if name not in self._ends:
+                self._ends[name] = torch.stack(self.weight(name).aminmax())[None]
+            try:
+                family_of(fmt).check(self._ends[name], fmt)
+                self._refusals[key] = None
+            except ValueError as error:
+                self._refusals[key] = f"{name!r}: {error}"
+        return self._refusals[key]
 
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
-        """The dequantized rows of a part in a format, float32 [rows, cols]."""
+        """The dequantized rows of a part in a format, float32 [rows, cols].
+
+        Zeros where the format cannot hold the part: what is made of them stands for no price.
+        """
+        if self.refusal(name, fmt):
+            zeros = torch.zeros_like(self.weight(name)[rows])
+            return zeros if out is None else out.zero_()
         return self.store.rows(name, fmt, rows, out)
 
     @contextmanager

@@ -72,6 +72,8 @@ def stream(
 
             def consume(delta: Tensor) -> None:
                 check_unchanged(use.matrix, x, version)
+                if use.matrix in uses.experts and not delta.any():
+                    return  # no token was sent there
                 delta = delta if use.scale == 1 else use.scale * delta
                 factors = Factors(
                     site.inputs(module, x, samples), site.deltas(module, delta, samples).detach()
