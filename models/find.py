@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,7 @@ from .fusion import fuse
 from .sites import Place, places
 from .sites.experts import expert_of
 from .units import UnitInfo, matrix_name, part_name
+from .workload import memory_of
 
 
 @dataclass(slots=True)
@@ -123,7 +124,7 @@ def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False
 
 def _weights(model: nn.Module) -> list[_Found]:
     """Every weight once, under its first name."""
-    owners: dict[int, _Found] = {}
+    owners: dict[Hashable, _Found] = {}
     for place in places(model):
         known = owners.setdefault(_address(place.parameter), _Found(place))
         if known.place is not place:
@@ -131,10 +132,9 @@ def _weights(model: nn.Module) -> list[_Found]:
     return list(owners.values())
 
 
-def _address(weight: Tensor) -> int:
-    """What tied weights have in common: their address, or on the meta device the parameter."""
-    address: int = weight.data_ptr()
-    return address or id(weight)
+def _address(weight: Tensor) -> Hashable:
+    """What tied weights have in common: their memory, or on the meta device the parameter."""
+    return memory_of(weight) or id(weight)
 
 
 def _described(model: nn.Module, found: Sequence[_Found], split: Collection[str]) -> list[UnitInfo]:
@@ -148,7 +148,7 @@ def _described(model: nn.Module, found: Sequence[_Found], split: Collection[str]
         expert = experts[name]
         common = expert[0] + name.removeprefix(place.path) if expert else name
         layer, kind = _locate(common, stack)
-        count = place.parameter.shape[0] if place.site_name == "experts" else 1
+        count = place.blocks
         if name not in split or count == 1:
             units.append(UnitInfo(name, (name,), (shape,), kind, layer, aliases))
             continue
@@ -196,11 +196,12 @@ def unplanned_tensors(
     planned = {place.key for place in places(model) if place.name in inside}
     others: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, str] = {}
     for name, tensor in model.state_dict().items():
         if name in planned:
             continue
-        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        memory = memory_of(tensor)
+        owner = owners.setdefault(memory, name) if memory else name
         if owner == name:
             others[name] = tensor
         else:
