@@ -21,7 +21,7 @@ from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype, tie
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
@@ -190,6 +190,7 @@ def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
             f"The model is in {source}; prices are computed in float32. Pass model.float(), which "
             "changes no weight."
         )
+    tie(model)
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LoadedModel(name, model, source, Workload(model))
