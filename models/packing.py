@@ -13,7 +13,7 @@ from ..quantizers.packed import PackedTensor
 from .lazy import LazyWeight
 from .packed_modules import PackedModule
 from .packed_rows import PackedRows
-from .sites import SITES, Place, places
+from .sites import SITES, Place, entries_of, places
 from .substitute import substitute
 from .units import Ranges, check_row_sets, matrix_name, row_count
 
@@ -133,11 +133,14 @@ class _Read:
             return site.restored(module, self.attribute, holder.rows(None, dtype), self.shape)
 
         def some(entries: Tensor) -> Tensor:
-            block = holder.shape[0] // self.shape[0]
-            rows = entries[:, None] * block + torch.arange(block, device=entries.device)
-            shape = torch.Size((len(entries), *self.shape[1:]))
-            matrix = holder.rows(rows.flatten(), dtype)
-            return site.restored(module, self.attribute, matrix, shape)
+            return entries_of(
+                site,
+                module,
+                self.attribute,
+                self.shape,
+                entries,
+                lambda rows: holder.rows(rows, dtype),
+            )
 
         return LazyWeight(self.shape, holder.like, whole, some) if site.by_index else whole()
 
