@@ -16,6 +16,13 @@ from .sites import SITES, Place, entries_of, places
 from .substitute import substitute
 from .units import Ranges, matrix_name
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 _Parts = list[tuple[PackedTensor, Ranges | None]]
 
 
@@ -94,6 +101,8 @@ def _put(model: nn.Module, place: Place, parts: _Parts) -> None:
         replacement = place.site.packed(module, parts[0][0]).train(module.training)
         parent, _, child = place.path.rpartition(".")
         if place.path:
+            for hooks in _HOOKS:  # whoever watches or changes what goes in and out still does
+                getattr(replacement, hooks).update(getattr(module, hooks))
             setattr(model.get_submodule(parent), child, replacement)
             return
     if place.attribute not in module._parameters:  # a module under two names

@@ -152,7 +152,8 @@ def bits_at(stream: Tensor, bits: int, places: Tensor) -> Tensor:
     first = places * bits
     low, shift = first >> 3, first & 7
     word = stream[low].int() | (stream[(low + 1).clamp_(max=len(stream) - 1)].int() << 8)
-    return ((word >> shift) & (2**bits - 1)).to(torch.uint8)
+    codes: Tensor = (word >> shift) & (2**bits - 1)
+    return codes.to(torch.uint8)
 
 
 def _repeat(mask: int, step: int) -> int:
