@@ -17,6 +17,13 @@ from .sites import SITES, Place, entries_of, places
 from .substitute import substitute
 from .units import Ranges, check_row_sets, matrix_name, row_count
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 _Parts = list[tuple[PackedTensor, Ranges | None]]
 
 
@@ -100,6 +107,8 @@ def _put(model: nn.Module, place: Place, parts: _Parts) -> None:
             else place.site.packed_rows(module, some_rows)
         )
         if replacement is not None:
+            for hooks in _HOOKS:  # whoever watches or changes what goes in and out still does
+                getattr(replacement, hooks).update(getattr(module, hooks))
             parent, _, child = place.path.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement.train(module.training))
             return
