@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models.fusion import fuse
-from ..models.units import UnitInfo
+from ..models.units import UnitInfo, matrix_name, whole_matrices
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
 from ..search.plan import Plan
@@ -40,9 +40,25 @@ def violations(
         formats: Canonical module name -> format; what is missing stays as it is.
         rules: The runtime's rules.
     """
+    parts: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.rows and unit.name in formats:
+            parts.setdefault(unit.parts[0].module, []).append(unit.name)
     for unit in units:
         fmt = formats.get(unit.name)
         if fmt is None:
+            continue
+        matrix = unit.parts[0].module
+        if matrix in parts and not rules.row_parts:
+            if unit.name == parts[matrix][0]:
+                widest = max((formats[name] for name in parts[matrix]), key=_fineness(unit))
+                listed = ", ".join(dict.fromkeys(formats[name].name for name in parts[matrix]))
+                yield Violation(
+                    matrix,
+                    f"row_parts: it takes one format for all rows of a matrix, but the plan has "
+                    f"{len(parts[matrix])} parts of these rows in {listed}",
+                    f"Use {(nearest_format(unit, widest, rules) or widest).name} for all rows",
+                )
             continue
         reason = _refusal(unit, fmt, rules)
         if reason:
@@ -83,7 +99,8 @@ def snap(
 ) -> tuple[Plan, dict[str, str]]:
     """Round formats that a runtime lacks up to the next that it has.
 
-    Fused modules take the widest of what their members were rounded to.
+    Fused modules take the widest of what their members were rounded to, and so do all rows of a
+    matrix where the runtime has one format for them.
 
     Args:
         units: All matrices of the model, planned or not, one unit each.
@@ -98,6 +115,12 @@ def snap(
         ValueError: If a unit cannot take any format of the runtime, or nothing is left to quantize.
     """
     new = dict(formats)
+    if not rules.row_parts and any(unit.rows for unit in units):
+        for unit in units:
+            if unit.rows and unit.name in new:
+                name, own = unit.parts[0].module, new.pop(unit.name)
+                new[name] = max(new.get(name, own), own, key=_fineness(unit))
+        units = whole_matrices(units)
     for unit in units:
         fmt = new.get(unit.name)
         if fmt is not None and _refusal(unit, fmt, rules):
@@ -109,12 +132,7 @@ def snap(
                 for unit in planned:
                     del new[unit.name]
             elif len({new[unit.name] for unit in planned}) > 1:
-                cols = planned[0].shapes[0][1]
-
-                def fineness(fmt: Format, cols: int = cols) -> tuple[int, int, bool]:
-                    return fmt.bits, fmt.groups(cols), not fmt.symmetric
-
-                widest = max((new[unit.name] for unit in planned), key=fineness)
+                widest = max((new[unit.name] for unit in planned), key=_fineness(planned[0]))
                 for unit in planned:
                     new[unit.name] = widest
     if not new:
@@ -122,7 +140,11 @@ def snap(
             f"Rounded up for {rules.name}, the plan quantizes nothing: it leaves out modules that "
             "run as one with those it has. Plan all of them."
         )
-    changed = {name: _name(new.get(name)) for name in formats if new.get(name) != formats[name]}
+    changed = {
+        name: _name(new.get(name, new.get(matrix_name(name))))
+        for name in formats
+        if new.get(name) != formats[name]
+    }
     return (_rounded(plan, new, units, rules) if changed else plan, changed)
 
 
@@ -137,6 +159,7 @@ def _rounded(
     return plan.model_copy(
         update={
             "assignments": {name: fmt.name for name, fmt in formats.items()},
+            "row_sets": {name: rows for name, rows in plan.row_sets.items() if name in formats},
             "bytes": size,
             "weights": weights,
             "bpw": 8 * size / weights,
@@ -173,6 +196,12 @@ def nearest_format(unit: UnitInfo, fmt: Format, rules: Rules) -> Format | None:
         )
 
     return min(taken, key=distance, default=None)
+
+
+def _fineness(unit: UnitInfo) -> Callable[[Format], tuple[int, int, bool]]:
+    """What sorts formats of a unit from narrow to wide."""
+    cols = unit.shapes[0][1]
+    return lambda fmt: (fmt.bits, fmt.groups(cols), not fmt.symmetric)
 
 
 def _must(fmt: Format | None, unit: UnitInfo, rules: Rules) -> Format:

@@ -94,7 +94,7 @@ def export(
             return plan
         formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
         rounded, differences = snap(
-            find_matrices(model.module, plan.assignments), plan, formats, rules
+            find_matrices(model.module, plan.row_ranges), plan, formats, rules
         )
         changed.update(differences)
         return rounded
@@ -209,6 +209,7 @@ def _check_early(target: Path | Plan, rules: Rules) -> None:
             unit.kind,
             unit.layer,
             unit.aliases if len(unit.modules) == 1 else (),
+            () if part.rows is None else (part.rows,),
         )
         for unit in table.units
         for part in unit.parts

@@ -17,7 +17,7 @@ from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
-from ..models.units import UnitInfo
+from ..models.units import UnitInfo, matrix_name
 from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
 from ..quantizers.format import Format
@@ -159,7 +159,7 @@ def _from_plan(
         return renderer.store.packed(name, formats[name])
 
     run = plan_runner(model, renderer, formats)
-    everything = find_matrices(model.module, plan.assignments)
+    everything = find_matrices(model.module, plan.row_ranges)
     return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
 
 
@@ -168,12 +168,21 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
     packed, others, header = read_checkpoint(folder)
-    names: dict[str, list[str]] = {name: [] for name in packed}
+    names: dict[str, list[str]] = {matrix_name(name): [] for name in packed}
     for alias, owner in header["aliases"].items():
         names[owner].append(alias)
+    rows = plan.row_ranges
     units = tuple(
-        UnitInfo(name, (name,), (packed[name].shape,), name, None, tuple(aliases))
-        for name, aliases in names.items()
+        UnitInfo(
+            name,
+            (name,),
+            (packed[name].shape,),
+            name,
+            None,
+            tuple(names[matrix_name(name)]),
+            (rows[name],) if name in rows else (),
+        )
+        for name in packed
     )
     return Source(
         plan,

@@ -17,13 +17,14 @@ from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
 from ..models.load import check_model, find_device, load_model
 from ..models.packed_modules import PackedLinear
+from ..models.packed_rows import PackedRowsLinear
 from ..models.packing import compute_in, replace
 from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.sites import places
-from ..models.units import Ranges, UnitInfo
+from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload
-from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, write_checkpoint
+from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, stored_rows, write_checkpoint
 from ..quantizers.format import Format
 from ..quantizers.methods import METHODS
 from ..quantizers.packed import PackedTensor
@@ -66,7 +67,7 @@ def apply(
     else:
         renderer = Renderer(model, units, plan.rounding)
     packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
-    replace(model, packed, _aliases(units), rows_of(units))
+    replace(model, packed, _aliases(units), plan.row_ranges)
     return model
 
 
@@ -122,7 +123,7 @@ def quantize(
     with atomic_path(out) as folder:
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied}
-        write_checkpoint(folder, packed, others, header)
+        write_checkpoint(folder, packed, others, header, plan.row_ranges)
         plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
     return out
@@ -166,7 +167,9 @@ def load_packed(
     """:func:`load` with identity and, if wanted, the tokenizer."""
     plan = Plan.load(RunFolder(folder).plan)
     packed, others, header = read_checkpoint(folder)
-    if {name: tensor.fmt.name for name, tensor in packed.items()} != plan.assignments:
+    rows = stored_rows(folder)
+    formats = {name: tensor.fmt.name for name, tensor in packed.items()}
+    if formats != plan.assignments or rows != plan.row_ranges:
         raise ValueError(
             f"{RunFolder(folder).plan} is not the plan {folder / FILE_NAME} was packed from. "
             "Quantize the plan again."
@@ -180,7 +183,6 @@ def load_packed(
         for name, owner in header["tied"].items()
         if owner not in others
     }
-    rows = rows_of(find_matrices(skeleton, plan.assignments))
     replace(skeleton, packed | halves, header["aliases"] | aliases, rows)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -193,7 +195,7 @@ def load_packed(
     skeleton.requires_grad_(False).eval().to(place)
     compute_in(skeleton, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32))
     for module in skeleton.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | PackedRowsLinear):
             module.prepare()
     return LoadedModel(str(folder), skeleton, "float32", workload)
 
@@ -209,7 +211,7 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
     """
-    units = find_matrices(model, plan.assignments)
+    units = find_matrices(model, plan.row_ranges)
     names = {unit.name for unit in units}
     for name in plan.assignments:
         if name not in names:
@@ -258,12 +260,6 @@ def _opened(plan: Plan | Path | str) -> tuple[Plan, RunFolder | None]:
         return plan, None
     path = Path(plan)
     return Plan.load(path), RunFolder.around(path)
-
-
-def rows_of(units: Sequence[UnitInfo]) -> dict[str, Ranges]:
-    """Name -> rows of the parts that are not whole matrices."""
-    parts = (part for unit in units for part in unit.parts)
-    return {part.name: part.rows for part in parts if part.rows is not None}
 
 
 def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:

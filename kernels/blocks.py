@@ -101,6 +101,17 @@ class Block(NamedTuple):
         codes = unpack_bits(packed.tensors["codes"], packed.fmt.bits, packed.shape[1])
         return Block(row, col, codes, grid.scale, grid.zero, PlaneClass.of(packed.fmt, zero))
 
+    def padded(self, rows: int) -> Block:
+        """The same block with zeros below it up to a multiple of ``rows``."""
+        missing = -len(self.codes) % rows
+
+        def longer(values: Tensor) -> Tensor:  # a single scale is that of all rows
+            return values if values.shape == (1, 1) else pad(values, (0, 0, 0, missing))
+
+        zero = None if self.zero is None else longer(self.zero)
+        codes = pad(self.codes, (0, 0, 0, missing))
+        return self._replace(codes=codes, scale=longer(self.scale), zero=zero)
+
 
 class Part(NamedTuple):
     """A block in the layout: R row blocks of C cells with G scale rows.

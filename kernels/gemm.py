@@ -16,7 +16,7 @@ from .planes import ORDERS, Cell, Order
 
 DECODE_TOKENS = 64  # above, the weight is dequantized and multiplied by the vendor's library
 _HALVES = (torch.float16, torch.bfloat16)
-_TENSORS = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs")
+_TENSORS = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs", "targets")
 
 
 def order_of(device: torch.device | str) -> Order:
@@ -92,6 +92,7 @@ def plane_linear_op(
     table: Tensor,
     codebook: Tensor | None,
     pairs: Tensor | None,
+    targets: Tensor | None,
     bias: Tensor | None,
     starts: Tensor | None,
     columns: Tensor | None,
@@ -105,7 +106,7 @@ def plane_linear_op(
     No result depends on the contents of a tensor, so nothing waits for the device: calls can be
     captured in a CUDA graph (after one call that compiles).
     """
-    pack = pack_of((words, scales, zeros, cells, table, codebook, pairs), meta)
+    pack = pack_of((words, scales, zeros, cells, table, codebook, pairs, targets), meta)
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], pack.shape[0])
@@ -124,6 +125,7 @@ def _(
     table: Tensor,
     codebook: Tensor | None,
     pairs: Tensor | None,
+    targets: Tensor | None,
     bias: Tensor | None,
     starts: Tensor | None,
     columns: Tensor | None,
@@ -167,16 +169,17 @@ def plane_weight_op(
     table: Tensor,
     codebook: Tensor | None,
     pairs: Tensor | None,
+    targets: Tensor | None,
     meta: Sequence[int],
 ) -> Tensor:
     """The dequantized weight of a pack: float32 [N, K]."""
-    pack = pack_of((words, scales, zeros, cells, table, codebook, pairs), meta)
+    pack = pack_of((words, scales, zeros, cells, table, codebook, pairs, targets), meta)
     if not _uses_triton(words):
         return pack.dequantize()
     require_triton()
     from .triton_launch import dequantize_blocks
 
-    return dequantize_blocks(pack, 0, len(table), torch.float32)
+    return pack.in_order(dequantize_blocks(pack, 0, len(table), torch.float32))
 
 
 @plane_weight_op.register_fake
@@ -188,6 +191,7 @@ def _(
     table: Tensor,
     codebook: Tensor | None,
     pairs: Tensor | None,
+    targets: Tensor | None,
     meta: Sequence[int],
 ) -> Tensor:
     return words.new_empty(meta[0], meta[1], dtype=torch.float32)

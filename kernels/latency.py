@@ -257,12 +257,22 @@ class Device(_Strict):
             weight_bytes: Bytes that are read of the matrix; by default what it stores.
             overhead: Seconds besides the work; by default ``launch``.
         """
-        kernel = self.kernels[self.default if fmt.layout == "codes" else DENSE]
+        kernel = self._kernel(fmt)
         size = fmt.stored_bytes(shape) if weight_bytes is None else weight_bytes
         bits = fmt.bits if fmt.layout == "codes" else 0
         work = self.work(kernel, *np.array([[bits], [shape[0]], [shape[1]], [tokens], [size]]))
-        launch = (kernel.launch or self.launch).value
-        return (launch if overhead is None else overhead) + float(work[0])
+        return (self.overhead(fmt) if overhead is None else overhead) + float(work[0])
+
+    def overhead(self, fmt: Format) -> float:
+        """Seconds that a product of a matrix in a format takes besides its work."""
+        return (self._kernel(fmt).launch or self.launch).value
+
+    def one_launch(self, fmt: Format) -> bool:
+        """Whether parts of a matrix in such formats, whatever their widths, are one product."""
+        return self.family != "cpu" and fmt.layout == "codes"
+
+    def _kernel(self, fmt: Format) -> Kernel:
+        return self.kernels[self.default if fmt.layout == "codes" else DENSE]
 
     def work(
         self,

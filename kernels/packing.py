@@ -2,7 +2,8 @@
 
 The weight is cut into row blocks and these into cells (see ``planes``).  Every row block keeps its
 cells sorted by class (width, group size, kind of zero point), so one kernel launch runs ``for
-class: for cell`` without a branch in a loop, whatever mix of widths the matrix has.
+class: for cell`` without a branch in a loop, whatever mix of widths the matrix has.  Rows of one
+width that are spread over the matrix are gathered into row blocks; their outputs are scattered.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ..quantizers.format import Format
 from ..quantizers.packed import PackedTensor
 from .blocks import UNIT, UNIT_BYTES, Block, Part, PlaneClass, ZeroKind, read_zeros
 from .planes import CELLS, Cell, Order, unpack_cells
+
+_ROW_BYTES = 16  # of the order of rows in parts: of stored ones, laid out ones, outputs and biases
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,8 @@ class PlanePack:
         codebook: float32 [2^b], the values of the codes of ``table`` classes, or None.
         pairs: The values of two codes c + 2^b d as the halves of an int32, rounded to float16
             and to bfloat16 [2, 4^b]; or None.
+        targets: Which row of the weight lies in every row of the row blocks, int32 [row blocks *
+            cell.rows], where that is another order; rows of the weight for padding.  Or None.
         shape: (rows, cols) of the weight, without padding.
         cell: Shape of a cell.
         classes: What the cells are.
@@ -50,6 +55,7 @@ class PlanePack:
     table: Tensor
     codebook: Tensor | None
     pairs: Tensor | None
+    targets: Tensor | None
     shape: tuple[int, int]
     cell: Cell
     classes: tuple[PlaneClass, ...]
@@ -125,8 +131,47 @@ class PlanePack:
                 whole[first[:, place, None] + steps] = of_part
         table = torch.cat([firsts, ends[:, -1:]], dim=1).int().to(device)
         values = (codebook, None if codebook is None else _value_pairs(codebook))
-        flat = (words.view(-1), scales, zeros.view(-1), cells, table, *values)
+        flat = (words.view(-1), scales, zeros.view(-1), cells, table, *values, None)
         return PlanePack(*flat, shape, cell, classes, order)
+
+    @staticmethod
+    def from_rows(
+        parts: Sequence[tuple[PackedTensor, Tensor]],
+        rows: int,
+        order: Order = "nvidia",
+        cell: Cell | None = None,
+    ) -> PlanePack:
+        """Lay out a weight whose rows are in several formats, each in whole row blocks.
+
+        Args:
+            parts: Packed rows, and which rows of the weight they are, int64; together all, each
+                once.
+            rows: Rows of the weight.
+            order: The processor family.
+            cell: Shape of a cell; by default that of :func:`choose_row_cell`.
+
+        Raises:
+            ValueError: If a format has no codes to lay out, or two have values of their own.
+        """
+        cols = parts[0][0].shape[1]
+        cell = cell or choose_row_cell([packed.shape for packed, _ in parts])
+        levels = {packed.fmt.levels for packed, _ in parts} - {None}
+        if len(levels) > 1:
+            raise ValueError("The rows of a weight can share one table of values, not several.")
+        blocks: list[Block] = []
+        targets = []
+        first = 0
+        for packed, some in parts:
+            blocks.append(Block.of(packed, first).padded(cell.rows))
+            missing = -len(some) % cell.rows
+            targets.append(torch.nn.functional.pad(some.int(), (0, missing), value=rows))
+            first += len(some) + missing
+        device = blocks[0].codes.device
+        values = [torch.tensor(v, dtype=torch.float32, device=device) for v in levels if v]
+        pack = PlanePack.from_blocks(
+            blocks, (first, cols), order, cell, codebook=values[0] if values else None
+        )
+        return replace(pack, shape=(rows, cols), targets=torch.cat(targets).to(device))
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +180,7 @@ class PlanePack:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, to keep them as the buffers of a module."""
-        names = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs")
+        names = ("words", "scales", "zeros", "cells", "table", "codebook", "pairs", "targets")
         parts = {name: getattr(self, name) for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -144,9 +189,20 @@ class PlanePack:
         moved: dict[str, Any] = {name: part.to(device) for name, part in self.tensors().items()}
         return replace(self, **moved)
 
+    @property
+    def laid_rows(self) -> int:
+        """Rows up to the last one that is not padding, with the padding between them."""
+        return self.shape[0] if self.targets is None else len(self.targets)
+
+    def in_order(self, laid: Tensor, dim: int = 0) -> Tensor:
+        """Values of all rows as they lie, [.., laid_rows, ..], as those of the weight's rows."""
+        if self.targets is None:
+            return laid
+        return laid.index_select(dim, self.targets.argsort()[: self.shape[0]])  # padding is last
+
     def dequantize(self) -> Tensor:
         """The weight, float32 [rows, cols]."""
-        blocks = [-(-size // side) for size, side in zip(self.shape, self.cell, strict=True)]
+        blocks = [len(self.table), -(-self.shape[1] // self.cell.cols)]
         shape = (blocks[0], blocks[1], *self.cell)
         out = torch.empty(shape, dtype=torch.float32, device=self.words.device)
         for row_block, firsts in enumerate(self.table.tolist()):
@@ -154,9 +210,8 @@ class PlanePack:
                 if firsts[index][0] < firsts[index + 1][0]:
                     cells, values = self._values(index, firsts)
                     out[row_block, cells] = values
-        rows, cols = self.shape
         plain = out.transpose(1, 2).reshape(blocks[0] * self.cell.rows, -1)
-        return plain[:rows, :cols].contiguous()
+        return self.in_order(plain[: self.laid_rows, : self.shape[1]]).contiguous()
 
     def _values(self, index: int, firsts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Column blocks [n] and values [n, cell.rows, cell.cols] of a class in a row block."""
@@ -205,8 +260,23 @@ def choose_cell(shape: tuple[int, int], corners: Sequence[tuple[int, int]] = ((0
     return min(fitting, key=padded)
 
 
+def choose_row_cell(shapes: Sequence[tuple[int, int]]) -> Cell:
+    """The cell that pads parts [rows, cols] of one weight least, the largest of equals."""
+    return min(
+        CELLS,
+        key=lambda cell: (
+            sum(-(-rows // cell.rows) * cell.rows for rows, _ in shapes)
+            * (-(-shapes[0][1] // cell.cols) * cell.cols)
+        ),
+    )
+
+
 def resident_bytes(
-    fmt: Format, shape: tuple[int, int], zero: ZeroKind = "code", cell: Cell | None = None
+    fmt: Format,
+    shape: tuple[int, int],
+    zero: ZeroKind = "code",
+    cell: Cell | None = None,
+    parts: Sequence[tuple[int, int]] = (),
 ) -> int:
     """Bytes of a weight [rows, cols] in memory, ready to compute with.
 
@@ -218,17 +288,24 @@ def resident_bytes(
         shape: (rows, cols).
         zero: How zero points are kept, if any: ``code`` or ``half``.
         cell: Shape of a cell; by default the one that wastes least.
+        parts: Shapes of all parts of a matrix, if the weight is one of these; it takes at most so
+            many bytes then, whatever the formats of the others.
     """
     if fmt.layout != "codes":
-        return fmt.stored_bytes(shape)
-    cell, kind = cell or choose_cell(shape), PlaneClass.of(fmt, zero)
+        return fmt.stored_bytes(shape) + (_ROW_BYTES * shape[0] if parts else 0)
+    cell = cell or (choose_row_cell(parts) if parts else choose_cell(shape))
+    kind = PlaneClass.of(fmt, zero)
     row_blocks, col_blocks = -(-shape[0] // cell.rows), -(-shape[1] // cell.cols)
     per_cell = 4 * kind.bits * cell.words + 4
     per_scale_row = 2 * cell.rows + kind.zero_bytes(cell)
     table = 2 * 4 * 4
+    rows = shape[0]
+    if parts:  # a class more per part, at most
+        table = (len(parts) + 1) * 4 * 4 + _ROW_BYTES * cell.rows
+        rows = sum(count for count, _ in parts)
     scales = kind.scale_rows(shape[1], cell) * per_scale_row
     values = 0 if fmt.levels is None else 4 * len(fmt.levels) + 8 * len(fmt.levels) ** 2
-    correction = 2 * min(fmt.rank, *shape) * sum(shape)
+    correction = 2 * min(fmt.rank, *shape) * (rows + shape[1])
     return row_blocks * (col_blocks * per_cell + scales + table) + values + correction
 
 

@@ -124,6 +124,7 @@ def plane_gemm(
     pairs,
     constants,
     bias,
+    targets,
     out,
     M,
     N,
@@ -141,6 +142,7 @@ def plane_gemm(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
+    SCATTERED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``x @ W.T + bias``, or its parts over K in float32.
@@ -160,6 +162,7 @@ def plane_gemm(
         pairs: Values of pairs of codes, int32.
         constants: Both halves the exponent of 1, 16 and 1/16, int32.
         bias: [N]; only read if ``BIAS``.
+        targets: As in ``PlanePack``; only read if ``SCATTERED``.
         out: [splits, M, N].
         M: Tokens.
         N: Rows of the weight, without padding.
@@ -177,6 +180,7 @@ def plane_gemm(
         TOKENS: Tokens of a block.
         STAGES: Cells in flight.
         BIAS: Whether to add ``bias``.
+        SCATTERED: Whether the rows of the weight lie in another order, given by ``targets``.
         UPCAST: Whether the interpreter runs this in bfloat16.
     """
     CLASSES: tl.constexpr = len(BITS)
@@ -224,6 +228,8 @@ def plane_gemm(
             UPCAST,
         )
     rows = row_block * ROWS + row
+    if SCATTERED:
+        rows = tl.load(targets + rows)  # padding has N
     if BIAS:
         acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = split.to(tl.int64) * M * N + token * N + rows[:, None]
@@ -369,10 +375,10 @@ def plane_dequantize(
     AMD: tl.constexpr,
     NUMBER: tl.constexpr,
 ):
-    """Write the weights of some row blocks as plain numbers: out [rows, K].
+    """Write the weights of some row blocks as plain numbers, in the order they lie: out [rows, K].
 
-    Grid: (row blocks, slices).  ``NUMBER`` is the dtype of the tiles: float16, or that of the
-    output for a table.  The other arguments are those of ``plane_gemm``.
+    Grid: (row blocks, slices).  ``N`` counts padding between rows; ``NUMBER`` is the dtype of the
+    tiles: float16, or that of the output for a table.  The others are those of ``plane_gemm``.
     """
     CLASSES: tl.constexpr = len(BITS)
     WORDS: tl.constexpr = ROWS * COLS // 32

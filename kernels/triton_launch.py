@@ -120,6 +120,7 @@ def multiply(
         _pairs(pack, x.dtype),
         _exponents(x.dtype, x.device),
         bias if direct and bias is not None else x,
+        pack.cells if pack.targets is None else pack.targets,
         out,
         tokens,
         rows,
@@ -135,6 +136,7 @@ def multiply(
         TOKENS=launch.tokens,
         STAGES=launch.stages,
         BIAS=direct and bias is not None,
+        SCATTERED=pack.targets is not None,
         UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
         num_warps=launch.warps,
         num_stages=2 * launch.stages + 1,
@@ -180,8 +182,8 @@ def finish(
 
 
 def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype) -> Tensor:
-    """The row blocks ``first`` ... ``end`` - 1 of a weight as plain numbers [rows, K]."""
-    rows = min(end * pack.cell.rows, pack.shape[0]) - first * pack.cell.rows
+    """The row blocks ``first`` ... ``end`` - 1 of a weight, as they lie, as numbers [rows, K]."""
+    rows = min(end * pack.cell.rows, pack.laid_rows) - first * pack.cell.rows
     out = torch.empty(rows, pack.shape[1], dtype=dtype, device=pack.words.device)
     number = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     table = any(kind.zero == "table" for kind in pack.classes)
@@ -196,7 +198,8 @@ def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype)
         _exponents(torch.float16, pack.words.device),
         out,
         first,
-        *pack.shape,
+        pack.laid_rows,
+        pack.shape[1],
         slices,
         **_kinds(pack),
         ROWS=pack.cell.rows,
@@ -224,12 +227,13 @@ def multiply_dense(
         [M, N].
     """
     step = max(1, _CHUNK_BYTES // (pack.cell.rows * pack.shape[1] * x.element_size()))
-    out = torch.empty(len(x), pack.shape[0], dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), pack.laid_rows, dtype=x.dtype, device=x.device)
     for first in range(0, pack.table.shape[0], step):
         end = min(first + step, pack.table.shape[0])
         plain = dequantize_blocks(pack, first, end, x.dtype)
         start = first * pack.cell.rows
         torch.mm(x, plain.T, out=out[:, start : start + len(plain)])
+    out = pack.in_order(out, dim=1)
     if extras == Extras():
         return out.to(dtype) if bias is None else (out + bias).to(dtype)
     return finish(out[None], x, bias, extras, dtype)

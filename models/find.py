@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -15,7 +15,8 @@ from .coverage import Coverage, Left
 from .fusion import fuse
 from .sites import Place, places
 from .sites.experts import expert_of
-from .units import UnitInfo, matrix_name, part_name
+from .units import Ranges, UnitInfo, by_matrix, part_name, split_rows
+from .workload import memory_of
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def find_units(
             f"--include {' '.join(include) or '*'} without --exclude {' '.join(exclude) or '-'} "
             f"leaves no unit of {len(found)}. Loosen the globs."
         )
-    units = _described(model, chosen, [one.place.name for one in chosen] if per_expert else ())
+    units = _described(model, chosen, _experts(chosen) if per_expert else {})
     if not per_expert:
         units = _with_experts_together(model, units)
     for rule in groups:
@@ -87,16 +88,20 @@ def find_units(
     return tuple(units)
 
 
-def find_matrices(model: nn.Module, parts: Collection[str] = ()) -> tuple[UnitInfo, ...]:
-    """List all weights of a model, one unit per matrix, or per part of those that ``parts`` split.
+def find_matrices(
+    model: nn.Module, row_sets: Mapping[str, Ranges] | None = None
+) -> tuple[UnitInfo, ...]:
+    """List all weights of a model, one unit per matrix, or per part of those that are split.
 
     Args:
         model: Any module.
-        parts: Names of parts, such as the keys of a plan: of a matrix that occurs with
-            ``[rows:k]``, every expert is a unit.
+        row_sets: The rows of every part that is no whole matrix, by its name ``matrix[rows:k]``;
+            those of matrices that are not in the model are ignored.
+
+    Raises:
+        ValueError: If parts are not all rows of their matrix, each once.
     """
-    split = {matrix_name(name) for name in parts if matrix_name(name) != name}
-    return tuple(_described(model, _weights(model), split))
+    return tuple(_described(model, _weights(model), by_matrix(row_sets or {})))
 
 
 def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False) -> Coverage:
@@ -123,7 +128,7 @@ def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False
 
 def _weights(model: nn.Module) -> list[_Found]:
     """Every weight once, under its first name."""
-    owners: dict[int, _Found] = {}
+    owners: dict[Hashable, _Found] = {}
     for place in places(model):
         known = owners.setdefault(_address(place.parameter), _Found(place))
         if known.place is not place:
@@ -131,33 +136,38 @@ def _weights(model: nn.Module) -> list[_Found]:
     return list(owners.values())
 
 
-def _address(weight: Tensor) -> int:
-    """What tied weights have in common: their address, or on the meta device the parameter."""
-    address: int = weight.data_ptr()
-    return address or id(weight)
+def _address(weight: Tensor) -> Hashable:
+    """What tied weights have in common: their memory, or on the meta device the parameter."""
+    return memory_of(weight) or id(weight)
 
 
-def _described(model: nn.Module, found: Sequence[_Found], split: Collection[str]) -> list[UnitInfo]:
-    """The unit of every weight; of those to be split, the units of its experts."""
+def _experts(found: Sequence[_Found]) -> dict[str, dict[str, Ranges]]:
+    """The rows of every expert of the weights that hold several."""
+    split: dict[str, dict[str, Ranges]] = {}
+    for place in (one.place for one in found):
+        count = place.blocks
+        size = place.shape[0] // count
+        if count > 1:
+            split[place.name] = {
+                part_name(place.name, i): ((i * size, (i + 1) * size),) for i in range(count)
+            }
+    return split
+
+
+def _described(
+    model: nn.Module, found: Sequence[_Found], split: Mapping[str, Mapping[str, Ranges]]
+) -> list[UnitInfo]:
+    """The unit of every weight; of those to be split, the units of its parts."""
     experts = {one.place.name: expert_of(one.place.path, model) for one in found}
     stack = _main_stack(list(experts))
-    units = []
+    units: list[UnitInfo] = []
     for one in found:
         place, name = one.place, one.place.name
-        shape, aliases = place.shape, tuple(one.aliases)
         expert = experts[name]
         common = expert[0] + name.removeprefix(place.path) if expert else name
         layer, kind = _locate(common, stack)
-        count = place.parameter.shape[0] if place.site_name == "experts" else 1
-        if name not in split or count == 1:
-            units.append(UnitInfo(name, (name,), (shape,), kind, layer, aliases))
-            continue
-        size = shape[0] // count
-        for i in range(count):
-            part, rows = part_name(name, i), ((i * size, (i + 1) * size),)
-            units.append(
-                UnitInfo(part, (part,), ((size, shape[1]),), kind, layer, aliases, (rows,))
-            )
+        unit = UnitInfo(name, (name,), (place.shape,), kind, layer, tuple(one.aliases))
+        units += split_rows(unit, split[name]) if name in split else [unit]
     return units
 
 
@@ -196,11 +206,12 @@ def unplanned_tensors(
     planned = {place.key for place in places(model) if place.name in inside}
     others: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, str] = {}
     for name, tensor in model.state_dict().items():
         if name in planned:
             continue
-        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        memory = memory_of(tensor)
+        owner = owners.setdefault(memory, name) if memory else name
         if owner == name:
             others[name] = tensor
         else:

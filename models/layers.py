@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .packed_modules import PackedEmbedding, PackedLinear
+from .packed_rows import PackedRowsLinear
 from .sites import SITES, site_of
 
 LayerKind = Literal["linear", "transposed", "embedding", "convolution", "other"]
@@ -15,7 +16,7 @@ LayerKind = Literal["linear", "transposed", "embedding", "convolution", "other"]
 
 def layer_kind(module: nn.Module | None) -> LayerKind:
     """Linear layers [out, in] or transposed [in, out], embeddings, 2-D convolutions, others."""
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | PackedRowsLinear):
         return "transposed" if module.transposed else "linear"
     if isinstance(module, nn.Linear):
         return "linear"

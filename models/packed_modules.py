@@ -70,10 +70,13 @@ class PackedModule(nn.Module):
     def rows(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, or its rows with the given indices [n], as [n, cols]."""
         if self.meta is None:  # floats, and blocks, which are unpacked whole
-            return self.packed().dequantize(indices, dtype)
+            packed = self.packed()
+            indices = _on(indices, next(iter(packed.tensors.values())))
+            return packed.dequantize(indices, dtype).to(self.like.device)
+        indices = _on(indices, self.codes)
         zero = self._buffers.get("zero")
         rows: Tensor = dequantize(self.codes, self.scale, zero, indices, *self.meta)
-        return rows.to(dtype)
+        return rows.to(self.like.device, dtype)
 
     def extra_repr(self) -> str:
         """The format and shape, for ``print(model)``."""
@@ -87,6 +90,11 @@ class PackedModule(nn.Module):
             if moved.dtype != part.dtype:
                 self._buffers[name] = part.to(moved.device)
         return self
+
+
+def _on(indices: Tensor | None, part: Tensor) -> Tensor | None:
+    """Indices where a stored part is: in main memory, if a GPU has another layout of it."""
+    return None if indices is None else indices.to(part.device)
 
 
 class PackedLinear(PackedModule):
@@ -189,42 +197,3 @@ class PackedEmbedding(PackedModule):
         """Row indices [...] to rows [..., cols]."""
         rows = self.rows(indices.reshape(-1), self.like.dtype)
         return rows.view(*indices.shape, self.shape[1])
-
-
-class PackedRows(nn.Module):
-    """A weight [rows, cols] in parts, each with some of its rows and a format of its own.
-
-    Args:
-        parts: The packed parts and the rows each of them has; together all rows, each once.
-        like: Has the dtype of what is dequantized.
-    """
-
-    def __init__(self, parts: list[tuple[PackedTensor, Tensor]], like: Tensor) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(PackedModule(packed, None, like) for packed, _ in parts)
-        count = sum(len(rows) for _, rows in parts)
-        self.shape = (count, parts[0][0].shape[1])
-        part, place = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
-        for i, (_, rows) in enumerate(parts):
-            part[rows], place[rows] = i, torch.arange(len(rows))
-        self.register_buffer("part", part, persistent=False)  # of every row
-        self.register_buffer("place", place, persistent=False)  # in that part
-
-    @property
-    def like(self) -> Tensor:
-        """See :class:`PackedModule`."""
-        first = self.parts[0]
-        assert isinstance(first, PackedModule)
-        return first.like
-
-    def rows(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight, or its rows with the given indices [n], as [n, cols]."""
-        part, place = self.get_buffer("part"), self.get_buffer("place")
-        if indices is not None:
-            part, place = part[indices], place[indices]
-        result = torch.empty(len(part), self.shape[1], dtype=dtype, device=self.like.device)
-        for i in part.unique().tolist():
-            chosen, module = part == i, self.parts[i]
-            assert isinstance(module, PackedModule)
-            result[chosen] = module.rows(place[chosen], dtype)
-        return result

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..quantizers.packed import PackedTensor
 from .lazy import LazyWeight
-from .packed_modules import PackedModule, PackedRows
-from .sites import SITES, Place, places
+from .packed_modules import PackedModule
+from .packed_rows import PackedRows
+from .sites import SITES, Place, entries_of, places
 from .substitute import substitute
-from .units import Ranges, matrix_name
+from .units import Ranges, check_row_sets, matrix_name, row_count
 
 _Parts = list[tuple[PackedTensor, Ranges | None]]
 
@@ -27,7 +28,8 @@ def replace(
 ) -> None:
     """Put packed weights into a model, in place; all or nothing.
 
-    Plain linear layers and embeddings become modules that compute with the packed weight.  Every
+    Plain linear layers and embeddings become modules that compute with the packed weight (of an
+    embedding in parts, rows are dequantized when they are looked up).  Every
     other module stays what it is: whoever reads its parameter, itself or its parent, reads the
     dequantized weight.  Biases stay the parameters they were.  The weights of ``model`` may be on
     the meta device, so a packed model can be built without ever allocating the original one.
@@ -90,11 +92,16 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 def _put(model: nn.Module, place: Place, parts: _Parts) -> None:
     module = place.module
     whole = len(parts) == 1 and parts[0][1] is None
-    if whole and place.site.kernels(module):
-        replacement = place.site.packed(module, parts[0][0]).train(module.training)
-        parent, _, child = place.path.rpartition(".")
-        if place.path:
-            setattr(model.get_submodule(parent), child, replacement)
+    some_rows = [] if whole else [(tensor, _indices(some)) for tensor, some in parts]
+    if place.site.kernels(module) and place.path:
+        replacement = (
+            place.site.packed(module, parts[0][0])
+            if whole
+            else place.site.packed_rows(module, some_rows)
+        )
+        if replacement is not None:
+            parent, _, child = place.path.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement.train(module.training))
             return
     if place.attribute not in module._parameters:  # a module under two names
         return
@@ -103,7 +110,7 @@ def _put(model: nn.Module, place: Place, parts: _Parts) -> None:
     if whole:
         holder = PackedModule(parts[0][0], None, parameter)
     else:
-        holder = PackedRows([(tensor, _indices(some)) for tensor, some in parts], parameter)
+        holder = PackedRows(some_rows, parameter)
     del module._parameters[place.attribute]
     module._modules[place.attribute] = holder
     substitute(place, _Read(place.site_name, place.attribute, parameter.shape), packed=True)
@@ -126,11 +133,14 @@ class _Read:
             return site.restored(module, self.attribute, holder.rows(None, dtype), self.shape)
 
         def some(entries: Tensor) -> Tensor:
-            block = holder.shape[0] // self.shape[0]
-            rows = entries[:, None] * block + torch.arange(block, device=entries.device)
-            shape = torch.Size((len(entries), *self.shape[1:]))
-            matrix = holder.rows(rows.flatten(), dtype)
-            return site.restored(module, self.attribute, matrix, shape)
+            return entries_of(
+                site,
+                module,
+                self.attribute,
+                self.shape,
+                entries,
+                lambda rows: holder.rows(rows, dtype),
+            )
 
         return LazyWeight(self.shape, holder.like, whole, some) if site.by_index else whole()
 
@@ -143,7 +153,12 @@ def _indices(rows: Ranges | None) -> Tensor:
 def _check_shape(name: str, shape: tuple[int, int], parts: _Parts) -> None:
     found = [tensor.shape for tensor, _ in parts]
     total = (sum(rows for rows, _ in found), found[0][1])
-    if total != shape or any(some is None for _, some in parts) != (len(parts) == 1):
+    row_sets = [some for _, some in parts if some is not None]
+    if row_sets:
+        check_row_sets(name, shape[0], row_sets)
+    counts = [row_count(some) for some in row_sets]
+    fit = counts == [rows for rows, _ in found] if row_sets else len(parts) == 1
+    if total != shape or not fit or any(cols != shape[1] for _, cols in found):
         raise ValueError(
             f"The packed weight of {name!r} is {list(total)}, but the model needs "
             f"{list(shape)}. The packed weights belong to another model."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._base.progress import Reporter
-from ..quantizers.format import Format
+from ..quantizers.format import Format, family_of
 from ..quantizers.store import Renderings, Rows
 from .lazy import LazyWeight
-from .sites import Place, places
+from .sites import Place, entries_of, places
 from .substitute import Read, substituted
 from .units import Part, UnitInfo
 
@@ -56,6 +57,8 @@ class Renderer:
             if place.name in aliases:
                 self._places[owners[id(place.parameter)]].append(place)
         self._copied: tuple[str, int, Tensor] | None = None
+        self._refusals: dict[tuple[str, str], str | None] = {}
+        self._ends: dict[str, Tensor] = {}  # the smallest and the largest weight of a part
         self.store = Renderings(self.weight, rounding, folder)
 
     @property
@@ -90,16 +93,46 @@ class Renderer:
 
     def fit(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
         """Make the renderings of all matrices that are not there yet."""
-        self.store.fit(self.names, formats, reporter)
+        able = {name: [f for f in formats if not self.refusal(name, f)] for name in self.names}
+        alike = [name for name, some in able.items() if len(some) == len(formats)]
+        if alike:
+            self.store.fit(alike, formats, reporter)
+        for name in able.keys() - alike:
+            self.store.fit([name], able[name])
 
     def complete(self, formats: Sequence[Format], reporter: Reporter | None = None) -> None:
         """:meth:`fit` for the formats whose codes are kept; the others are fitted when needed."""
-        self.store.complete(((name, fmt) for name in self.names for fmt in formats), reporter)
+        pairs = ((name, fmt) for name in self.names for fmt in formats)
+        self.store.complete((pair for pair in pairs if not self.refusal(*pair)), reporter)
+
+    def prepare(self, name: str, fmt: Format) -> None:
+        """Make one rendering, unless it is there or cannot be."""
+        if not self.refusal(name, fmt):
+            self.store.prepare(name, fmt)
+
+    def refusal(self, name: str, fmt: Format) -> str | None:
+        """Why a format cannot hold a part, a weight too large for its scales; None if it can."""
+        key = (name, fmt.name)
+        if key not in self._refusals:
+            if name not in self._ends:
+                self._ends[name] = torch.stack(self.weight(name).aminmax())[None]
+            try:
+                family_of(fmt).check(self._ends[name], fmt)
+                self._refusals[key] = None
+            except ValueError as error:
+                self._refusals[key] = f"{name!r}: {error}"
+        return self._refusals[key]
 
     def render(
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
-        """The dequantized rows of a part in a format, float32 [rows, cols]."""
+        """The dequantized rows of a part in a format, float32 [rows, cols].
+
+        Zeros where the format cannot hold the part: what is made of them stands for no price.
+        """
+        if self.refusal(name, fmt):
+            zeros = torch.zeros_like(self.weight(name)[rows])
+            return zeros if out is None else out.zero_()
         return self.store.rows(name, fmt, rows, out)
 
     @contextmanager
@@ -178,16 +211,17 @@ class _Swap:
             if torch.is_grad_enabled() and parameter.requires_grad:
                 standing_in: Any = _InPlaceOf.apply
                 return standing_in(parameter, place.restored(self.rendered(matrix)))
-            if place.site.by_index and whole is not None and parameter.shape == place.shape:
+            if place.site.by_index and whole is not None:
                 return LazyWeight(torch.Size(parameter.shape), parameter, dense, some)
             return dense()
 
         def dense() -> Tensor:
             return place.restored(self.rendered(matrix))
 
-        def some(rows: Tensor) -> Tensor:
+        def some(entries: Tensor) -> Tensor:
             assert whole is not None
-            return self.renderer.render(matrix, whole, rows)
+            shape, render = place.parameter.shape, partial(self.renderer.render, matrix, whole)
+            return entries_of(place.site, place.module, place.attribute, shape, entries, render)
 
         return read
 

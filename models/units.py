@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 Ranges = tuple[tuple[int, int], ...]  # rows of a matrix: [start, stop) after [start, stop)
 
@@ -74,6 +76,118 @@ def matrix_name(part: str) -> str:
 def part_name(matrix: str, number: int) -> str:
     """The name of the part with a number: ``experts.up[rows:3]``."""
     return f"{matrix}[rows:{number}]"
+
+
+def row_count(ranges: Ranges) -> int:
+    """Rows in ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def ranges_fault(ranges: Ranges) -> str | None:
+    """What is wrong with the rows of a part; None if nothing is."""
+    if not ranges or any(not 0 <= start < stop for start, stop in ranges) or overlap([ranges]):
+        return f"rows are ranges that do not overlap, each with rows, not {list(ranges)}"
+    return None
+
+
+def overlap(row_sets: Iterable[Ranges]) -> tuple[int, int] | None:
+    """The first rows that two parts of a matrix share; None if there are none."""
+    everything = sorted(pair for ranges in row_sets for pair in ranges)
+    for (_, before), (start, stop) in pairwise(everything):
+        if start < before:
+            return start, min(before, stop)
+    return None
+
+
+def check_row_sets(matrix: str, rows: int, row_sets: Iterable[Ranges]) -> None:
+    """Find out whether parts are all rows of a matrix, each once.
+
+    Raises:
+        ValueError: If they are not; matrix and rows are named.
+    """
+    row_sets = list(row_sets)
+    last = max(stop for ranges in row_sets for _, stop in ranges)
+    wrong = f"The parts of {matrix!r}, which has rows 0 to {rows - 1},"
+    if shared := overlap(row_sets):
+        raise ValueError(f"{wrong} share rows {shared[0]} to {shared[1] - 1}. Give each row once.")
+    if last > rows:
+        raise ValueError(f"{wrong} have row {last - 1}. Give rows that there are.")
+    end = 0
+    for start, stop in sorted(pair for ranges in row_sets for pair in ranges):
+        if start > end:
+            break
+        end = stop
+    else:
+        start = rows
+    if end < rows:
+        raise ValueError(f"{wrong} lack rows {end} to {start - 1}. Give these a part of their own.")
+
+
+def split_rows(
+    unit: UnitInfo, row_sets: Sequence[Ranges] | Mapping[str, Ranges]
+) -> tuple[UnitInfo, ...]:
+    """Units that are some rows each of the one matrix of a unit.
+
+    Args:
+        unit: A unit of one whole matrix.
+        row_sets: The rows of every new unit, by the name of the part if not numbered from 0;
+            together all rows of the matrix, each once.
+
+    Raises:
+        ValueError: If the unit has more matrices than one, or the rows are not all of its rows.
+
+    Example:
+        >>> unit = UnitInfo("up", ("up",), ((320, 64),), "up")
+        >>> for part in split_rows(unit, [((0, 128), (256, 320)), ((128, 256),)]):
+        ...     print(part.name, part.shapes, part.rows)
+        up[rows:0] ((192, 64),) (((0, 128), (256, 320)),)
+        up[rows:1] ((128, 64),) (((128, 256),),)
+    """
+    if len(unit.modules) != 1 or unit.rows:
+        raise ValueError(
+            f"{unit.name!r} has {len(unit.modules)} parts already: only a unit of one whole matrix "
+            "can be split by rows."
+        )
+    (matrix,), ((rows, cols),) = unit.modules, unit.shapes
+    if not isinstance(row_sets, Mapping):
+        row_sets = {part_name(matrix, i): ranges for i, ranges in enumerate(row_sets)}
+    for name, ranges in row_sets.items():
+        if fault := ranges_fault(ranges):
+            raise ValueError(f"{name!r}: {fault}.")
+    check_row_sets(matrix, rows, row_sets.values())
+    return tuple(
+        replace(
+            unit,
+            name=name,
+            modules=(name,),
+            shapes=((row_count(ranges), cols),),
+            rows=(tuple(ranges),),
+        )
+        for name, ranges in row_sets.items()
+    )
+
+
+def whole_matrices(units: Sequence[UnitInfo]) -> list[UnitInfo]:
+    """The units with one for all parts of a matrix together, in the place of the first.
+
+    Args:
+        units: Units of one part each; those of a matrix are all of its rows.
+    """
+    found: dict[str, UnitInfo] = {}
+    for unit in units:
+        ((rows, cols),), name = unit.shapes, unit.parts[0].module
+        if name in found:
+            rows += found[name].shapes[0][0]
+        found[name] = replace(unit, name=name, modules=(name,), shapes=((rows, cols),), rows=())
+    return list(found.values())
+
+
+def by_matrix(row_sets: Mapping[str, Ranges]) -> dict[str, dict[str, Ranges]]:
+    """Matrix -> its parts with their rows, of rows by part."""
+    found: dict[str, dict[str, Ranges]] = {}
+    for name, ranges in row_sets.items():
+        found.setdefault(matrix_name(name), {})[name] = ranges
+    return found
 
 
 def module_kinds(unit: UnitInfo) -> tuple[str, ...]:

@@ -19,7 +19,13 @@ from .packed import PackedTensor
 
 FILE_NAME = "model.safetensors"
 VERSION = "2"
-_READABLE = ("1", VERSION)  # version 1 has no checksums
+WITH_ROWS = "3"  # has weights in parts, which readers of version 2 do not know
+_READABLE = ("1", VERSION, WITH_ROWS)  # version 1 has no checksums
+
+Ranges = tuple[tuple[int, int], ...]  # rows of a matrix: [start, stop) after [start, stop)
+
+
+_Module = tuple[str, tuple[int, int], Ranges | None]  # format, shape, rows of a part
 
 
 def write_checkpoint(
@@ -27,13 +33,15 @@ def write_checkpoint(
     packed: Mapping[str, PackedTensor],
     others: Mapping[str, Tensor],
     header: Mapping[str, Any],
+    rows: Mapping[str, Ranges] | None = None,
 ) -> None:
     """Write ``model.safetensors`` into an existing folder.
 
     A packed weight becomes ``<module>.codes``, ``.scale`` and ``.zero``, or ``<module>.weight``
     in a float format.  The bytes of these tensors are exactly ``fmt.stored_bytes(shape)``.  The
     metadata holds the version of the layout, the format and shape of every module, the CRC-32 of
-    every tensor, and ``header``.
+    every tensor, and ``header``; for a part of a matrix, ``matrix[rows:k]``, also which rows of
+    it these are.
 
     Args:
         folder: Where to write: for an atomic result, and a full disk explained, a folder made
@@ -41,6 +49,7 @@ def write_checkpoint(
         packed: Packed weights by module name.
         others: All other tensors of the model by their ``state_dict`` names.
         header: JSON data to keep with the weights, for example the plan.
+        rows: The rows of the packed weights that are parts of a matrix.
 
     Raises:
         ValueError: If a name occurs both as a packed part and in ``others``.
@@ -53,14 +62,17 @@ def write_checkpoint(
     }
     if twice := sorted(parts.keys() & others.keys()):
         raise ValueError(f"Tensor {twice[0]!r} is given both packed and unpacked; keep one.")
-    modules = {
+    modules: dict[str, dict[str, Any]] = {
         module: {"format": weight.fmt.name, "shape": list(weight.shape)}
         for module, weight in packed.items()
     }
+    for module, ranges in (rows or {}).items():
+        modules[module]["rows"] = [list(pair) for pair in ranges]
     tensors = parts | {name: tensor.detach().contiguous() for name, tensor in others.items()}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     content = {"modules": modules, "header": dict(header), "crc32": checksums}
-    metadata = {"format": "pt", "bitplan_version": VERSION, "bitplan": json.dumps(content)}
+    version = WITH_ROWS if rows else VERSION
+    metadata = {"format": "pt", "bitplan_version": version, "bitplan": json.dumps(content)}
     save_file(tensors, folder / FILE_NAME, metadata)
 
 
@@ -70,7 +82,8 @@ def read_checkpoint(
     """Read what ``write_checkpoint`` wrote.
 
     Returns:
-        The packed weights, the other tensors and the header.
+        The packed weights, the other tensors and the header; :func:`stored_rows` gives the rows
+        of parts.
 
     Raises:
         ValueError: If the file is missing, truncated, written by a later version of bitplan or
@@ -95,7 +108,7 @@ def read_checkpoint(
     found = set(tensors)
     packed = {
         module: _take(path, tensors, module, spec, shape)
-        for module, (spec, shape) in modules.items()
+        for module, (spec, shape, _) in modules.items()
     }
     for name in checksums:
         if name not in found:
@@ -118,7 +131,19 @@ def planned_bytes(folder: Path) -> int:
     path = folder / FILE_NAME
     with safe_open(path, framework="pt") as file:
         modules, _, _ = _parse_metadata(path, file.metadata() or {})
-    return sum(Format.parse(spec).stored_bytes(shape) for spec, shape in modules.values())
+    return sum(Format.parse(spec).stored_bytes(shape) for spec, shape, _ in modules.values())
+
+
+def stored_rows(folder: Path) -> dict[str, Ranges]:
+    """Which rows of their matrices the parts in a folder are, by the name of the part.
+
+    Raises:
+        ValueError: If the header is damaged, or a later version wrote it.
+    """
+    path = folder / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        modules, _, _ = _parse_metadata(path, file.metadata() or {})
+    return {name: rows for name, (_, _, rows) in modules.items() if rows is not None}
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -152,22 +177,28 @@ def _file_checksums(path: Path) -> dict[str, int]:
 
 def _parse_metadata(
     path: Path, metadata: Mapping[str, str]
-) -> tuple[dict[str, tuple[str, tuple[int, int]]], dict[str, Any], dict[str, int]]:
-    """Format and shape by module, the header, and the checksums by tensor."""
+) -> tuple[dict[str, _Module], dict[str, Any], dict[str, int]]:
+    """Format, shape and rows by module, the header, and the checksums by tensor."""
     version = metadata.get("bitplan_version")
     if version is None:
         raise ValueError(f"{path} was not written by bitplan: its header has no bitplan_version.")
     if version not in _READABLE:
         raise ValueError(
-            f"{path} has layout version {version}; this bitplan reads version "
-            f"{' and '.join(_READABLE)}. Read it with the bitplan that wrote it, or quantize again."
+            f"{path} has layout version {version}; this bitplan reads versions "
+            f"{', '.join(_READABLE)}. Read it with the bitplan that wrote it, or quantize again."
         )
     try:
         content = json.loads(metadata["bitplan"])
-        modules = {}
+        modules: dict[str, _Module] = {}
         for module, entry in content["modules"].items():
             rows, cols = map(int, entry["shape"])
-            modules[module] = (str(entry["format"]), (rows, cols))
+            some = entry.get("rows")
+            ranges = None if some is None else tuple((int(a), int(b)) for a, b in some)
+            if (ranges is not None) != ("[rows:" in module):
+                raise ValueError(f"it does not say which rows of its matrix {module!r} is")
+            if ranges is not None and sum(b - a for a, b in ranges) != rows:
+                raise ValueError(f"{module!r} has {rows} rows, but says it is rows {some}")
+            modules[module] = (str(entry["format"]), (rows, cols), ranges)
         checksums = {name: int(crc) for name, crc in content.get("crc32", {}).items()}
         return modules, dict(content["header"]), checksums
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -160,7 +160,10 @@ class Renderings:
     def _grid(self, name: str, fmt: Format) -> Fitted | None:
         key = (name, fmt.name)
         if key not in self._grids:
-            self._grids[key] = self._fit_grid(self.weight(name), fmt)
+            try:
+                self._grids[key] = self._fit_grid(self.weight(name), fmt)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from error
         return self._grids[key]
 
     def _gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from .._base.records import Record, Strict
 from ..models.coverage import Coverage
+from ..models.units import Ranges, by_matrix, matrix_name, overlap, ranges_fault
 from ..quantizers.format import Format
 from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
@@ -208,18 +209,29 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:
-        taken: dict[str, list[tuple[int, int]]] = {}
-        for name, part in self.row_sets.items():
+        for name, rows in self.row_sets.items():
             if name not in self.assignments:
                 raise ValueError(f"row_sets.{name}: it has no format in assignments")
-            taken.setdefault(part.module, []).extend(part.rows)
-        for module, ranges in taken.items():
-            if module in self.assignments or _overlap(sorted(ranges)):
+            if rows.module != matrix_name(name) or rows.module == name:
+                raise ValueError(f"row_sets.{name}: a part of {rows.module!r} has another name")
+            if fault := ranges_fault(tuple(rows.rows)):
+                raise ValueError(f"row_sets.{name}: {fault}")
+        for name in self.assignments:
+            if matrix_name(name) != name and name not in self.row_sets:
+                raise ValueError(f"assignments.{name}: row_sets does not say which rows these are")
+        for matrix, parts in by_matrix(self.row_ranges).items():
+            if matrix in self.assignments:
+                raise ValueError(f"assignments.{matrix}: its rows have formats of their own")
+            if shared := overlap(parts.values()):
                 raise ValueError(
-                    f"row_sets: the rows of {module!r} overlap, are none, or it has a format as a "
-                    f"whole, too: {sorted(ranges)}"
+                    f"row_sets: parts of {matrix} share rows {shared[0]} to {shared[1] - 1}"
                 )
         return self
+
+    @property
+    def row_ranges(self) -> dict[str, Ranges]:
+        """:attr:`row_sets` as ranges by the name of the part."""
+        return {name: tuple(rows.rows) for name, rows in self.row_sets.items()}
 
     @property
     def total_bytes(self) -> int:
@@ -265,14 +277,6 @@ class Plan(Record):
                     f"{path} is not a valid plan: {part!r} has the format {fmt!r}. {error}"
                 ) from error
         return plan
-
-
-def _overlap(ranges: list[tuple[int, int]]) -> bool:
-    """Whether a range is empty or begins before the one before it ends."""
-    before = [0, *(stop for _, stop in ranges)]
-    return any(
-        not last <= start < stop for last, (start, stop) in zip(before, ranges, strict=False)
-    )
 
 
 def plan_key(plan: Plan) -> str:

@@ -47,7 +47,7 @@ def map_errors(
     count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
     step = max(1, chunk // cols)
     for fmt in formats:
-        renderer.store.prepare(name, fmt)  # fitted here, once, rather than by several workers
+        renderer.prepare(name, fmt)  # fitted here, once, rather than by several workers
 
     def run(start: int) -> T:
         block = slice(start, min(start + step, count))

@@ -21,7 +21,7 @@ from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype, tie
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
@@ -121,6 +121,9 @@ def price(
     else:
         shrinkage = Shrinkage(scores.values, scores.diagonal, [unit.kind for unit in units])
         kl, stderr = shrinkage.prices(), shrinkage.stderr()
+    held = _held(renderer, units, formats)
+    kl[~held] = np.nan
+    stderr[~held] = 0.0
     scale = 1.0 if scores.in_nats else _fitted_scale(task, kl, reporter)
     return SensitivityTable(
         units=units,
@@ -133,6 +136,34 @@ def price(
         signed=scores.signed,
         provenance=origin,
     )
+
+
+def _held(
+    renderer: Renderer, units: Sequence[UnitInfo], formats: Sequence[Format]
+) -> NDArray[np.bool_]:
+    """Which formats can hold which units: bool [U, F].
+
+    Raises:
+        ValueError: If none can hold a unit; names it.
+    """
+    held = np.ones((len(units), len(formats)), dtype=bool)
+    refused: dict[str, None] = {}
+    for u, unit in enumerate(units):
+        for f, fmt in enumerate(formats):
+            reasons = [r for name in unit.modules if (r := renderer.refusal(name, fmt))]
+            held[u, f] = not reasons
+            refused |= dict.fromkeys(reasons)
+        if not held[u].any():
+            reason = next(reversed(refused)).partition(": ")[2]
+            raise ValueError(f"No format given can hold {unit.name!r}. {reason}")
+    if refused:
+        names = sorted({reason.partition(":")[0] for reason in refused})
+        warnings.warn(
+            f"Weights too large for some formats, which are no candidates there: {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            stacklevel=3,
+        )
+    return held
 
 
 def _with_unreached(origin: Provenance, names: Sequence[str]) -> Provenance:
@@ -159,6 +190,7 @@ def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
             f"The model is in {source}; prices are computed in float32. Pass model.float(), which "
             "changes no weight."
         )
+    tie(model)
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LoadedModel(name, model, source, Workload(model))
@@ -261,7 +293,7 @@ def _fitted_scale(task: Task, kl: NDArray[np.float64], reporter: Reporter) -> fl
     range: the largest errors saturate and the smallest drown in rounding.
     """
     totals = kl.sum(axis=0)
-    order = [i for i in np.argsort(totals) if totals[i] > 0]
+    order = [i for i in np.argsort(totals) if totals[i] > 0]  # not NaN: all units can have it
     chosen = order[len(order) // 4 : -(len(order) // 4) or None][:4] or order[:1]
     if not chosen:
         raise ValueError("Every format reproduces every weight exactly: there is nothing to price.")

@@ -21,7 +21,7 @@ from ..models.rendering import Renderer, first_input
 from ..models.samples import Samples
 from ..models.sites import Place
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, samples_in
+from ..models.workload import Batch, LoadedModel, samples_in, take
 from ..quantizers.methods import METHODS, Evidence
 from .uses import uses_of
 
@@ -87,7 +87,7 @@ class Moments:
     nothing, so their errors cannot make up for each other. Nor has one that nothing reaches.
     A convolution multiplies unfolded patches; each channel group has second moments of its own.
     A weight that is no plain factor of its module's input (fused experts, recurrent and odd
-    layers) has none either.
+    layers) has none either, nor have some rows of a convolution with channel groups.
 
     Args:
         model: The original model.
@@ -124,7 +124,7 @@ class Moments:
             for part in self._renderer.parts_of(use.matrix):
                 self._places.setdefault(part.name, []).append(use.place)
         known = [name for name in names if name in self._places]
-        inputs, rest = self._look(known, batches[0])
+        inputs, rest = self._look(known, take(batches[0], 0, 1))
         rest += [name for name in names if name not in self._places]
         if rest:
             yield dict.fromkeys(rest, Evidence())
@@ -145,7 +145,7 @@ class Moments:
             del evidences  # the next ones need the room
 
     def _look(self, names: Sequence[str], batch: Batch) -> tuple[list[_Input], list[str]]:
-        """The inputs, as one batch shows them; and the matrices that have none."""
+        """The inputs, as one sample shows them; and the matrices that have none."""
         calls: dict[str, list[tuple[Place, Tensor]]] = {name: [] for name in names}
 
         def note(name: str, place: Place, x: Tensor) -> None:
@@ -156,7 +156,7 @@ class Moments:
         shapes: dict[str, tuple[int, int]] = {}
         lookups = []
         for name in names:
-            if not all(x.is_floating_point() for _, x in calls[name]):
+            if any(place.site.lookups for place in self._places[name]):
                 lookups.append(name)
                 continue
             same = tuple((id(x), x._version, _reading(place)) for place, x in calls[name])
@@ -195,6 +195,9 @@ class Moments:
                     f"whose squares overflow. Leave it out with --exclude {leader!r}."
                 )
             result |= dict.fromkeys(found.names, Evidence(moments))
+            if len(moments) > 1:  # rows that were cut do not fall into the channel groups
+                cut = [name for name in found.names if self._renderer.parts[name].rows is not None]
+                result |= dict.fromkeys(cut, Evidence())
         return result
 
     def _run(

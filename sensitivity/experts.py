@@ -106,7 +106,7 @@ class Reach:
         blocks: list[tuple[str, Tensor | None, bool]] = []
         for part in unit.parts:
             place = self.renderer.place(part.name)
-            count = len(place.parameter) if place.site_name == "experts" and not part.rows else 1
+            count = 1 if part.rows else place.blocks
             reached = self._reached.get(part.name, torch.zeros(count, dtype=torch.bool))
             if count == 1 or len(reached) == 1:
                 blocks.append((part.name, None, bool(reached.all())))

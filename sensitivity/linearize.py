@@ -116,7 +116,7 @@ def linearize(
         ) -> None:
             reach.saw(name, fisher)
             # A module used twice comes in the same order again.
-            kl = None if isinstance(fisher, DenseGradient) else waiting[name].pop(0)
+            kl = waiting[name].pop(0) if waiting.get(name) else None
             u = index[name]
             found[:, :, u] += _products(kl, fisher, renderer, name, formats, int(choice[u]))
 

@@ -72,6 +72,8 @@ def stream(
 
             def consume(delta: Tensor) -> None:
                 check_unchanged(use.matrix, x, version)
+                if use.matrix in uses.experts and not delta.any():
+                    return  # no token was sent there
                 delta = delta if use.scale == 1 else use.scale * delta
                 factors = Factors(
                     site.inputs(module, x, samples), site.deltas(module, delta, samples).detach()
@@ -90,7 +92,7 @@ def stream(
             parameter.grad = None
             for part in renderer.parts_of(matrix):
                 some = gradient if part.rows is None else rows_of(gradient, part)
-                blocks = len(parameter) if place.site_name == "experts" and not part.rows else 1
+                blocks = 1 if part.rows else place.blocks
                 if some.any():
                     visit(part.name, DenseGradient(some, blocks))
 

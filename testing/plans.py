@@ -8,22 +8,33 @@ from itertools import cycle
 from ..models.find import find_matrices
 from ..models.fusion import fuse
 from ..models.identity import state_sha256
+from ..models.units import Ranges, matrix_name
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules, byte_count
-from ..search.plan import BudgetRef, Plan
+from ..search.plan import BudgetRef, Plan, RowSet
 from ..sensitivity.provenance import ModelRef
 
 
-def hand_made(model: LoadedModel, formats: Mapping[str, str], runtime: str | None = None) -> Plan:
-    """A plan with these formats, its bytes counted."""
-    shapes = {unit.name: unit.shapes[0] for unit in find_matrices(model.module)}
+def hand_made(
+    model: LoadedModel,
+    formats: Mapping[str, str],
+    runtime: str | None = None,
+    row_sets: Mapping[str, Ranges] | None = None,
+) -> Plan:
+    """A plan with these formats, its bytes counted; ``row_sets`` has the rows of parts."""
+    row_sets = row_sets or {}
+    shapes = {unit.name: unit.shapes[0] for unit in find_matrices(model.module, row_sets)}
     count = byte_count(runtime)
     size = sum(count(Format.parse(fmt), shapes[name]) for name, fmt in formats.items())
     weights = sum(shapes[name][0] * shapes[name][1] for name in formats)
     return Plan(
         model=ModelRef(id=model.id, sha256=state_sha256(model.module)),
         assignments=dict(formats),
+        row_sets={
+            name: RowSet(module=matrix_name(name), rows=list(rows))
+            for name, rows in row_sets.items()
+        },
         budget=BudgetRef(text=str(size), bytes=size),
         bytes=size,
         weights=weights,

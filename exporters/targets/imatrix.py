@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...models.find import find_matrices
 from ...models.names import BUILTIN
 from ...models.packed_modules import PackedModule
 from ...models.rendering import Renderer
@@ -52,7 +53,7 @@ class Imatrix(Exporter):
             said.get("length", LENGTH),
             said.get("seed", 0),
         )
-        units = source.everything
+        units = find_matrices(model.module)  # whole ones, whatever parts the plan has
         names = tensor_names(*architecture_of(model), [unit.name for unit in units])
         with source.reporter.bar("Reading inputs", samples.count) as advance:
             task = Task(model, units, (), Renderer(model.module, units), samples, 0, advance)

@@ -17,7 +17,7 @@ class Json(Exporter):
     config_suffix = ".json"
 
     def config(self, source: Source) -> str:
-        """One object per module."""
+        """One object per module, and per part of a module whose rows have several formats."""
         plan, shapes = source.plan, source.shapes
         count = byte_count(plan.runtime)
         modules: dict[str, dict[str, Any]] = {}
@@ -25,6 +25,8 @@ class Json(Exporter):
             entry: dict[str, Any] = {"format": fmt.name, "bits": fmt.bits, "shape": shapes[name]}
             if fmt.layout == "codes":
                 entry |= {"group_size": fmt.group_size or shapes[name][1], "sym": fmt.symmetric}
+            if name in plan.row_sets:  # some rows of a matrix: half-open ranges, ascending
+                entry |= {"matrix": plan.row_sets[name].module, "rows": plan.row_sets[name].rows}
             modules[name] = entry | {"bytes": count(fmt, shapes[name])}
         data = {
             "model": plan.model.model_dump(),

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from ...quantizers.packed import PackedTensor
 from ..packed_modules import PackedLinear
+from ..packed_rows import PackedRowsLinear
 from . import SITES, Site, runs_code_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"  # by name: transformers need not be loaded
@@ -57,6 +58,14 @@ class Linear(Site):
         bias: Any = module.bias
         like: Any = module.weight
         return PackedLinear(packed, bias, like, transposed=not isinstance(module, nn.Linear))
+
+    def packed_rows(
+        self, module: nn.Module, parts: list[tuple[PackedTensor, Tensor]]
+    ) -> nn.Module | None:
+        """A layer that multiplies by all parts."""
+        bias: Any = module.bias
+        like: Any = module.weight
+        return PackedRowsLinear(parts, bias, like, transposed=not isinstance(module, nn.Linear))
 
 
 def conv1d_of(module: nn.Module) -> type[nn.Module] | None:

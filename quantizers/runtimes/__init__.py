@@ -92,6 +92,7 @@ class Rules(_Strict):
         columns_multiple_of: Divides the input features of every quantized matrix.
         rows_multiple_of: Divides its output features.
         whole_groups: Whether the last group of a row must be full.
+        row_parts: Whether some rows of a matrix may have another format than the others.
         unquantized: Globs on modules that stay floats.
         fused: Last names of modules that it runs as one matrix and that must share one format.
         storage: The tensors its files hold for a matrix of integers; empty where the bytes of
@@ -109,6 +110,7 @@ class Rules(_Strict):
     columns_multiple_of: PositiveInt = 1
     rows_multiple_of: PositiveInt = 1
     whole_groups: bool = False
+    row_parts: bool = False
     unquantized: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     storage: tuple[StoredTensor, ...] = ()

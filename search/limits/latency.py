@@ -81,7 +81,8 @@ def predicted_milliseconds(
 ) -> NDArray[np.float64]:
     """Time of every option on a device, by its latency model: float64 [U, F], whole nanoseconds.
 
-    Every matrix is one product with ``tokens`` vectors.  Embeddings that are only looked up, as the
+    Every matrix is one product with ``tokens`` vectors, its parts together if they are multiplied
+    at once: each has a share of the launch by its rows.  Embeddings that are only looked up, as the
     profile recorded, take no time.  A convolution counts once, as if it had one output position.
 
     Args:
@@ -104,19 +105,31 @@ def predicted_milliseconds(
                 "choose another kernel."
             ) from error
 
+    def launch(fmt: Format, share: float) -> float:
+        return (share if device.one_launch(fmt) else 1.0) * device.overhead(fmt)
+
     @cache
-    def times(shapes: tuple[tuple[int, int], ...]) -> list[float]:
-        seconds = (sum(device.seconds(fmt, s, tokens) for s in shapes) for fmt in formats.values())
+    def times(shapes: tuple[tuple[int, int], ...], share: float) -> list[float]:
+        seconds = (
+            sum(device.seconds(fmt, s, tokens, overhead=launch(fmt, share)) for s in shapes)
+            for fmt in formats.values()
+        )
         return [math.ceil(1e9 * value) / 1e6 for value in seconds]
 
+    rows: dict[str, int] = {}  # of every matrix in parts
+    for part in (part for unit in table.units for part in unit.parts if part.rows is not None):
+        rows[part.module] = rows.get(part.module, 0) + part.shape[0]
     types = table.provenance.layer_types
     cost = np.zeros(table.kl.shape)
     for u, unit in enumerate(table.units):
         shapes = unit.shapes
+        part = unit.parts[0]
+        single = len(shapes) == 1 and part.rows is not None
+        share = part.shape[0] / rows[part.module] if single else 1.0
         if fused and len({cols for _, cols in shapes}) == 1:
             shapes = ((sum(rows for rows, _ in shapes), shapes[0][1]),)
         if types.get(unit.name) != "embedding":
-            cost[u, list(formats)] = times(shapes)
+            cost[u, list(formats)] = times(shapes, share)
     return cost
 
 

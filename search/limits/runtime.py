@@ -53,6 +53,13 @@ def check_for_runtime(table: SensitivityTable, rules: Rules) -> None:
                     f"has {len(members)} units for it. Take Limits.for_runtime(table), or profile "
                     f"with --group '{group}'."
                 )
+    parts = [part.module for unit in table.units for part in unit.parts if part.rows is not None]
+    if parts and not rules.row_parts:
+        raise ValueError(
+            f"{rules.name} takes one format for all rows of a matrix (its rule `row_parts`), but "
+            f"the table has {parts.count(parts[0])} parts of {parts[0]!r}. Profile whole matrices: "
+            "without --per-expert."
+        )
     if not np.array_equal(table.bytes, bytes_for(table, rules)):
         raise ValueError(
             f"The table does not count the bytes that {rules.name} stores. Take "

@@ -127,7 +127,7 @@ WRONG_METRICS: dict[str, tuple[str, Callable[[Scores], Scores]]] = {
     ),
     "one unit forgotten": (
         "test_fewer_bits_cost_more_in_every_unit",
-        lambda s: changed(s, values=s.values * np.float32([1, 0, 1, 1])[:, None]),
+        lambda s: changed(s, values=s.values * np.array([1, 0, 1, 1], np.float32)[:, None]),
     ),
     "a format that depends on its neighbours": (
         "test_formats_are_priced_each_for_itself",

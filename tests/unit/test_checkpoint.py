@@ -90,7 +90,7 @@ def test_truncated_file(tmp_path: Path, kept: int) -> None:
     ("metadata", "message"),
     [
         ({}, "not written by bitplan"),
-        ({"bitplan_version": "3"}, "layout version 3; this bitplan reads version 1 and 2"),
+        ({"bitplan_version": "4"}, "layout version 4; this bitplan reads versions 1, 2, 3"),
         ({"bitplan_version": "1"}, "damaged bitplan header"),
         ({"bitplan_version": "1", "bitplan": "{"}, "damaged bitplan header"),
         ({"bitplan_version": "1", "bitplan": "[]"}, "damaged bitplan header"),

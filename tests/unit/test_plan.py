@@ -246,8 +246,11 @@ def test_rows_of_a_matrix_may_have_formats_of_their_own(tmp_path: Path) -> None:
     assert Plan.load(path) == plan
     data = json.loads(path.read_text())
     for damage, says in (
-        ({"w[rows:1]": {"module": "w", "rows": [[1, 4]]}}, "the rows of 'w' overlap"),
-        ({"w[rows:1]": {"module": "w", "rows": [[2, 2]]}}, "the rows of 'w' overlap, are none"),
+        ({"w[rows:1]": {"module": "w", "rows": [[1, 4]]}}, "parts of w share rows 3 to 3"),
+        (
+            {"w[rows:1]": {"module": "w", "rows": [[2, 2]]}},
+            r"rows:1\]: rows are ranges",
+        ),
         ({"w[rows:2]": {"module": "w", "rows": [[1, 3]]}}, r"rows:2\]: it has no format"),
     ):
         path.write_text(json.dumps(data | {"row_sets": data["row_sets"] | damage}))

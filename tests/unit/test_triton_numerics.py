@@ -1,4 +1,4 @@
-"""Runs ``interpreted/plane_kernels.py`` where Triton interprets its kernels."""
+"""Runs what is in ``interpreted`` where Triton interprets its kernels."""
 
 import os
 import subprocess
@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-CASES = Path(__file__).parents[1] / "interpreted" / "plane_kernels.py"
+FOLDER = Path(__file__).parents[1] / "interpreted"
 
 
 @pytest.mark.parametrize(
     "interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)], ids=["interpreted", "on a GPU"]
 )
-def test_kernels_agree_with_torch(interpret: str) -> None:
+@pytest.mark.parametrize("cases", ["plane_kernels.py", "plane_parts.py"])
+def test_kernels_agree_with_torch(cases: str, interpret: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / cases)],
         env=os.environ | {"TRITON_INTERPRET": interpret},
-        cwd=CASES.parents[2],
+        cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
         check=False,
