@@ -97,10 +97,11 @@ def test_convolution(spec: str) -> None:
 
 
 def test_hooks_of_a_replaced_layer_still_run() -> None:
-    model = nn.Sequential(nn.Linear(64, 8))
-    model[0].register_forward_pre_hook(lambda _module, args: (2 * args[0],))
-    model[0].register_forward_hook(lambda _module, _args, output: output + 1)
-    packed = pack(model[0].weight)
+    layer = nn.Linear(64, 8)
+    model = nn.Sequential(layer)
+    layer.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    layer.register_forward_hook(lambda _module, _args, output: output + 1)
+    packed = pack(layer.weight)
     plain = copy.deepcopy(model)
     plain[0].weight.data = packed.dequantize()
     replace(model, {"0": packed}, {})
@@ -111,7 +112,9 @@ def test_hooks_of_a_replaced_layer_still_run() -> None:
 
 class Standardized(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+        centred = weight - weight.mean((1, 2, 3), keepdim=True)
+        result: Tensor = super()._conv_forward(input, centred, bias)
+        return result
 
 
 def test_convolutions_with_code_of_their_own_are_known() -> None:
