@@ -98,14 +98,14 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         "parameters stay as they are"
     )
     selected = bool(settings.include or settings.exclude)
+    formats = resolve_formats(settings.formats, model.source_dtype)
     origin = provenance(
-        model, units, samples, settings.metric, settings.rounding, settings.seed, selected
+        model, units, formats, samples, settings.metric, settings.rounding, settings.seed, selected
     )
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
-    formats = resolve_formats(settings.formats, model.source_dtype)
     renderer = calibrated(
         model,
         units,

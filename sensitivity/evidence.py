@@ -127,6 +127,11 @@ class Moments:
         inputs, rest = self._look(known, take(batches[0], 0, 1))
         rest += [name for name in names if name not in self._places]
         if rest:
+            self._reporter.say(
+                f"{len(rest)} of {len(names)} matrices have no second moments of inputs (looked "
+                f"up, or used otherwise than as one product) and are rounded to nearest: {rest[0]}"
+                + (f", {rest[1]}, ..." if len(rest) > 2 else "")
+            )
             yield dict.fromkeys(rest, Evidence())
         rounds: list[list[_Input]] = []
         room = 0

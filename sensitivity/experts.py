@@ -98,7 +98,10 @@ class Reach:
                 power, amount = _growth(product)
                 total = (np.abs(scores[p][:, peers]) ** power).sum(axis=1)
                 ratio = _ratio(amount(*mine), amount(*theirs), mine[1] / theirs[1])
-                scores[p, :, u] = (total * ratio) ** (1 / power)
+                found = (total * ratio) ** (1 / power)
+                if power == 2:  # inner products: of either sign, so that none add up by themselves
+                    found *= np.random.default_rng(u).choice((-1.0, 1.0), size=(len(found), 1))
+                scores[p, :, u] = found
         return unreached
 
     def _blocks(self, unit: UnitInfo) -> list[tuple[str, Tensor | None, bool]]:
