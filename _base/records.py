@@ -64,12 +64,13 @@ class Record(Strict):
             ) from error
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path | str) -> Self:
         """Read a record from its file.
 
         Raises:
             ValueError: If the file is missing, is not JSON, or breaks the schema.
         """
+        path = Path(path)
         if not path.is_file():
             raise ValueError(f"No {cls.KIND} at {path}. {cls.MAKE}".strip())
         return cls.parse(read_json_text(path, cls.KIND), str(path))

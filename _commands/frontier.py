@@ -36,6 +36,7 @@ def frontier(
     """
     import numpy as np
 
+    from ..search.coverage import coverage_of, describe_coverage
     from ..search.frontier import Frontier
     from ..search.limits import build_problem
 
@@ -53,6 +54,8 @@ def frontier(
     for name, size, kl in sorted(rows, key=lambda row: row[1]):
         shown.add_row(name, f"{size:,}", f"{8 * size / table.weights:.3f}", f"{kl:.4g}")
     out.print(shown)
+    if found := coverage_of(table):
+        out.print(f"Coverage: {describe_coverage(found)}", markup=False)
     if frontier_file is not None:
         whole.save(frontier_file)
         out.print(f"Frontier: {frontier_file}", markup=False)

@@ -31,6 +31,7 @@ def profile(
     from .._base.progress import Reporter
     from ..jobs.folder import RunFolder
     from ..jobs.search import run_profile
+    from ..search.coverage import coverage_of, describe_coverage
 
     settings = options.profile_settings(asked)
     run = run or Path("runs") / options.run_name(settings.model)
@@ -41,4 +42,6 @@ def profile(
         bpw = 8 * table.uniform_bytes(name) / table.weights
         shown.add_row(name, f"{bpw:.3f}", f"{table.kl[:, i].sum():.4g}")
     out.print(shown)
+    if found := coverage_of(table):
+        out.print(f"Coverage: {describe_coverage(found)}", markup=False)
     hint("Next:", "solve", RunFolder(run).profile, "--budget …")

@@ -33,7 +33,7 @@ def quantize(
     whole, planned = (folder / FILE_NAME).stat().st_size, planned_bytes(folder)
     out.print(
         f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "
-        f"{format_bytes(whole - planned)} that the plan leaves as it was"
+        f"{format_bytes(whole - planned)} of other tensors and of the file's header"
     )
     source = Plan.load(plan)
     if source.bytes != planned:

@@ -47,10 +47,6 @@ def solve(
     any_size = wanted.fastest and wanted.budget is None
     budget = None if any_size else Budget.parse(wanted.budget or "4.3bpw")
     table = options.load_profile(path, wanted.runtime)
-    files = {}
-    if program is not None and budget is not None:
-        write_program(table, budget, limits, program)
-        files["program"] = program
     plan = run_solver(
         table,
         budget,
@@ -61,6 +57,10 @@ def solve(
         seed=wanted.seed,
         command=options.command(),
     )
+    files = {}
+    if program is not None and budget is not None:
+        write_program(table, budget, limits, program)
+        files["program"] = program
     if plan_file is not None:
         plan.save(plan_file)
         files["plan"] = plan_file

@@ -127,7 +127,14 @@ def _tabulate(task: Task, metric: str, scores: Scores) -> SensitivityTable:
         diagonal=scores.diagonal,
         signed=scores.signed,
         provenance=provenance(
-            task.model, task.units, task.samples, metric, "rtn", task.seed, selected=True
+            task.model,
+            task.units,
+            task.formats,
+            task.samples,
+            metric,
+            "rtn",
+            task.seed,
+            selected=True,
         ),  # the lab takes the layers only
     )
 

@@ -14,7 +14,7 @@ from ..jobs.folder import RunFolder
 from ..models.wording import words_of
 from ..quantizers.format import Format
 from ..quantizers.runtimes import Rules
-from ..search.coverage import describe_coverage
+from ..search.coverage import bits_per, describe_coverage
 from .source import Source
 
 FIGURES = {  # of a run
@@ -85,6 +85,7 @@ def write_card(
         whole=whole,
         coverage=describe_coverage(plan.coverage) if plan.coverage else None,
         bpw=8 * size / plan.weights,
+        bits_per=bits_per(plan.coverage),
         base=base,
         name=Path(plan.model.id).name,
         figures=figures,

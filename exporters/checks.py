@@ -52,11 +52,11 @@ def violations(
         if matrix in parts and not rules.row_parts:
             if unit.name == parts[matrix][0]:
                 widest = max((formats[name] for name in parts[matrix]), key=_fineness(unit))
-                chosen = ", ".join(dict.fromkeys(formats[name].name for name in parts[matrix]))
+                listed = ", ".join(dict.fromkeys(formats[name].name for name in parts[matrix]))
                 yield Violation(
                     matrix,
                     f"row_parts: it takes one format for all rows of a matrix, but the plan has "
-                    f"{len(parts[matrix])} parts of these rows in {chosen}",
+                    f"{len(parts[matrix])} parts of these rows in {listed}",
                     f"Use {(nearest_format(unit, widest, rules) or widest).name} for all rows",
                 )
             continue
@@ -118,8 +118,8 @@ def snap(
     if not rules.row_parts and any(unit.rows for unit in units):
         for unit in units:
             if unit.rows and unit.name in new:
-                name, fmt = unit.parts[0].module, new.pop(unit.name)
-                new[name] = max(new.get(name, fmt), fmt, key=_fineness(unit))
+                name, own = unit.parts[0].module, new.pop(unit.name)
+                new[name] = max(new.get(name, own), own, key=_fineness(unit))
         units = whole_matrices(units)
     for unit in units:
         fmt = new.get(unit.name)

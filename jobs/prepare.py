@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -98,14 +98,14 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         "parameters stay as they are"
     )
     selected = bool(settings.include or settings.exclude)
+    formats = resolve_formats(settings.formats, model.source_dtype)
     origin = provenance(
-        model, units, samples, settings.metric, settings.rounding, settings.seed, selected
+        model, units, formats, samples, settings.metric, settings.rounding, settings.seed, selected
     )
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
-    formats = resolve_formats(settings.formats, model.source_dtype)
     renderer = calibrated(
         model,
         units,
@@ -219,6 +219,7 @@ def profiled(work: Work, run: RunFolder, reporter: Reporter) -> SensitivityTable
     if path.exists():
         table = SensitivityTable.load(path)
         _check_same(table, work.blank_table(), path)
+        table = _with_model_facts(table, work.provenance)
         if not path.with_suffix(".json").exists():  # the disk was full
             table.save(path)
         reporter.say(f"Profile found in {path}, not computed again")
@@ -253,6 +254,17 @@ def _check_same(found: SensitivityTable, asked: SensitivityTable, path: Path) ->
                 f"{_short(value)}). Choose another --out, which keeps this profile; deleting the "
                 "file would lose it."
             )
+
+
+def _with_model_facts(table: SensitivityTable, known: Provenance) -> SensitivityTable:
+    """What a profile of schema 1 does not say of the whole model, and the model at hand does."""
+    found = table.provenance
+    missing = {
+        name: getattr(known, name)
+        for name in ("coverage", "file_bytes")
+        if getattr(found, name) is None
+    }
+    return replace(table, provenance=found.model_copy(update=missing))
 
 
 def _short(value: Any) -> str:

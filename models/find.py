@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,7 @@ from .fusion import fuse
 from .sites import Place, places
 from .sites.experts import expert_of
 from .units import Ranges, UnitInfo, by_matrix, part_name, split_rows
+from .workload import memory_of
 
 
 @dataclass(slots=True)
@@ -127,7 +128,7 @@ def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False
 
 def _weights(model: nn.Module) -> list[_Found]:
     """Every weight once, under its first name."""
-    owners: dict[int, _Found] = {}
+    owners: dict[Hashable, _Found] = {}
     for place in places(model):
         known = owners.setdefault(_address(place.parameter), _Found(place))
         if known.place is not place:
@@ -135,17 +136,16 @@ def _weights(model: nn.Module) -> list[_Found]:
     return list(owners.values())
 
 
-def _address(weight: Tensor) -> int:
-    """What tied weights have in common: their address, or on the meta device the parameter."""
-    address: int = weight.data_ptr()
-    return address or id(weight)
+def _address(weight: Tensor) -> Hashable:
+    """What tied weights have in common: their memory, or on the meta device the parameter."""
+    return memory_of(weight) or id(weight)
 
 
 def _experts(found: Sequence[_Found]) -> dict[str, dict[str, Ranges]]:
     """The rows of every expert of the weights that hold several."""
     split: dict[str, dict[str, Ranges]] = {}
     for place in (one.place for one in found):
-        count = place.parameter.shape[0] if place.site_name == "experts" else 1
+        count = place.blocks
         size = place.shape[0] // count
         if count > 1:
             split[place.name] = {
@@ -160,7 +160,7 @@ def _described(
     """The unit of every weight; of those to be split, the units of its parts."""
     experts = {one.place.name: expert_of(one.place.path, model) for one in found}
     stack = _main_stack(list(experts))
-    units = []
+    units: list[UnitInfo] = []
     for one in found:
         place, name = one.place, one.place.name
         expert = experts[name]
@@ -206,11 +206,12 @@ def unplanned_tensors(
     planned = {place.key for place in places(model) if place.name in inside}
     others: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, str] = {}
     for name, tensor in model.state_dict().items():
         if name in planned:
             continue
-        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        memory = memory_of(tensor)
+        owner = owners.setdefault(memory, name) if memory else name
         if owner == name:
             others[name] = tensor
         else:

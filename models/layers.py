@@ -52,5 +52,8 @@ def runs_own_code(module: nn.Module) -> bool:
     base = next((kind for kind in plain if isinstance(module, kind)), None)
     if base is None:
         return False
-    padded = isinstance(module, nn.Conv2d) and module.padding_mode != "zeros"
-    return type(module).forward is not base.forward or padded
+    own = type(module).forward is not base.forward
+    if isinstance(module, nn.Conv2d):
+        own |= type(module)._conv_forward is not nn.Conv2d._conv_forward
+        own |= module.padding_mode != "zeros"
+    return own

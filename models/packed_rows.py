@@ -132,7 +132,7 @@ class PackedRowsLinear(PackedRows):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedRowsLinear:
         before, stored = self.like.device, [packed.tensors for packed, _ in self.packed()]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.like.device == before:  # a cast
             for module, tensors in zip(self.modules_of_parts(), stored, strict=True):
                 module._buffers.update(tensors)

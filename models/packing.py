@@ -13,10 +13,17 @@ from ..quantizers.packed import PackedTensor
 from .lazy import LazyWeight
 from .packed_modules import PackedModule
 from .packed_rows import PackedRows
-from .sites import SITES, Place, places
+from .sites import SITES, Place, entries_of, places
 from .substitute import substitute
 from .units import Ranges, check_row_sets, matrix_name, row_count
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 _Parts = list[tuple[PackedTensor, Ranges | None]]
 
 
@@ -100,6 +107,8 @@ def _put(model: nn.Module, place: Place, parts: _Parts) -> None:
             else place.site.packed_rows(module, some_rows)
         )
         if replacement is not None:
+            for hooks in _HOOKS:  # whoever watches or changes what goes in and out still does
+                getattr(replacement, hooks).update(getattr(module, hooks))
             parent, _, child = place.path.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement.train(module.training))
             return
@@ -133,11 +142,14 @@ class _Read:
             return site.restored(module, self.attribute, holder.rows(None, dtype), self.shape)
 
         def some(entries: Tensor) -> Tensor:
-            block = holder.shape[0] // self.shape[0]
-            rows = entries[:, None] * block + torch.arange(block, device=entries.device)
-            shape = torch.Size((len(entries), *self.shape[1:]))
-            matrix = holder.rows(rows.flatten(), dtype)
-            return site.restored(module, self.attribute, matrix, shape)
+            return entries_of(
+                site,
+                module,
+                self.attribute,
+                self.shape,
+                entries,
+                lambda rows: holder.rows(rows, dtype),
+            )
 
         return LazyWeight(self.shape, holder.like, whole, some) if site.by_index else whole()
 

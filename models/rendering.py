@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,7 +17,7 @@ from .._base.progress import Reporter
 from ..quantizers.format import Format, family_of
 from ..quantizers.store import Renderings, Rows
 from .lazy import LazyWeight
-from .sites import Place, places
+from .sites import Place, entries_of, places
 from .substitute import Read, substituted
 from .units import Part, UnitInfo
 
@@ -210,16 +211,17 @@ class _Swap:
             if torch.is_grad_enabled() and parameter.requires_grad:
                 standing_in: Any = _InPlaceOf.apply
                 return standing_in(parameter, place.restored(self.rendered(matrix)))
-            if place.site.by_index and whole is not None and parameter.shape == place.shape:
+            if place.site.by_index and whole is not None:
                 return LazyWeight(torch.Size(parameter.shape), parameter, dense, some)
             return dense()
 
         def dense() -> Tensor:
             return place.restored(self.rendered(matrix))
 
-        def some(rows: Tensor) -> Tensor:
+        def some(entries: Tensor) -> Tensor:
             assert whole is not None
-            return self.renderer.render(matrix, whole, rows)
+            shape, render = place.parameter.shape, partial(self.renderer.render, matrix, whole)
+            return entries_of(place.site, place.module, place.attribute, shape, entries, render)
 
         return read
 

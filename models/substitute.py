@@ -92,7 +92,12 @@ def _subclass(kind: Any, keys: tuple[tuple[str, str, bool], ...]) -> type[nn.Mod
 
 def _getter(attribute: str) -> Callable[[nn.Module], Any]:
     def get(self: nn.Module) -> Any:
-        return self.__dict__[_READS][attribute](self)
+        try:
+            return self.__dict__[_READS][attribute](self)
+        except AttributeError as error:  # modules would answer with what the parameter was
+            raise RuntimeError(
+                f"What stands for {attribute!r} of a {type(self).__name__} failed: {error}"
+            ) from error
 
     return get
 

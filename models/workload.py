@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,24 @@ def take(batch: Batch, low: int, high: int, step: int = 1) -> Batch:
     if isinstance(batch, Mapping):
         return {key: some(value) for key, value in batch.items()}
     return tuple(some(value) for value in batch)
+
+
+def memory_of(tensor: Tensor) -> tuple[Hashable, ...] | None:
+    """What two tensors have in common that are the same memory seen alike; None without any."""
+    address = tensor.data_ptr()
+    return (address, tensor.shape, tensor.stride(), tensor.dtype) if address else None
+
+
+def tie(module: nn.Module) -> None:
+    """Let modules whose parameters are the same memory share one parameter, in place.
+
+    Their gradients then add up, and what stands for one stands for all.
+    """
+    owners: dict[Hashable, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and (memory := memory_of(parameter)):
+                part._parameters[name] = owners.setdefault(memory, parameter)
 
 
 def parameter_dtype(module: nn.Module) -> str:

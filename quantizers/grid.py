@@ -90,7 +90,9 @@ def decode(codes: Tensor, fmt: Format, grid: Grid, out: Tensor | None = None) ->
     """The weight, float32 [rows, cols], that codes [rows, cols] stand for; ``out`` receives it."""
     if out is None:
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    dequantize(out.copy_(codes), line_of(fmt, grid), fmt.group_size)
+    for rows in row_chunks(codes.shape):
+        some = out[rows].copy_(codes[rows])
+        dequantize(some, line_of(fmt, grid.rows(rows)), fmt.group_size)
     return out
 
 

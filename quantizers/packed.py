@@ -138,6 +138,24 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return words.view(torch.uint8).view(rows, -1)[:, :count]
 
 
+def bits_at(stream: Tensor, bits: int, places: Tensor) -> Tensor:
+    """Some codes of an LSB-first stream.
+
+    Args:
+        stream: Bytes [n], uint8.
+        bits: Bits of a code, from 1 to 8.
+        places: Numbers of the codes, int64 of any shape.
+
+    Returns:
+        The codes, uint8, shaped like ``places``.
+    """
+    first = places * bits
+    low, shift = first >> 3, first & 7
+    word = stream[low].int() | (stream[(low + 1).clamp_(max=len(stream) - 1)].int() << 8)
+    codes: Tensor = (word >> shift) & (2**bits - 1)
+    return codes.to(torch.uint8)
+
+
 def _repeat(mask: int, step: int) -> int:
     """A 64-bit mask that repeats ``mask`` every ``step`` bits."""
     return sum(mask << shift for shift in range(0, 64, step))

@@ -77,6 +77,12 @@ class Side:
             return self.plan.bytes
         return sum(self.bytes_of(module) for module in assignments)
 
+    @property
+    def model_bytes(self) -> int | None:
+        """Bytes of the whole model's file with these assignments; None if that is not known."""
+        whole = self.plan.model_bytes
+        return None if whole is None else whole - self.plan.bytes + self.size
+
     def bytes_of(self, module: str) -> int:
         """Bytes that a module of known shape takes where the plan runs."""
         fmt = Format.parse(self.plan.assignments[module])

@@ -20,6 +20,7 @@ from .._base.files import atomic_path
 from ..models.wording import words_of
 from ..quantizers.runtimes import Rules, StoredTensor
 from ..search.budget import format_bytes
+from ..search.coverage import planned_share
 from ..search.plan import Plan
 from .canvas import drawing
 from .compare import Change, PlanDifference, Side
@@ -47,6 +48,14 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     """The properties of both plans, those that are the same as well."""
     a, b = found.first.plan, found.second.plan
     x, y = found.first.size, found.second.size
+    whole = [side.model_bytes for side in (found.first, found.second)]
+    if any(whole):
+        first, second = ("" if size is None else format_bytes(size) for size in whole)
+        u, v = whole
+        change = "" if u is None or v is None else bytes_change(v - u)
+        yield Row("whole model", first, second, change)
+    if a.coverage or b.coverage:
+        yield Row("planned of it", _share(a), _share(b))
     yield Row("size", format_bytes(x), format_bytes(y), bytes_change(y - x))
     p, q = 8 * x / found.first.weights, 8 * y / found.second.weights
     yield Row("bits per weight", f"{p:.3f}", f"{q:.3f}", f"{q - p:+.3f}")
@@ -79,6 +88,10 @@ def rows(found: PlanDifference) -> Iterator[Row]:
     yield Row("metric", a.metric, b.metric)
     yield Row("solver", a.solver, b.solver)
     yield Row("rounding", a.rounding, b.rounding)
+
+
+def _share(plan: Plan) -> str:
+    return planned_share(plan.coverage) if plan.coverage else "not known"
 
 
 class KindRow(NamedTuple):

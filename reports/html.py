@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .._base.files import atomic_path
 from ..jobs.folder import RunFolder
 from ..models.wording import words_of
+from ..search.coverage import bits_per
 from .binding import economy, limit_rows
 from .data import (
     allocation_data,
@@ -110,6 +111,7 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
         plan=plan,
         words=words_of(plan.calibration),
         headline=headline(plan),
+        bits_per=bits_per(plan.coverage),
         verdict=verdict(plan, rows),
         tiles=tiles(plan, rows),
         pictures=pictures,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.wording import words_of
 from ..search.budget import format_bytes
+from ..search.coverage import bits_per
 from ..search.plan import Plan
 from ..search.solvers import is_exact
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
@@ -36,7 +37,8 @@ def headline(plan: Plan) -> str:
         kl = f"KL {with_error(plan.predicted_kl, plan.predicted_kl_stderr)} {nats} predicted"
     size = size_of(plan)
     before, after = format_bytes(size.before), format_bytes(size.after)
-    return _unbroken(f"{before} → {after}, {plan.bpw:.2f} bits per weight, {kl}")
+    bits = f"{plan.bpw:.2f} {bits_per(plan.coverage)}"
+    return _unbroken(f"{before} → {after}, {bits}, {kl}")
 
 
 def verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
@@ -67,7 +69,7 @@ def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
             f"{100 * size.ratio:.1f} %",
             "of the original file" if whole else "of the size at 16 bits",
         ),
-        (f"{plan.bpw:.3f}", f"bits per weight, budget {plan.budget.text}"),
+        (f"{plan.bpw:.3f}", f"{bits_per(plan.coverage)}, budget {plan.budget.text}"),
     ]
     if measured is not None:
         kl = with_error(measured.kl, measured.kl_stderr)

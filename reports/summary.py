@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..models.wording import words_of
 from ..quantizers.runtimes import Rules
 from ..search.budget import format_bytes
-from ..search.coverage import describe_coverage
+from ..search.coverage import bits_per, describe_coverage
 from ..search.plan import Plan
 from .words import gap as gap_in_words
 from .words import number, with_error
@@ -130,7 +130,10 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     same = only_format(plan)
     lines = [
         *_sizes(plan),
-        ("bits per weight", f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})")),
+        (
+            bits_per(plan.coverage),
+            f"{plan.bpw:.3f}" + ("" if plan.kv_cache else f" ({_goal(plan)})"),
+        ),
         *_memory(plan),
         *_time(plan),
         *_quality(plan),

@@ -145,6 +145,7 @@ def formats_table() -> Table:
 def families_table() -> Table:
     """The families of formats: what their names look like, what they are, and where from."""
     table = Table("name", "formats", "what they are", "from", box=box.SIMPLE_HEAD)
+    table.columns[1].overflow = "fold"  # a cut name is no name
     for name in FAMILIES.names():
         kind = FAMILIES.get(name)
         text = FAMILIES.docstring(name)

@@ -64,11 +64,24 @@ def describe_coverage(found: Coverage) -> str:
     largest = sorted(found.left_out, key=lambda entry: -entry.weights)
     named = ", ".join(f"{e.name} ({e.weights:,}: {e.reason})" for e in largest[:NAMED])
     more = f" and {len(largest) - NAMED:,} more" if len(largest) > NAMED else ""
-    share = math.floor(1000 * found.share) / 10  # 100 % is all, not nearly all
-    return f"{share:.1f} % of {found.weights:,} weights are planned{guessed}; not {named}{more}"
+    return (
+        f"{planned_share(found)} of {found.weights:,} weights are planned{guessed}; not "
+        f"{named}{more}"
+    )
 
 
-def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
+def planned_share(found: Coverage) -> str:
+    """Which share of the weights is planned: ``99.9 %``; 100 % is all, not nearly all."""
+    return f"{math.floor(1000 * found.share) / 10:.1f} %"
+
+
+def bits_per(found: Coverage | None) -> str:
+    """What a plan's bits are per: of the planned weights, where those are not nearly all."""
+    most = found is None or found.share >= ENOUGH
+    return "bits per weight" if most else "bits per planned weight"
+
+
+def check_coverage(table: SensitivityTable, budget: Budget | None, stacklevel: int = 2) -> None:
     """Refuse a budget per weight that would be about a part of the model only, or warn.
 
     Where the units were chosen, by ``--include`` or ``--exclude``, that is what was asked for.
@@ -76,6 +89,8 @@ def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
     Args:
         table: The table.
         budget: What was asked for; None where that is no size.
+        stacklevel: Whose line a warning is for, as in ``warnings.warn``. It is given once for a
+            line: a goal is resolved before the slow profile and after it.
 
     Raises:
         ValueError: If ``budget`` counts bits per weight or a ratio, and units hold less than
@@ -87,4 +102,4 @@ def check_coverage(table: SensitivityTable, budget: Budget | None) -> None:
     if budget is not None and budget.kind in ("bpw", "ratio"):
         found.require(budget.text)
     text = describe_coverage(found)
-    warnings.warn(f"{text[0].upper()}{text[1:]}, and stay as they are.", stacklevel=3)
+    warnings.warn(f"{text[0].upper()}{text[1:]}, and stay as they are.", stacklevel=stacklevel)

@@ -260,7 +260,7 @@ class Plan(Record):
         self.write(path)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path | str) -> Plan:
         """Read and validate a plan of this schema or an earlier one.
 
         Raises:

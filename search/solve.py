@@ -66,7 +66,7 @@ def solve(
     parsed = budget if isinstance(budget, Budget) else Budget.parse(budget or "1000bpw")
     if not isinstance(table, SensitivityTable):
         table = SensitivityTable.load(Path(table))
-    check_coverage(table, None if budget is None else parsed)
+    check_coverage(table, None if budget is None else parsed, stacklevel=3)
     max_bytes = parsed.resolve(table.weights, outside_bytes(table, parsed))
     if limits is None:
         limits = Limits(formats=None if formats is None else tuple(formats), pins=pins or {})

@@ -21,7 +21,7 @@ from ..models.rendering import Renderer
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype
+from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype, tie
 from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
@@ -31,7 +31,7 @@ from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
 from .table import SensitivityTable, stored_bytes
 
-_HEADER_ENTRY = 130  # of a safetensors header, besides a name: dtype, shape, offsets, quotes
+_HEADER_ENTRY = 170  # for a tensor, besides its name: dtype, shape, offsets, part, checksum
 _HEADER_START = 1000
 _SCALE_SAMPLES = 8  # samples on which the scale of a metric that is not in nats is measured
 
@@ -78,7 +78,7 @@ def profile(
     units = find_units(loaded.module, include, exclude, groups, per_expert)
     samples = _as_samples(loaded, batches, seed)
     selected = bool(include or exclude)
-    origin = provenance(loaded, units, samples, metric, rounding, seed, selected)
+    origin = provenance(loaded, units, candidates, samples, metric, rounding, seed, selected)
     show = reporter or Reporter(quiet=True)
     renderer = calibrated(
         loaded,
@@ -190,6 +190,7 @@ def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
             f"The model is in {source}; prices are computed in float32. Pass model.float(), which "
             "changes no weight."
         )
+    tie(model)
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LoadedModel(name, model, source, Workload(model))
@@ -198,6 +199,7 @@ def as_loaded_model(model: str | nn.Module | LoadedModel) -> LoadedModel:
 def provenance(
     model: LoadedModel,
     units: Sequence[UnitInfo],
+    formats: Sequence[Format],
     samples: Samples,
     metric: str,
     rounding: str,
@@ -213,7 +215,7 @@ def provenance(
         rounding=rounding,
         calibration=samples.describe() | _counted(model, samples),
         seed=seed,
-        outside_bytes=_outside_bytes(model, units),
+        outside_bytes=_outside_bytes(model, units, formats),
         file_bytes=model.file_bytes,
         coverage=coverage(model.module, units, selected).to_json(),
         layer_types=_layer_types(model.module, units),
@@ -252,15 +254,23 @@ def _layer_types(model: nn.Module, units: Sequence[UnitInfo]) -> dict[str, str]:
     return found
 
 
-def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo]) -> int:
+def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo], formats: Sequence[Format]) -> int:
     """Bytes of a written model file that are not units, header included (an upper bound)."""
     others, tied = unplanned_tensors(model.module, units)
     dtype = getattr(torch, model.source_dtype)
     tensors = sum(as_stored(tensor, dtype).nbytes for tensor in others.values())
-    names = [*others, *(f"{n}{n}" for n in tied), *(a for unit in units for a in unit.aliases)]
-    # A matrix has up to three tensors, and an entry of its own in bitplan's part of the header.
-    names += [name for unit in units for name in unit.modules for _ in range(4)]
-    return tensors + sum(len(name) + _HEADER_ENTRY for name in names) + _HEADER_START
+    # Every tensor has an entry in the header and a checksum in bitplan's part of it, and every
+    # matrix, alias and tied name an entry there, too; a matrix in parts lists its rows.
+    stored = max(len(fmt.tensors((1, 1))) for fmt in formats)
+    header = sum(2 * len(name) + _HEADER_ENTRY for name in others)
+    header += sum(len(name) + len(owner) + _HEADER_ENTRY for name, owner in tied.items())
+    for unit in units:
+        longest = max(map(len, unit.modules))
+        header += sum(len(alias) + longest + _HEADER_ENTRY for alias in unit.aliases)
+        for part in unit.parts:
+            header += stored * (2 * len(part.name) + _HEADER_ENTRY)
+            header += len(part.name) + _HEADER_ENTRY + 40 * len(part.rows or ())
+    return tensors + header + _HEADER_START
 
 
 def _as_samples(

@@ -21,7 +21,7 @@ from ..models.rendering import Renderer, first_input
 from ..models.samples import Samples
 from ..models.sites import Place
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, samples_in
+from ..models.workload import Batch, LoadedModel, samples_in, take
 from ..quantizers.methods import METHODS, Evidence
 from .uses import uses_of
 
@@ -124,9 +124,14 @@ class Moments:
             for part in self._renderer.parts_of(use.matrix):
                 self._places.setdefault(part.name, []).append(use.place)
         known = [name for name in names if name in self._places]
-        inputs, rest = self._look(known, batches[0])
+        inputs, rest = self._look(known, take(batches[0], 0, 1))
         rest += [name for name in names if name not in self._places]
         if rest:
+            self._reporter.say(
+                f"{len(rest)} of {len(names)} matrices have no second moments of inputs (looked "
+                f"up, or used otherwise than as one product) and are rounded to nearest: {rest[0]}"
+                + (f", {rest[1]}, ..." if len(rest) > 2 else "")
+            )
             yield dict.fromkeys(rest, Evidence())
         rounds: list[list[_Input]] = []
         room = 0
@@ -145,7 +150,7 @@ class Moments:
             del evidences  # the next ones need the room
 
     def _look(self, names: Sequence[str], batch: Batch) -> tuple[list[_Input], list[str]]:
-        """The inputs, as one batch shows them; and the matrices that have none."""
+        """The inputs, as one sample shows them; and the matrices that have none."""
         calls: dict[str, list[tuple[Place, Tensor]]] = {name: [] for name in names}
 
         def note(name: str, place: Place, x: Tensor) -> None:
@@ -156,7 +161,7 @@ class Moments:
         shapes: dict[str, tuple[int, int]] = {}
         lookups = []
         for name in names:
-            if not all(x.is_floating_point() for _, x in calls[name]):
+            if any(place.site.lookups for place in self._places[name]):
                 lookups.append(name)
                 continue
             same = tuple((id(x), x._version, _reading(place)) for place, x in calls[name])

@@ -98,7 +98,10 @@ class Reach:
                 power, amount = _growth(product)
                 total = (np.abs(scores[p][:, peers]) ** power).sum(axis=1)
                 ratio = _ratio(amount(*mine), amount(*theirs), mine[1] / theirs[1])
-                scores[p, :, u] = (total * ratio) ** (1 / power)
+                found = (total * ratio) ** (1 / power)
+                if power == 2:  # inner products: of either sign, so that none add up by themselves
+                    found *= np.random.default_rng(u).choice((-1.0, 1.0), size=(len(found), 1))
+                scores[p, :, u] = found
         return unreached
 
     def _blocks(self, unit: UnitInfo) -> list[tuple[str, Tensor | None, bool]]:
@@ -106,7 +109,7 @@ class Reach:
         blocks: list[tuple[str, Tensor | None, bool]] = []
         for part in unit.parts:
             place = self.renderer.place(part.name)
-            count = len(place.parameter) if place.site_name == "experts" and not part.rows else 1
+            count = 1 if part.rows else place.blocks
             reached = self._reached.get(part.name, torch.zeros(count, dtype=torch.bool))
             if count == 1 or len(reached) == 1:
                 blocks.append((part.name, None, bool(reached.all())))

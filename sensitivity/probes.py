@@ -92,7 +92,7 @@ def stream(
             parameter.grad = None
             for part in renderer.parts_of(matrix):
                 some = gradient if part.rows is None else rows_of(gradient, part)
-                blocks = len(parameter) if place.site_name == "experts" and not part.rows else 1
+                blocks = 1 if part.rows else place.blocks
                 if some.any():
                     visit(part.name, DenseGradient(some, blocks))
 

@@ -117,6 +117,7 @@ class Provenance(BaseModel):
             "layer_types",
             "coverage",
             "file_bytes",
+            "outside_bytes",
             "model.id",
             "calibration.per",
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,12 +54,14 @@ class Uses:
         experts: Names of parts that only some inputs reach.
         singly: Whether samples must be run one at a time: a weight is priced through autograd, or
             the inputs of a module do not divide by sample.
+        compared: Whether samples were seen together, as is needed to say that.
     """
 
     by_factors: Sequence[Use]
     by_autograd: Mapping[str, Place]
     experts: frozenset[str]
     singly: bool
+    compared: bool = True
 
     def pieces(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """The batches as they can be run."""
@@ -85,9 +87,13 @@ def uses_of(model: LoadedModel, renderer: Renderer, batches: Sequence[Batch]) ->
     Raises:
         ValueError: If a weight has no part in the output.
     """
-    if renderer not in _known:
-        _known[renderer] = _find(model, renderer, batches)
-    return _known[renderer]
+    known = _known.get(renderer)
+    if known is None:
+        known = _known[renderer] = _find(model, renderer, batches)
+    elif not known.compared and _pair(batches) is not None:
+        singly = known.singly or not _divides(model, known.by_factors, batches)
+        known = _known[renderer] = replace(known, singly=singly, compared=True)
+    return known
 
 
 def check_unchanged(name: str, x: Tensor, version: int) -> None:
@@ -123,7 +129,7 @@ def _find(model: LoadedModel, renderer: Renderer, batches: Sequence[Batch]) -> U
         part.name
         for matrix, used in renderer.places()
         for part in renderer.parts_of(matrix)
-        if used[0].site_name == "experts" or expert_of(used[0].path, model.module)
+        if used[0].site.stacked or expert_of(used[0].path, model.module)
     )
     candidates = list(_candidates(renderer))
     first = _short(model, take(batches[0], 0, 1))
@@ -133,7 +139,7 @@ def _find(model: LoadedModel, renderer: Renderer, batches: Sequence[Batch]) -> U
     autograd = {name: used[0] for name, used in renderer.places() if name not in products}
     singly = bool(autograd) or not _divides(model, uses, batches)
     singly = singly or not experts.isdisjoint(renderer.names)
-    return Uses(uses, autograd, experts, singly)
+    return Uses(uses, autograd, experts, singly, compared=_pair(batches) is not None)
 
 
 def _candidates(renderer: Renderer) -> Iterator[Use]:
@@ -270,7 +276,7 @@ def _check_reached(
 
 def _divides(model: LoadedModel, uses: Sequence[Use], batches: Sequence[Batch]) -> bool:
     """Whether two samples together give every module the inputs that they give it alone."""
-    pair = next((batch for batch in batches if samples_in(batch) > 1), None)
+    pair = _pair(batches)
     if pair is None:
         return True
     try:
@@ -285,6 +291,11 @@ def _divides(model: LoadedModel, uses: Sequence[Use], batches: Sequence[Batch]) 
         if not all(map(_same_inputs, first, second, both)):
             return False
     return True
+
+
+def _pair(batches: Sequence[Batch]) -> Batch | None:
+    """A batch of two samples or more."""
+    return next((batch for batch in batches if samples_in(batch) > 1), None)
 
 
 def _same_inputs(first: Tensor, second: Tensor, both: Tensor) -> bool:

@@ -141,7 +141,9 @@ class SiteContract(Contract):
         """
         for place in own:
             scale = place.site.scale(place.module)
-            for x, output in calls(model, place) if scale is not None else ():
+            if scale is None:
+                continue
+            for x, output in calls(model, place):
                 samples, weight = len(x), place.parameter
                 delta = drawn(output.shape, 9)
                 with torch.enable_grad():

@@ -31,6 +31,7 @@ _POINTERS = {
     "pairs": "*i32",
     "constants": "*i32",
     "bias": "",
+    "targets": "*i32",
     "out": "",
 }
 _NUMBERS = ("M", "N", "x_stride", "sums_stride", "excess_at", "splits")
@@ -366,6 +367,7 @@ def _compile_case(case: Case) -> Any:
         "TOKENS": case.tokens or _least_tokens(arch),
         "STAGES": stages,
         "BIAS": False,
+        "SCATTERED": False,
         "UPCAST": False,
     }
     signature = {name: kind or f"*{case.dtype}" for name, kind in _POINTERS.items()}

@@ -7,6 +7,7 @@ classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -27,11 +28,14 @@ class Site:
             ``convolution``, ``recurrent``, ``experts`` or ``other``.
         lookups: Whether inputs are row indices instead of vectors.
         by_index: Whether who reads the parameter often takes a few of its leading indices only.
+        stacked: Whether the leading index counts matrices of their own, one below the other, of
+            which each input reaches some: experts.
     """
 
     layer_type: ClassVar[str] = "other"
     lookups: ClassVar[bool] = False
     by_index: ClassVar[bool] = False
+    stacked: ClassVar[bool] = False
 
     def takes(self, module: nn.Module, attribute: str, weight: Tensor) -> bool:
         """Whether a parameter with two or more dimensions belongs here."""
@@ -144,6 +148,11 @@ class Place:
             return "other"
         return self.site.layer_type
 
+    @property
+    def blocks(self) -> int:
+        """Matrices that the rows divide into evenly: see :attr:`Site.stacked`."""
+        return len(self.parameter) if self.site.stacked else 1
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor of the parameter's shape as a matrix [rows, cols]."""
         return self.site.matrix(self.module, self.attribute, weight)
@@ -178,6 +187,31 @@ def site_of(module: nn.Module, attribute: str, parameter: Tensor) -> str:
 @cache
 def _specific() -> tuple[str, ...]:
     return tuple(name for name in SITES.names() if name != FALLBACK)
+
+
+def entries_of(
+    site: Site,
+    module: nn.Module,
+    attribute: str,
+    shape: torch.Size,
+    indices: Tensor,
+    rows: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Some leading indices of a parameter, where these are rows of its matrix next to each other.
+
+    Args:
+        site: Its site, one that reads :attr:`Site.by_index`.
+        module: Its module.
+        attribute: Its name in the module.
+        shape: Of the whole parameter.
+        indices: Which entries [n].
+        rows: Gives rows [n * block, cols] of the matrix by index.
+    """
+    whole = site.matrix(module, attribute, torch.empty(shape, device="meta"))
+    block = len(whole) // shape[0]
+    wanted = indices[:, None] * block + torch.arange(block, device=indices.device)
+    found = torch.Size((len(indices), *shape[1:]))
+    return site.restored(module, attribute, rows(wanted.flatten()), found)
 
 
 def runs_code_of(module: nn.Module, owner: type[nn.Module]) -> bool:

@@ -26,6 +26,7 @@ class Experts(Site):
 
     layer_type = "experts"
     by_index = True
+    stacked = True
 
     def takes(self, module: nn.Module, attribute: str, weight: Tensor) -> bool:
         """A parameter with three dimensions, the first of which counts experts."""

@@ -104,6 +104,27 @@ class Codes(Family["Grid"]):
         zero = unpack_bits(tensors["zero"].view(1, -1), fmt.bits, scale.numel())
         return Grid(scale, zero.view(scale.shape))
 
+    def grid_of_rows(
+        self, fmt: Format, tensors: Mapping[str, Tensor], rows: slice | Tensor
+    ) -> Grid:
+        """The grid of some rows, from the bytes that hold their zero points and no others."""
+        import torch
+
+        from ..lines import Grid
+        from ..packed import bits_at
+
+        scale = tensors["scale"]
+        everything = isinstance(rows, slice) and rows == slice(None)
+        if fmt.symmetric or len(scale) == 1 or everything:
+            return self.grid(fmt, tensors).rows(rows)
+        count, groups = scale.shape
+        if isinstance(rows, slice):
+            rows = torch.arange(count, device=scale.device)[rows]
+        elif rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        places = (rows % count)[:, None] * groups + torch.arange(groups, device=scale.device)
+        return Grid(scale[rows], bits_at(tensors["zero"], fmt.bits, places))
+
     def decode(
         self, fmt: Format, cols: int, tensors: Mapping[str, Tensor], rows: slice | Tensor
     ) -> Tensor:
@@ -112,4 +133,4 @@ class Codes(Family["Grid"]):
         from ..packed import unpack_bits
 
         codes = unpack_bits(tensors["codes"][rows], fmt.bits, cols)
-        return decode(codes, fmt, self.grid(fmt, tensors).rows(rows))
+        return decode(codes, fmt, self.grid_of_rows(fmt, tensors, rows))

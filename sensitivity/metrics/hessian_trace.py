@@ -65,8 +65,8 @@ def hessian_trace(task: Task) -> Scores:
                     continue
                 some = product if part.rows is None else rows_of(place.matrix(product), part)
                 found.append(some.sum().item())
-                if place.site_name == "experts" and part.rows is None:
-                    reach.saw(part.name, DenseGradient(place.matrix(product), len(product)))
+                if place.site.stacked and part.rows is None:
+                    reach.saw(part.name, DenseGradient(place.matrix(product), place.blocks))
                 elif part.name not in uses.experts or some.any():
                     reach.saw_all(part.name)
         return np.array(found)

@@ -16,6 +16,7 @@ from bitplan.jobs.materialize import assignment_formats, planned_units
 from bitplan.kernels import triton_launch
 from bitplan.kernels.layouts import PlaneLayout
 from bitplan.kernels.row_layouts import RowsLayout
+from bitplan.kernels.triton_kernels import plane_gemm
 from bitplan.models.load import load_model
 from bitplan.models.packed_rows import PackedRowsLinear
 from bitplan.models.rendering import Renderer
@@ -46,7 +47,7 @@ class Counted:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     monkeypatch.setenv("BITPLAN_KERNEL", "triton")
     torch.manual_seed(0)
-    counted = Counted(triton_launch.plane_gemm)
+    counted = Counted(plane_gemm)
     monkeypatch.setattr(triton_launch, "plane_gemm", counted)
     yield counted
 

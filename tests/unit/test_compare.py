@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from bitplan.jobs.settings import SearchSettings
+from bitplan.models.coverage import Coverage
 from bitplan.quantizers.format import Format
 from bitplan.reports.compare import compare
 from bitplan.reports.compared import (
@@ -257,3 +258,17 @@ def test_a_plan_changed_by_hand_is_noticed(
 
 def test_plans_as_they_were_made_are_not_called_edited(pair: tuple[Path, Path]) -> None:
     assert "edited" not in {row.name for row in rows(compare(*pair))}
+
+
+def test_the_whole_model_and_what_is_planned_of_it_lead(pair: tuple[Path, Path]) -> None:
+    for run in pair:
+        plan = Plan.load(run / "plan.json")
+        known = {
+            "model_bytes": plan.bytes + 1000,
+            "coverage": Coverage(plan.weights, 2 * plan.weights, selected=True),
+        }
+        plan.model_copy(update=known).save(run / "plan.json")
+    shown = {row.name: row for row in rows(compare(*pair))}
+    assert list(shown)[:3] == ["whole model", "planned of it", "size"]
+    assert shown["whole model"].change == shown["size"].change != bytes_change(0)
+    assert shown["planned of it"][1:] == ("50.0 %", "50.0 %", "")

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from bitplan._base.progress import Reporter
+from bitplan.jobs.folder import RunFolder
+from bitplan.jobs.search import run_profile
+from bitplan.jobs.settings import ProfileSettings
 from bitplan.reports.prose import headline, tiles
 from bitplan.reports.summary import comparison, facts
 from bitplan.search.goals import Asked, ModelFacts
@@ -98,3 +102,45 @@ def test_without_a_record_nothing_is_claimed() -> None:
     assert (plan.coverage, plan.model_bytes) == (None, None)
     said = dict(facts(plan, []))
     assert "coverage" not in said and "at 16 bits" in said["size"]
+
+
+def test_bits_of_a_part_of_the_model_are_called_that() -> None:
+    part = solve(covering(0.15), "1MB")
+    assert f"{part.bpw:.2f} bits per planned weight, " in headline(part)
+    assert "bits per planned weight" in dict(facts(part, []))
+    assert tiles(part, [])[1][1].startswith("bits per planned weight, ")
+    whole = solve(covering(0.95), "4.3bpw")
+    assert f"{whole.bpw:.2f} bits per weight, " in headline(whole)
+
+
+def test_a_goal_that_is_resolved_twice_warns_once() -> None:
+    """As in a run: before the profile, and after it."""
+    table = covering(0.2)
+    goal = OfBudget(Asked(budget="1MB"), ModelFacts("m", True))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        goal.resolve(goal.problem(table), table)
+        goal.resolve(goal.problem(table), table)
+    assert len([w for w in found if "are planned" in str(w.message)]) == 1
+
+
+def test_a_profile_that_does_not_say_takes_coverage_from_the_model(tmp_path: Path) -> None:
+    """One of schema 1, in a run that goes on with this version."""
+    model = tmp_path / "net.py"
+    model.write_text(
+        "import bitplan, torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))\n"
+        "    return bitplan.Workload(net, calibration=[torch.randn(8, 32) for _ in range(4)])\n"
+    )
+    settings = ProfileSettings(f"{model}:make", formats=("int2-g32", "int4-g32"), include=("0",))
+    run, quiet = tmp_path / "run", Reporter(quiet=True)
+    table = run_profile(settings, run, quiet)
+    known = table.provenance.coverage
+    assert known is not None and known["planned"] < known["weights"]
+    silent = table.provenance.model_copy(update={"coverage": None, "file_bytes": None})
+    replace(table, provenance=silent).save(RunFolder(run).profile)
+    again = run_profile(settings, run, quiet)
+    assert again.provenance.coverage == known
+    assert (again.kl == table.kl).all()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.kernels.launch import PackedMeta
+from bitplan.models.layers import runs_own_code
 from bitplan.models.packed_modules import PackedEmbedding, PackedLinear, PackedModule
 from bitplan.models.packing import replace
 from bitplan.quantizers.format import Format
@@ -93,6 +94,32 @@ def test_convolution(spec: str) -> None:
     kernel = packed.dequantize().view(module.weight.shape)
     expected = nn.functional.conv2d(x, kernel, module.bias, 2, 1, 1, 2)
     assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_hooks_of_a_replaced_layer_still_run() -> None:
+    layer = nn.Linear(64, 8)
+    model = nn.Sequential(layer)
+    layer.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    layer.register_forward_hook(lambda _module, _args, output: output + 1)
+    packed = pack(layer.weight)
+    plain = copy.deepcopy(model)
+    plain[0].weight.data = packed.dequantize()
+    replace(model, {"0": packed}, {})
+    x = torch.randn(3, 64)
+    assert isinstance(model[0], PackedLinear)
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        centred = weight - weight.mean((1, 2, 3), keepdim=True)
+        result: Tensor = super()._conv_forward(input, centred, bias)
+        return result
+
+
+def test_convolutions_with_code_of_their_own_are_known() -> None:
+    assert runs_own_code(Standardized(3, 4, 3))
+    assert not runs_own_code(nn.Conv2d(3, 4, 3))
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -43,6 +43,13 @@ def test_dequantized_is_rendered(spec: str) -> None:
     assert packed.nbytes == packed.fmt.stored_bytes(packed.shape)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_have_the_zero_points_that_lie_anywhere_in_a_byte(bits: int) -> None:
+    rendered, packed = pack(f"int{bits}-g32-asym", rows=7)
+    for rows in (slice(1, 6, 2), slice(6, None), torch.tensor([6, 0, 3, 3]), torch.arange(7) > 4):
+        assert torch.equal(packed.dequantize(rows), rendered[rows])
+
+
 def test_int4_g64_asym_takes_exactly_4_3125_bits() -> None:
     packed = pack("int4-g64-asym", rows=192, cols=576)[1]
     assert 8 * packed.nbytes == 4.3125 * 192 * 576

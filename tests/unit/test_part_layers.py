@@ -88,7 +88,7 @@ def test_parts_that_are_multiplied_at_once_share_a_launch() -> None:
         device = Device.load(name)
         limits = Limits(device=device)
         found = limits.milliseconds(table, table.kl > -1)[:2].sum(axis=0)
-        one = limits.milliseconds(fake_table([whole], formats), table.kl[:1] > -1)[0]
+        one = limits.milliseconds(fake_table((whole,), formats), table.kl[:1] > -1)[0]
         launch = [1000 * device.overhead(Format.parse(fmt)) for fmt in formats]
         more = found - one
         assert (more[0] < launch[0] / 2) == together

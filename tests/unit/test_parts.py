@@ -146,7 +146,7 @@ def test_a_plan_with_parts_reads_back(plan: Plan, tmp_path: Path) -> None:
         ({f"{UP}[rows:0]": None}, r"up_proj\[rows:0\]: row_sets does not say which rows"),
         (
             {f"{UP}[rows:0]": (UP, [])},
-            r"up_proj\[rows:0\]: rows are ranges.*each with rows, not \[\]",
+            r"up_proj\[rows:0\]: rows are ranges.*, not \[\]",
         ),
         ({f"{UP}[rows:0]": (UP, [(5, 9), (6, 7)])}, r"do not overlap.*\[\(5, 9\), \(6, 7\)\]"),
         ({f"{UP}[rows:0]": (DOWN, [(0, 192)])}, "a part of 'model.layers.1.mlp.down_proj' has"),
@@ -218,14 +218,15 @@ def test_packed_parts_that_are_not_all_rows() -> None:
 
 
 def test_units_are_split_and_joined() -> None:
-    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    linear = nn.Linear(8, 6)
+    model = nn.Sequential(linear, nn.Linear(6, 4))
     first, second = find_units(model)
     parts = split_rows(first, [((0, 2), (4, 6)), ((2, 4),)])
     assert parts == find_matrices(model, {p.name: p.parts[0].rows or () for p in parts})[:2]
     assert whole_matrices([*parts, second]) == [first, second]
     renderer = Renderer(model, [*parts, second])
     rows = [0, 1, 4, 5]
-    assert torch.equal(renderer.weight("0[rows:0]"), model[0].weight[rows])
+    assert torch.equal(renderer.weight("0[rows:0]"), linear.weight[rows])
     with pytest.raises(ValueError, match="only a unit of one whole matrix"):
         split_rows(parts[0], [((0, 4),)])
 

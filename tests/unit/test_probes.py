@@ -23,6 +23,7 @@ from bitplan.sensitivity.probes import (
     label_upstream,
     stream,
 )
+from bitplan.sensitivity.uses import uses_of
 
 FORMATS = tuple(map(Format.parse, ("int2-g32-asym", "int4-gc", "bf16")))
 
@@ -40,6 +41,14 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.head(torch.tanh(self.mix(self.embed(ids))))
         return logits
+
+
+class TiedByMemory(Tied):
+    """The same with a parameter of its own on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embed.weight.data)
 
 
 def convnet() -> nn.Module:
@@ -95,6 +104,40 @@ def test_inner_products_equal_autograd_per_sample(case: str) -> None:
             shaped = gradient.T if transposed else gradient.flatten(1)
             expected = [float((shaped * error).sum()) for error in errors]
             np.testing.assert_allclose(found[unit.name][sample], expected, rtol=2e-4, atol=1e-5)
+
+
+def test_weights_tied_by_memory_alone_have_the_price_of_tied_ones() -> None:
+    tables = []
+    for factory in (Tied, TiedByMemory):
+        torch.manual_seed(0)
+        ids = torch.randint(0, 40, (4, 7), generator=torch.Generator().manual_seed(1))
+        names = [fmt.name for fmt in FORMATS]
+        tables.append(profile(factory(), [ids], names))
+    assert tables[0].units == tables[1].units
+    np.testing.assert_array_equal(tables[0].kl, tables[1].kl)
+
+
+class Pooled(nn.Module):
+    """A layer that sees positions first: its inputs divide by sample only where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.layer(x.transpose(0, 1).reshape(-1, 8)))
+        logits: Tensor = self.head(hidden.view(x.shape[1], len(x), 8).transpose(0, 1))
+        return logits
+
+
+def test_single_samples_do_not_hide_that_inputs_mix_samples() -> None:
+    torch.manual_seed(0)
+    module = Pooled().requires_grad_(False)
+    model = LoadedModel("pooled", module, "float32", Workload(module))
+    renderer = Renderer(module, find_units(module))
+    pair = torch.randn(2, 3, 8)
+    assert not uses_of(model, renderer, list(pair.split(1))).singly  # nothing to see it by
+    assert uses_of(model, renderer, [pair]).singly
 
 
 def test_weights_collect_no_gradient() -> None:

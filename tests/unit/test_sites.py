@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_experts_without_tokens_get_the_price_of_the_reached_ones() -> None:
     """In one parameter the scores grow with the error; as units they are the mean of their kind."""
     ids = torch.randint(0, 10, (12, 6), generator=torch.Generator().manual_seed(0)) * 3
     ids[::2] += 1  # experts 0 and 1
-    options = {"formats": FORMATS, "metric": "fisher_probe", "include": ["experts"]}
+    options: dict[str, Any] = {"formats": FORMATS, "metric": "fisher_probe", "include": ["experts"]}
     with pytest.warns(UserWarning, match=r"reached 1 experts \(experts expert 2\)"):
         whole = profile(Fused(), [ids], **options)
     with pytest.warns(UserWarning, match=r"reached 1 experts \(experts\[rows:2\]\)"):
@@ -220,7 +221,8 @@ def test_experts_without_tokens_get_the_price_of_the_reached_ones() -> None:
 
 def test_experts_in_a_list_are_one_unit_and_priced_by_those_reached() -> None:
     model = load_model(f"{ARCHITECTURES}:routed", "cpu")
-    model.module.router.bias[3] = -100  # type: ignore[index, union-attr]
+    module: Any = model.module
+    module.router.bias[3] = -100
     with pytest.warns(UserWarning, match=r"reached 2 experts \(experts\.3\.0, experts\.3\.2\)"):
         table = profile(model, model.workload.calibration, FORMATS)
     assert [unit.name for unit in table.units] == [
@@ -261,9 +263,10 @@ def test_every_expert_can_have_a_format_of_its_own(name: str, tmp_path: Path) ->
 
 
 def test_a_weight_too_large_for_a_format_closes_that_format_only() -> None:
-    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    first = nn.Linear(8, 8)
+    module = nn.Sequential(first, nn.Linear(8, 4))
     with torch.no_grad():
-        module[0].weight[0, 0] = 9e5
+        first.weight[0, 0] = 9e5
     with pytest.warns(UserWarning, match="too large for some formats.*'0'"):
         table = profile(module, [torch.randn(4, 8)], FORMATS)
     assert np.isnan(table.kl[0]).tolist() == [True, True, False]
@@ -343,7 +346,8 @@ def test_what_is_substituted_is_read_by_everyone_and_restored() -> None:
 
 def test_packed_modules_can_be_copied_pickled_and_moved() -> None:
     model = load_model(f"{ARCHITECTURES}:lstm", "cpu")
-    module, (batch, _) = model.module, model.workload.calibration
+    module: Any = model.module
+    batch, _ = model.workload.calibration
     renderer = Renderer(module, find_units(module))
     fmt = Format.parse("int4-g32")
     packed = {name: renderer.store.packed(name, fmt) for name in renderer.names}

@@ -11,7 +11,14 @@ from rich.table import Table
 
 from bitplan._base.registry import Registry
 from bitplan.jobs.listing import JobInfo
-from bitplan.reports.terminal import jobs_table, plugins_table, print_summary, uniform_table
+from bitplan.quantizers.format import families
+from bitplan.reports.terminal import (
+    families_table,
+    jobs_table,
+    plugins_table,
+    print_summary,
+    uniform_table,
+)
 from bitplan.reports.words import plain
 from bitplan.search.plan import BudgetRef, KVCache, Latency, Plan
 from bitplan.search.solvers import SOLVERS
@@ -239,3 +246,13 @@ def test_the_documentation_lists_what_the_commands_list() -> None:
         assert row[3] == f"{source or '–'} |"
     metrics = (DOCS / "metrics.md").read_text("utf-8")
     assert [name for name in METRICS.names() if f"| `{name}` " not in metrics] == []
+
+
+@pytest.mark.parametrize("width", [80, 300])
+def test_families_are_listed_with_their_whole_grammar(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(families_table())
+    assert "…" not in capture.get()
+    for family in families() if width == 300 else ():
+        assert family.grammar in capture.get()

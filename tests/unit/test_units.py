@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitplan.models.find import as_stored, find_units, unplanned_tensors
 from bitplan.models.sites import places
-from bitplan.models.workload import LoadedModel
+from bitplan.models.workload import LoadedModel, tie
 
 
 class Block(nn.Module):
@@ -153,3 +153,21 @@ def test_only_what_fits_is_stored_in_the_checkpoint_dtype() -> None:
     exact, fine = torch.tensor([1.5]), torch.tensor([1.0 + 2**-20])
     assert as_stored(exact, torch.bfloat16).dtype == torch.bfloat16
     assert as_stored(fine, torch.bfloat16).dtype == torch.float32
+
+
+def test_parameters_on_the_same_memory_are_one() -> None:
+    net = Net()
+    net.head.weight = nn.Parameter(net.embed.weight.data)
+    separate = [unit for unit in find_units(net) if unit.aliases]
+    tie(net)
+    assert net.head.weight is net.embed.weight
+    assert [unit for unit in find_units(net) if unit.aliases] == separate
+
+
+def test_other_views_of_the_same_memory_are_other_weights() -> None:
+    net = Net()
+    net.head.weight = nn.Parameter(net.embed.weight.data[:10])
+    tie(net)
+    assert not any(unit.aliases for unit in find_units(net))
+    units = find_units(net, include=["layers.*"])
+    assert {"embed.weight", "head.weight"} <= unplanned_tensors(net, units)[0].keys()
