@@ -206,7 +206,9 @@ def test_what_prices_depend_on_leaves_out_what_follows() -> None:
     found = Provenance(model=model, calibration={"seed": 3, "per": "sample"}, versions={"x": "1"})
     decisive = found.decisive()
     assert (decisive["model.sha256"], decisive["calibration.seed"]) == ("00", 3)
-    assert not {"model.id", "calibration.per", "versions.x", "coverage", "outside_bytes"} & set(decisive)
+    assert not {"model.id", "calibration.per", "versions.x", "coverage", "outside_bytes"} & set(
+        decisive
+    )
 
 
 def test_without_scores_prices_add_and_errors_add_in_quadrature() -> None:
