@@ -40,22 +40,27 @@ def fuse(units: Sequence[UnitInfo], rule: str) -> list[tuple[UnitInfo, list[int]
 
 def _parent(unit: UnitInfo, suffixes: Sequence[str]) -> str | None:
     """What comes before the suffix in the name of the first module that has one."""
-    for module in unit.modules:
+    for module in _labels(unit):
         for suffix in suffixes:
             if module == suffix or module.endswith("." + suffix):
                 return module[: -len(suffix)]
     return None
 
 
+def _labels(unit: UnitInfo) -> tuple[str, ...]:
+    """The names of a unit's modules; of the experts in a list, the one that stands for all."""
+    return (unit.name,) if "*" in unit.name else unit.modules
+
+
 def _merge(found: Sequence[UnitInfo], parent: str) -> UnitInfo:
-    modules = tuple(module for unit in found for module in unit.modules)
-    kinds = [kind for unit in found for kind in module_kinds(unit)]
-    first = next(i for i, module in enumerate(modules) if module.startswith(parent))
-    kind_parent = kinds[first][: len(kinds[first]) - len(modules[first]) + len(parent)]
+    labels = [label for unit in found for label in _labels(unit)]
+    kinds = list(dict.fromkeys(kind for unit in found for kind in module_kinds(unit)))
+    first = next(i for i, label in enumerate(labels) if label.startswith(parent))
+    kind_parent = kinds[first][: len(kinds[first]) - len(labels[first]) + len(parent)]
     return replace(
         found[0],
-        name=_braced(modules, parent),
-        modules=modules,
+        name=_braced(labels, parent),
+        modules=tuple(module for unit in found for module in unit.modules),
         shapes=tuple(shape for unit in found for shape in unit.shapes),
         kind=_braced(kinds, kind_parent),
         aliases=tuple(alias for unit in found for alias in unit.aliases),

@@ -195,4 +195,6 @@ def module_kinds(unit: UnitInfo) -> tuple[str, ...]:
     parent, brace, names = unit.kind.partition("{")
     if not brace:
         return (unit.kind,) * len(unit.modules)
-    return tuple(parent + name for name in names.removesuffix("}").split(","))
+    kinds = names.removesuffix("}").split(",")
+    each = len(unit.modules) // len(kinds)  # the experts in a list are all of one kind
+    return tuple(parent + kind for kind in kinds for _ in range(each))

@@ -143,9 +143,9 @@ class Place:
 
     @property
     def layer_type(self) -> str:
-        """See :attr:`Site.layer_type`; a linear layer with code of its own is ``other``."""
+        """See :attr:`Site.layer_type`; a linear layer with code of its own reads a dense weight."""
         if self.site.layer_type == "linear" and not self.site.kernels(self.module):
-            return "other"
+            return "dense linear"
         return self.site.layer_type
 
     @property

@@ -94,6 +94,8 @@ class Rules(_Strict):
         whole_groups: Whether the last group of a row must be full.
         row_parts: Whether some rows of a matrix may have another format than the others.
         unquantized: Globs on modules that stay floats.
+        layers: The kinds of layers that it quantizes, as a profile names them; all others stay
+            floats.
         fused: Last names of modules that it runs as one matrix and that must share one format.
         storage: The tensors its files hold for a matrix of integers; empty where the bytes of
             bitplan's own count.
@@ -112,6 +114,7 @@ class Rules(_Strict):
     whole_groups: bool = False
     row_parts: bool = False
     unquantized: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ("linear", "dense linear", "embedding", "tied embedding")
     fused: tuple[tuple[str, ...], ...] = ()
     storage: tuple[StoredTensor, ...] = ()
     candidates: tuple[str, ...] = Field(min_length=1)
@@ -178,6 +181,12 @@ class Rules(_Strict):
     def must_stay_float(self, name: str) -> bool:
         """Whether a module of this name cannot be quantized."""
         return any(fnmatchcase(name, glob) for glob in self.unquantized)
+
+    def layer_refusal(self, fmt: Format, layer: str) -> str | None:
+        """Why a kind of layer cannot take a format; None if it can."""
+        if fmt.floating or layer in self.layers:
+            return None
+        return f"layers: it quantizes {', '.join(self.layers)}, not {layer}"
 
     def refusal(self, fmt: Format, shape: tuple[int, int], name: str) -> str | None:
         """Why a matrix cannot take a format; None if it can.

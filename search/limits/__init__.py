@@ -24,7 +24,7 @@ from ..plan import Latency
 from ..problem import Constraint, Problem
 from ._kinds import LIMITS, Refusal
 from .latency import LatencyTable, measured_milliseconds, predicted_milliseconds, read_latency
-from .runtime import bytes_for, floor, reason
+from .runtime import bytes_for, floor, layer_type, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +212,12 @@ def _why_closed(
     fix = "Drop or loosen one of these"
     rules = limits.rules
     if rules and any(r.runtime and (r.mask[u] & before[u]).any() for r in refusals):
-        reasons = [reason(unit, Format.parse(name), rules) for name in left]
+        layer = layer_type(table, unit)
+        reasons = [reason(unit, Format.parse(name), rules, layer) for name in left]
         parts[-1] += f" ({'; '.join(dict.fromkeys(filter(None, reasons)))})"
         offered = dict.fromkeys((*rules.candidates, *rules.floats))
-        taken = [n for n in offered if n != "keep" and not reason(unit, Format.parse(n), rules)]
+        given = {name: Format.parse(name) for name in offered if name != "keep"}
+        taken = [n for n, fmt in given.items() if not reason(unit, fmt, rules, layer)]
         fix = (
             f"Profile {unit.name!r} in a format that {rules.name} takes there ({', '.join(taken)})"
         )

@@ -70,18 +70,26 @@ def check_for_runtime(table: SensitivityTable, rules: Rules) -> None:
 def _refused(table: SensitivityTable, rules: Rules) -> NDArray[np.bool_]:
     """bool [U, F], what a runtime does not run; units of one shape are looked at once."""
     formats = [Format.parse(name) for name in table.formats]
-    known: dict[tuple[object, bool], list[bool]] = {}
+    known: dict[tuple[object, bool, str], list[bool]] = {}
     rows = []
     for unit in table.units:
-        key = unit.shapes, any(map(rules.must_stay_float, (*unit.modules, *unit.aliases)))
+        floating = any(map(rules.must_stay_float, (*unit.modules, *unit.aliases)))
+        key = unit.shapes, floating, layer_type(table, unit)
         if key not in known:
-            known[key] = [reason(unit, fmt, rules) is not None for fmt in formats]
+            known[key] = [reason(unit, fmt, rules, key[2]) is not None for fmt in formats]
         rows.append(known[key])
     return np.array(rows)
 
 
-def reason(unit: UnitInfo, fmt: Format, rules: Rules) -> str | None:
+def layer_type(table: SensitivityTable, unit: UnitInfo) -> str:
+    """What kind of layer a unit is: ``linear`` unless the profile says otherwise."""
+    return (table.provenance.layer_types or {}).get(unit.name, "linear")
+
+
+def reason(unit: UnitInfo, fmt: Format, rules: Rules, layer: str = "linear") -> str | None:
     """Why a runtime does not run a unit in a format; None if it does."""
+    if refused := rules.layer_refusal(fmt, layer):
+        return refused
     matrices = [*zip(unit.modules, unit.shapes, strict=True)]
     matrices += [(alias, unit.shapes[0]) for alias in unit.aliases]
     reasons = (rules.refusal(fmt, shape, name) for name, shape in matrices)
@@ -127,7 +135,8 @@ def _stuck(
     if floats.all() or 2 * weights[stuck].sum() <= weights[others].sum():
         return ""
     unit = table.units[int(stuck.argmax())]
-    reasons = (reason(unit, fmt, rules) for fmt in formats if not fmt.floating)
+    layer = layer_type(table, unit)
+    reasons = (reason(unit, fmt, rules, layer) for fmt in formats if not fmt.floating)
     return (
         f"{rules.name} runs {stuck.sum():,} of {others.sum():,} units in no smaller format of the "
         f"profile: {unit.name!r} fails its rules ({next(filter(None, reasons))}). Search, or "

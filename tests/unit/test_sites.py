@@ -23,8 +23,11 @@ from bitplan.models.packing import replace
 from bitplan.models.rendering import Renderer
 from bitplan.models.sites import Place, places
 from bitplan.models.substitute import original_class, restore, substitute
+from bitplan.models.units import module_kinds
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
+from bitplan.quantizers.runtimes import Rules
+from bitplan.search.limits import Limits
 from bitplan.search.solve import solve
 from bitplan.sensitivity.errors import squared_errors
 from bitplan.sensitivity.estimate import profile
@@ -273,6 +276,32 @@ def test_a_weight_too_large_for_a_format_closes_that_format_only() -> None:
     assert np.isfinite(table.kl[1]).all()
     with pytest.raises(ValueError, match=r"No format given can hold '0'\. A weight of 9"):
         profile(module, [torch.randn(4, 8)], FORMATS[:2])
+
+
+def test_projections_of_a_list_of_experts_fuse_as_others_do() -> None:
+    def expert() -> nn.Module:
+        return nn.ModuleDict({"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6)})
+
+    layer = {"experts": nn.ModuleList(expert() for _ in range(3)), "q": nn.Linear(4, 4)}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(layer)])})
+    fused, _ = find_units(model, groups=["gate,up"])
+    assert (fused.name, fused.kind) == ("layers.0.experts.*.{gate,up}", "experts.*.{gate,up}")
+    assert fused.weights == 3 * 2 * 24
+    kinds = ("experts.*.gate",) * 3 + ("experts.*.up",) * 3
+    assert dict(zip(fused.modules, module_kinds(fused), strict=True)) == {
+        f"layers.0.experts.{i}.{part}": kinds[3 * (part == "up")]
+        for part in ("gate", "up")
+        for i in range(3)
+    }
+
+
+def test_a_runtime_keeps_the_layers_it_does_not_quantize_as_floats() -> None:
+    table = profile(Fused(), [torch.randint(0, 30, (2, 6))], ("int4-g32", "bf16"))
+    assert table.provenance.layer_types == {"embed": "embedding", "experts": "experts"}
+    plan = solve(table, "1MB", limits=Limits(rules=Rules.load("mlx")))
+    assert plan.assignments["experts"] == "bf16"
+    refusal = Rules.load("mlx").layer_refusal(Format.parse("int4-g32"), "experts")
+    assert refusal is not None and refusal.startswith("layers: it quantizes linear")
 
 
 def test_metrics_of_inputs_say_which_weight_has_none() -> None:
