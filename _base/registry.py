@@ -92,10 +92,6 @@ class Registry(Generic[T]):
         self.get(name)
         return self._traits.get(name, {})
 
-    def having(self, trait: str) -> list[str]:
-        """Names of the plugins whose ``trait`` is true; imports them all."""
-        return [name for name in self.names() if self.trait(name, trait)]
-
     def _entry_points(self) -> EntryPoints:
         return entry_points(group=f"{self.package.split('.')[0]}.{self.plural}")
 

@@ -97,7 +97,27 @@ def _on(indices: Tensor | None, part: Tensor) -> Tensor | None:
     return None if indices is None else indices.to(part.device)
 
 
-class PackedLinear(PackedModule):
+class LaidOut:
+    """What packed layers share that stand for a linear one, laid out for a device."""
+
+    shape: tuple[int, int]
+
+    @property
+    def in_features(self) -> int:
+        """As in ``nn.Linear``: the columns of the weight."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """As in ``nn.Linear``: the rows of the weight."""
+        return self.shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the layout: pointers mean nothing in a copy."""
+        return self.__dict__ | {"_layout": None}
+
+
+class PackedLinear(LaidOut, PackedModule):
     """Stands for ``nn.Linear`` and for the ``Conv1D`` of transformers.
 
     What the kernels of its device need is made at the first call, or by :meth:`prepare`, and made
@@ -141,16 +161,6 @@ class PackedLinear(PackedModule):
                 self._buffers[name] = self.part(name).cpu()
         return self._layout
 
-    @property
-    def in_features(self) -> int:
-        """As in ``nn.Linear``: the columns of the weight."""
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """As in ``nn.Linear``: the rows of the weight."""
-        return self.shape[0]
-
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., cols] to outputs [..., rows], in the dtype of ``x``."""
         layout = self._layout
@@ -174,10 +184,6 @@ class PackedLinear(PackedModule):
         super()._load_from_state_dict(*args, **kwargs)
         if self._layout is not None:
             self.prepare()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the layout: pointers mean nothing in a copy."""
-        return self.__dict__ | {"_layout": None}
 
 
 class PackedEmbedding(PackedModule):

@@ -12,7 +12,7 @@ from ..kernels.layouts import Layout
 from ..kernels.row_layouts import on_planes, prepare_rows, stored_rows
 from ..quantizers.packed import PackedTensor
 from .lazy import LazyWeight
-from .packed_modules import PackedModule
+from .packed_modules import LaidOut, PackedModule
 
 
 class PackedRows(nn.Module):
@@ -65,7 +65,7 @@ class PackedRows(nn.Module):
         return f"{self.shape[0]}, {self.shape[1]}, rows={formats}"
 
 
-class PackedRowsLinear(PackedRows):
+class PackedRowsLinear(LaidOut, PackedRows):
     """Stands for a linear layer, as ``PackedLinear`` does, with a weight in parts.
 
     On a GPU all parts with codes are multiplied in one launch, whatever their widths.
@@ -98,16 +98,6 @@ class PackedRowsLinear(PackedRows):
             return LazyWeight(shape, like, lambda: self.rows(None, like.dtype).T)
         whole, some = (lambda: self.rows(None, like.dtype)), (lambda i: self.rows(i, like.dtype))
         return LazyWeight(torch.Size(self.shape), like, whole, some)
-
-    @property
-    def in_features(self) -> int:
-        """As in ``nn.Linear``: the columns of the weight."""
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """As in ``nn.Linear``: the rows of the weight."""
-        return self.shape[0]
 
     def prepare(self) -> Layout:
         """Lay the weight out for its device.
@@ -143,7 +133,3 @@ class PackedRowsLinear(PackedRows):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._layout = None  # the parts come after
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the layout: pointers mean nothing in a copy."""
-        return self.__dict__ | {"_layout": None}
