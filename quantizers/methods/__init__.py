@@ -35,11 +35,19 @@ class Evidence:
             [cols, cols]; or [parts, cols, cols] if the rows are so many equal blocks with inputs
             of their own, as in grouped convolutions and fused experts. None where nothing
             multiplies it (a lookup table), or nothing reached it.
+        fisher: What an error in one row costs, mean over the rows, shaped like ``hessian``: errors
+            E cost about ``sum_r rows_r E_r fisher E_r^T / 2`` nats per token.
+        rows: What an error in a row costs relative to the mean row, float32 [rows].
+        damping: What is best added to the diagonal of ``fisher``, as a multiple of its mean, as far
+            as sequences tell that it was not made from; None where nothing does.
         kept: What methods derived from the other fields, by name. Matrices with the same inputs
             share one evidence, and all formats of a matrix do.
     """
 
     hessian: Tensor | None = None
+    fisher: Tensor | None = None
+    rows: Tensor | None = None
+    damping: float | None = None
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
