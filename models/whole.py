@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._base.memory import give_back
 from .passes import (
     Advance,
     AfterBlock,
@@ -135,6 +136,7 @@ class WholePass(Generic[G_co]):
             told = [(upstream, _tell(visit, samples)) for upstream, visit in probes]
             shape = self._reader.stream(batch, *told).shape
             positions[samples.start : samples.stop] = shape[1]
+            give_back()
             advance(len(samples))
         return positions
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._base.memory import give_back
 from ..models.passes import Upstream
 from ..models.rendering import Renderer
 from ..models.samples import Samples
@@ -128,6 +129,7 @@ def linearize(
         second[block] = found[1] / np.sqrt(2 * positions)
         diagonal += found[2].sum(axis=0) / (2 * positions)
         start = block.stop
+        give_back()
         advance(block.stop - block.start)
     diagonals = diagonal[None, None] / samples.count
     reach.extend(diagonals, [squared], units, formats)
