@@ -28,7 +28,7 @@ SEQUENCES, LENGTH = 2, 4
 WORKER = """
 import sys, time
 import numpy as np
-from bitplan.search import storage
+from bitplan.search.blackbox import storage
 from bitplan.search.oracle import Oracle
 from bitplan.search.blackbox.study import problem_from_job, read_job, work
 
