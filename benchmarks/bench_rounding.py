@@ -1,0 +1,188 @@
+"""Rounding in the loop on SmolLM2-135M: plans priced and shipped with the weights they measure.
+
+For every calibration seed one profile, and a search at every budget that takes it: the plan as
+solved, with its scales tuned, and refined.  Needs WikiText-2 as plain text (``valid.txt`` to
+calibrate, ``test.txt`` to measure) in ``DATA/wikitext-2``.  Hours on two cores; every figure is
+kept in the work folder: killed at any point, the same command goes on there.  Writes
+``results/rounding.{json,md}`` from all searches that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bitplan._base.files import write_json
+from bitplan._base.progress import Reporter
+from bitplan.benchmarks.common import RESULTS, write_results
+from bitplan.jobs.search import run_search
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
+
+BUDGETS = ("4.3bpw", "3.28bpw", "3.0bpw", "2.5bpw")
+LAYERS = "model.layers.*"  # linear layers; the embedding stays as it is
+TUNED = 200  # steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to search.
+
+    Attributes:
+        name: In the table.
+        rounding: The rounding method.
+        tune: Steps of tuning the scales.
+        refine: Most steps of refinement.
+    """
+
+    name: str
+    rounding: str = "fisher_gptq"
+    tune: int = 0
+    refine: int = 0
+
+
+VARIANTS = (
+    Variant("to nearest", "rtn"),
+    Variant("gptq", "gptq"),
+    Variant("fisher_gptq"),
+    Variant(f"fisher_gptq, {TUNED} steps of tuning", tune=TUNED),
+    Variant("fisher_gptq, refined", refine=3),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One search: KL in nats per token, memory in bytes, time in seconds of all processors."""
+
+    variant: str
+    budget: str
+    seed: int
+    bytes: int
+    bpw: float
+    predicted: float
+    kl: float
+    kl_stderr: float
+    also: float | None
+    uniform: str
+    uniform_kl: float
+    cpu: float
+    peak: int
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-rounding"))
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    parser.add_argument("--only", action="append", help="part of a variant's name; repeatable")
+    parser.add_argument("--budget", action="append", choices=BUDGETS, help="repeatable")
+    parser.add_argument("--tokens", type=int, default=16384, help="test tokens")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    chosen = [v for v in VARIANTS if not options.only or any(o in v.name for o in options.only)]
+    for seed in range(options.seeds):
+        for variant in chosen:
+            for budget in options.budget or BUDGETS:
+                search(variant, budget, seed, options.tokens, options.data, options.work)
+                write(options.work, options.out, options.tokens)
+
+
+def search(
+    variant: Variant, budget: str, seed: int, tokens: int, data: Path, work: Path
+) -> None:
+    """Run one search, unless its figures are there."""
+    path = work / "found" / f"{variant.name}-{budget}-{seed}.json"
+    if path.exists():
+        return
+    text = data / "wikitext-2"
+    profile = ProfileSettings(
+        "smollm2",
+        rounding=variant.rounding,
+        calibration=str(text / "valid.txt"),
+        include=(LAYERS,),
+        seed=seed,
+    )
+    goal = SearchSettings(
+        budget=budget,
+        evaluation=str(text / "test.txt"),
+        eval_tokens=tokens,
+        refine=variant.refine,
+        tune=variant.tune,
+        bootstrap=0,
+    )
+    cpu = time.process_time()
+    plan = run_search(profile, goal, work / f"{variant.rounding}-{seed}", Reporter())
+    measured = plan.measured
+    assert measured is not None
+    best = min((b for b in plan.baselines if b.format), key=lambda b: abs(b.bytes - plan.bytes))
+    found = Found(
+        variant=variant.name,
+        budget=budget,
+        seed=seed,
+        bytes=plan.bytes,
+        bpw=plan.bpw,
+        predicted=plan.predicted_kl,
+        kl=measured.kl,
+        kl_stderr=measured.kl_stderr,
+        also=plan.measured_also[0].kl if plan.measured_also else None,
+        uniform=str(best.format),
+        uniform_kl=best.kl,
+        cpu=time.process_time() - cpu,
+        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    write_json(path, asdict(found))
+
+
+def all_found(work: Path) -> Iterator[Found]:
+    """Every search that has ended."""
+    for path in sorted((work / "found").glob("*.json")):
+        yield Found(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def write(work: Path, out: Path, tokens: int) -> None:
+    """Means over the seeds, and every search."""
+    everything = list(all_found(work))
+    rows = []
+    for budget in BUDGETS:
+        for variant in VARIANTS:
+            some = [f for f in everything if (f.variant, f.budget) == (variant.name, budget)]
+            if not some:
+                continue
+            kl = np.array([f.kl for f in some])
+            rows.append(
+                {
+                    "budget": budget,
+                    "variant": variant.name,
+                    "seeds": len(some),
+                    "KL": float(kl.mean()),
+                    "± over seeds": float(kl.std(ddof=1)) if len(kl) > 1 else None,
+                    "± over text": float(np.mean([f.kl_stderr for f in some])),
+                    "predicted / measured": float(np.mean([f.predicted / f.kl for f in some])),
+                    "of the nearest uniform": float(np.mean([f.kl / f.uniform_kl for f in some])),
+                    "bpw": float(np.mean([f.bpw for f in some])),
+                }
+            )
+    write_results(
+        "rounding",
+        "SmolLM2-135M: rounding in the loop",
+        rows=rows,
+        tables={"Every search": [asdict(f) for f in everything]},
+        notes=[
+            f"KL(original || plan) in nats per token on {tokens:,} tokens of WikiText-2 test; "
+            "calibrated on WikiText-2 valid, linear layers only. The nearest uniform format is "
+            "rounded by the same method."
+        ],
+        command="python benchmarks/bench_rounding.py --data DATA",
+        out=out,
+    )
+
+
+if __name__ == "__main__":
+    main()
