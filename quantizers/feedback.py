@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 ATTEMPTS = 8  # each with ten times the damping, the first two with the same
 
@@ -69,3 +70,50 @@ def factor(matrix: Tensor, damping: float, dead: float | None = None) -> Factors
         f"even with {float((added / mean).max()) / 10:g} of their mean diagonal added. Calibrate "
         "on more data."
     )
+
+
+class Quadratic(NamedTuple):
+    """What errors E of rows cost, ``tr(E H E^T)``, ready for rounding columns in a chosen order.
+
+    Attributes:
+        matrix: H [parts, cols, cols], damped.
+        order: Columns in the order in which they are rounded, int64 [parts, cols].
+        back: R^T of H in that order [parts, cols, cols], unit lower triangular.
+        pivots: D of H in that order [parts, cols].
+    """
+
+    matrix: Tensor
+    order: Tensor
+    back: Tensor
+    pivots: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor, damping: float, size: int) -> Quadratic:
+        """Of H [parts, cols, cols] or [cols, cols], for grids of ``size`` columns a group.
+
+        Columns with large diagonal entries are rounded while there are many left to make up for
+        them.  Those of a group stay together, so that its grid can be fitted when it is reached and
+        nothing has to be stored of the order; a short last group stays the last.
+
+        Raises:
+            ValueError: As :func:`factor`.
+        """
+        matrix = matrix.reshape(-1, *matrix.shape[-2:])
+        parts, cols = matrix.shape[:2]
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+        full = cols // size
+        sums = diagonal[:, : full * size].reshape(parts, full, size).sum(-1)
+        turn = sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        turn = pad(turn, (0, 1), value=full)  # of every group
+        order = order.gather(1, turn.gather(1, order // size).argsort(dim=-1, stable=True))
+        sorted_rows = matrix.gather(1, order[:, :, None].expand(-1, -1, cols))
+        factors = factor(sorted_rows.gather(2, order[:, None, :].expand(-1, cols, -1)), damping)
+        matrix = matrix.clone()
+        added = torch.empty_like(diagonal).scatter_(1, order, factors.damping)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(added)
+        return Quadratic(matrix, order, factors.feedback.mT.contiguous(), factors.pivots)
+
+    def of_parts(self, some: slice) -> Quadratic:
+        """That of some blocks of rows."""
+        return Quadratic(*(part[some] for part in self))

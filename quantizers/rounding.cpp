@@ -21,7 +21,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 // What a code stands for: scale * (c - zero) + offset, or scale * level[c] + offset.
 struct Lines {
   float* scale;         // [rows, groups]
-  float* zero;          // [rows, groups], or null for levels
+  float* zero;          // [rows, groups]
   const float* offset;  // [rows, groups], or null
   const float* levels;  // ascending [count], or null
   const float* borders;  // half-way between them [count - 1]
@@ -42,7 +42,7 @@ struct Problem {
 // Ratios at which grids are clipped.
 struct Search {
   const float* ratios;
-  int32_t ratio_count, neighbours, refinements;
+  int32_t ratio_count, refinements;
 };
 
 INLINE vec splat(float value) { return vec{} + value; }
@@ -175,10 +175,8 @@ struct Fitting {
       for (int32_t i = 0; i < how.ratio_count; i++) {
         const vec scale = start * how.ratios[i];
         offer(scale, zero);
-        if (how.neighbours) {
-          offer(scale, up(zero));
-          offer(scale, down(zero));
-        }
+        offer(scale, up(zero));
+        offer(scale, down(zero));
       }
     }
     for (int32_t i = 0; i < how.refinements; i++) {
@@ -205,8 +203,8 @@ void sweep_tile(const Problem& p, const Lines& l, const Search& how, const float
   const float* pivots = p.pivots + rows.part * cols;
   Buffer<V> w(cols), error(cols), code(cols), scale(groups), zero(groups), offset(groups);
   gather(w.floats(), width, weight, cols, rows, cols, order);
-  if (l.scale && l.fit != 1) gather(scale.floats(), width, l.scale, groups, rows, groups, nullptr);
-  if (l.zero && l.fit != 1) gather(zero.floats(), width, l.zero, groups, rows, groups, nullptr);
+  if (!l.fit) gather(scale.floats(), width, l.scale, groups, rows, groups, nullptr);
+  if (l.fit != 1) gather(zero.floats(), width, l.zero, groups, rows, groups, nullptr);
   if (l.offset) gather(offset.floats(), width, l.offset, groups, rows, groups, nullptr);
   const int64_t longest = l.fit ? (l.size < cols ? l.size : cols) : BLOCK;
   Buffer<V> target(longest), expected(longest), made_up(longest);
@@ -345,23 +343,44 @@ void normal_tile(const Problem& p, int64_t spans, int64_t size, const float* bas
 
 // ---------------------------------------------------------------- coordinate descent
 
-// matrix: H.  Moves every code of a row to the best value while all others stay.
+// Whether any of the integer codes of LANES columns is not the best, all others as they are.
+INLINE bool any_moves(const uint8_t* codes, const float* slope, const float* pull, float inverse,
+                      float top) {
+  int32_t moves = 0;
+  for (int i = 0; i < LANES; i++) {
+    const float from = codes[i];
+    const float position = from + slope[i] * pull[i] * inverse;
+    const float inside = position < 0 ? 0 : position > top ? top : position;
+    const float off = inside - from;
+    moves |= (off > 0.5f) | (off < -0.5f);
+  }
+  return moves != 0;
+}
+
+// matrix: H; pivots: 1 / diag H [parts, cols].  Moves every code of a row to the best value while
+// all others stay.
 void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, uint8_t* codes,
                  float* slope, const int32_t* ranks) {
-  const int64_t cols = p.cols;
-  const float* h = p.matrix + row / p.rows * cols * cols;
+  const int64_t cols = p.cols, part = row / p.rows;
+  const float* h = p.matrix + part * cols * cols;
+  const float* pull = p.pivots + part * cols;
   codes += row * cols;
   slope += row * cols;
   const float* scales = l.scale + row * l.groups;
-  const float* zeros = l.zero ? l.zero + row * l.groups : nullptr;
+  const float top = float(l.most);
   for (int32_t sweep = 0; sweep < sweeps; sweep++) {
     int64_t changes = 0;
     for (int64_t k = 0; k < cols; k++) {
       const int64_t g = k / l.size;
       const float s = scales[g];
       if (s == 0) continue;
-      // in units of the scale, so that offsets cancel
-      const float move = slope[k] / h[k * cols + k] / s;
+      const float inverse = 1 / s;
+      if (!l.levels && k % LANES == 0 && k + LANES <= cols && (k + LANES - 1) / l.size == g &&
+          !any_moves(codes + k, slope + k, pull + k, inverse, top)) {
+        k += LANES - 1;
+        continue;
+      }
+      const float move = slope[k] * pull[k] * inverse;  // in units of the scale
       float from, to;
       uint8_t code;
       if (l.levels) {
@@ -370,15 +389,16 @@ void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, 
         int32_t best = rank;
         while (best < l.most && from + move > l.borders[best]) best++;
         while (best > 0 && from + move < l.borders[best - 1]) best--;
-        if (best == rank) continue;
         to = l.levels[best];
+        if (to == from) continue;
         code = l.names[best];
       } else {
         from = codes[k];
-        float position = from + move;
-        position = position < 0 ? 0 : position > l.most ? float(l.most) : position;
-        to = __builtin_rintf(position);
-        if (to == from) continue;
+        const float position = from + move;
+        const float inside = position < 0 ? 0 : position > top ? top : position;
+        const float off = inside - from;
+        if (!(off > 0.5f || off < -0.5f)) continue;
+        to = __builtin_rintf(inside);
         code = uint8_t(to);
       }
       const float change = (to - from) * s;
@@ -387,7 +407,6 @@ void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, 
       codes[k] = code;
       changes++;
     }
-    (void)zeros;
     if (!changes) break;
   }
 }
