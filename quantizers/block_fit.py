@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from .blocks import Layout, layouts
 from .format import Format
 from .grid_fit import clip_ratios
-from .lines import Grid, exponent, level_codes, look_up, row_chunks, salience, spread
+from .lines import CHUNK, Grid, exponent, level_codes, look_up, row_chunks, salience, spread
 
 REFITS = 2  # least-squares scales of the codes found
 _LEAST = 1e-30
@@ -32,7 +32,7 @@ def fit_blocks(weight: Tensor, fmt: Format, importance: Tensor | None = None) ->
     """
     layout, importance = layouts()[fmt.name], spread(importance, weight)
     parts: list[Grid] = []
-    for some in row_chunks(weight.shape):
+    for some in row_chunks(weight.shape, CHUNK // 4):  # there are several temporaries
         chunk = weight[some].detach()
         count = None if importance is None else _blocks(importance[some], fmt)
         fit = _Fit(_blocks(chunk, fmt), fmt, layout, count)
@@ -167,8 +167,9 @@ class _Fit:
 
     def _nearest(self, scale: Tensor, offset: Tensor) -> Tensor:
         """The levels, as they are multiplied by the scale, nearest to the weights."""
-        position = self.weight - offset[..., None]
-        position.mul_(torch.where(scale == 0, 0, 1 / scale)[..., None])
+        inverse = torch.where(scale == 0, 0, 1 / scale)[..., None]
+        position = torch.sub(self.weight, offset[..., None]) if self.affine else self.weight
+        position = position * inverse
         if self.levels is not None:
             return look_up(position, self.levels)
         zero = self.layout.zero

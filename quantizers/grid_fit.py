@@ -11,7 +11,7 @@ from .lines import Grid, grouped, row_chunks, salience, spread
 # Where to clip, relative to the largest weights of a group: with few levels, far inside.
 LEAST_RATIO = {1: 0.2, 2: 0.5, 3: 0.8, 4: 0.88, 5: 0.95, 6: 0.975, 7: 0.985, 8: 0.994}
 RATIOS = {bits: torch.linspace(1, least, 4).tolist() for bits, least in LEAST_RATIO.items()}
-WIDER, WIDER_STEPS = 0.85, 8  # further inside and in more steps, where large weights may be of no account
+FURTHER = (0.8, 0.6, 0.4)  # times the least: where large weights may be of no account
 REFINEMENTS = 2
 CELLS = 1 << 12  # in which a level is looked up while scales are compared
 
@@ -29,11 +29,9 @@ def fit_levels(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
     return _fit(weight, fmt, importance, _Levels)
 
 
-def clip_ratios(bits: int, wider: bool) -> list[float]:
-    """Where to clip, relative to the largest weights of a group; 1 comes first."""
-    if not wider:
-        return RATIOS[bits]
-    return torch.linspace(1, WIDER * LEAST_RATIO[bits], WIDER_STEPS).tolist()
+def clip_ratios(bits: int, weighted: bool) -> list[float]:
+    """Where to clip, relative to the largest weights of a group: further where importance says."""
+    return RATIOS[bits] + [LEAST_RATIO[bits] * share for share in FURTHER if weighted]
 
 
 def _fit(weight: Tensor, fmt: Format, importance: Tensor | None, kind: type[_Integers]) -> Grid:

@@ -59,10 +59,10 @@ class Line(NamedTuple):
     whole: bool = False
 
 
-def row_chunks(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices over the rows of a [rows, cols] matrix that hold about ``CHUNK`` weights each."""
+def row_chunks(shape: Sequence[int], chunk: int = CHUNK) -> Iterator[slice]:
+    """Slices over the rows of a [rows, cols] matrix that hold about ``chunk`` weights each."""
     rows, cols = shape
-    step = max(1, CHUNK // max(1, cols))
+    step = max(1, chunk // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

@@ -73,6 +73,14 @@ class Blocks(Codes):
 
         return fit_blocks(weight, fmt, importance)
 
+    def refit(
+        self, weight: Tensor, fmt: Format, grid: Grid, codes: Tensor, hessian: Tensor
+    ) -> Grid:
+        """The integers of groups, and the scales of blocks."""
+        from ..block_refit import refit_blocks
+
+        return refit_blocks(weight, fmt, grid, codes, hessian)
+
     def line(self, fmt: Format, grid: Grid) -> Line:
         """See ``blocks.Layout``."""
         from ..blocks import block_line
