@@ -117,7 +117,7 @@ def slope(loaded: ctypes.CDLL, error: Tensor, quadratic: Quadratic) -> Tensor:
 def normal(
     loaded: ctypes.CDLL, basis: Tensor, quadratic: Quadratic, spans: int, size: int
 ) -> Tensor:
-    """See ``rounding.normal``."""
+    """B H B^T [rows, spans, spans], B of a row its basis [cols] in spans of ``size`` columns."""
     basis, result = basis.contiguous(), torch.empty(len(basis), spans, spans)
     problem = _of_matrix(basis, quadratic)
     loaded.bitplan_normal(

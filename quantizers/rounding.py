@@ -11,16 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import native_rounding
 from .feedback import Quadratic
 from .format import Format
 from .group_fit import REFINEMENTS, fit_group
+from .refit import group_sums, improve, normal_equations
 from .sweep import Cells, Lattice, Levels, Sweep
 
 BLOCK = 64  # columns between two products with all errors so far
-RIDGE = 1e-3  # of the mean of the diagonal of normal equations
 
 
 def sweep(
@@ -108,55 +107,33 @@ def slope(error: Tensor, quadratic: Quadratic) -> Tensor:
     return (blocks @ quadratic.matrix).view(error.shape)
 
 
-def normal(basis: Tensor, quadratic: Quadratic, spans: int, size: int) -> Tensor:
-    """B H B^T [rows, spans, spans], B of a row its ``basis`` [cols] in spans of ``size`` columns."""
-    loaded = native_rounding.library(basis)
-    if loaded is not None:
-        return native_rounding.normal(loaded, basis, quadratic, spans, size)
-    parts, cols = quadratic.order.shape
-    blocks = basis.view(parts, -1, cols)
-    result = basis.new_empty(*blocks.shape[:2], spans, spans)
-    for span in range(spans):
-        some = slice(span * size, (span + 1) * size)
-        products = (blocks[:, :, some] @ quadratic.matrix[:, some]).mul_(blocks)
-        result[:, :, span] = _summed(products, spans, size)
-    return result.view(-1, spans, spans)
-
-
-def refit(
-    start: Tensor, basis: Tensor, slopes: Tensor, quadratic: Quadratic, size: int
-) -> Tensor:
-    """The best scales for codes that stay: ``scale * basis`` is what they stand for.
-
-    The scales of a row solve a system of as many equations as there are; they are rounded to
-    float16, and taken for rows whose cost falls.
+def refit(scale: Tensor, basis: Tensor, slopes: Tensor, quadratic: Quadratic, size: int) -> Tensor:
+    """The best scales for codes that stay, all those of a row together, where they lower its cost.
 
     Args:
-        start: The present scales, float32 [rows, spans].
-        basis: What is multiplied by them [rows, cols].
+        scale: The present scales, float32 [rows, spans].
+        basis: What they multiply [rows, cols].
         slopes: The present :func:`slope` [rows, cols].
         quadratic: What errors cost.
         size: Columns of a span.
 
     Returns:
         The scales, float32 [rows, spans] but exact in float16, none with another sign.
-
-    References:
-        Least squares in the scales alone: LNQ, Kim et al. (2025), "GuidedQuant", section 4.
     """
-    spans = start.shape[1]
-    matrix = normal(basis, quadratic, spans, size).double()
-    right = _summed(basis * slopes, spans, size).double()
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    ridge = RIDGE * diagonal.mean(1, keepdim=True)
-    ridge = torch.where(ridge > 0, ridge, 1)
-    damped = matrix + torch.diag_embed(ridge.expand_as(diagonal))
-    best = start + torch.linalg.solve(damped, right[..., None])[..., 0]
-    best = best.float().half().float()
-    best = torch.where((best * start > 0) & best.isfinite(), best, start)
-    change = (best - start).double()
-    gain = (change * (2 * right - (matrix @ change[..., None])[..., 0])).sum(1)
-    return torch.where(gain[:, None] > 0, best, start)
+    spans = scale.shape[1]
+    loaded = native_rounding.library(basis)
+    if loaded is not None:
+        right = group_sums(basis * slopes, size)
+        left = native_rounding.normal(loaded, basis, quadratic, spans, size)
+        return improve(scale, left, right).float()
+    parts = zip(
+        *(t.view(len(quadratic.matrix), -1, t.shape[1]) for t in (scale, slopes, basis)),
+        quadratic.matrix,
+        strict=True,
+    )
+    return torch.cat(
+        [improve(old, *normal_equations(s, [b], h, size)).float() for old, s, b, h in parts]
+    ).view(-1, spans)
 
 
 def descend(
@@ -201,9 +178,3 @@ def descend(
             code = torch.where(change == 0, before, levels.codes[rank])
         falling -= change[..., None] * quadratic.matrix[:, None, column]
         blocks[:, :, column] = code.to(torch.uint8)
-
-
-def _summed(values: Tensor, spans: int, size: int) -> Tensor:
-    """Sums [..., spans] over spans of ``size`` columns of ``values`` [..., cols]."""
-    padded = pad(values, (0, spans * size - values.shape[-1]))
-    return padded.view(*values.shape[:-1], spans, size).sum(-1)

@@ -126,10 +126,10 @@ class LowRank(Family[Corrected]):
         torch.sub(weight, error, out=error)
         rank = min(fmt.rank, *weight.shape)
         if importance is None or not importance.any():
-            return Corrected(grid, *_factors(error, rank))
+            return Corrected(grid, *factors(error, rank))
         columns = importance.float().reshape(-1, weight.shape[1]).mean(0)
         columns = (columns / columns.mean()).clamp_(min=LEAST).sqrt_()
-        left, right = _factors(error * columns, rank)
+        left, right = factors(error * columns, rank)
         return Corrected(grid, left, (right / columns).half())
 
     def render(self, weight: Tensor, fmt: Format, fitted: Corrected, out: Tensor) -> None:
@@ -179,7 +179,7 @@ def _add(weight: Tensor, left: Tensor, right: Tensor) -> None:
         weight[rows] = (weight[rows].double() + left[rows].double() @ right).float()
 
 
-def _factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """L [rows, rank] and R [rank, cols], float16, whose product is nearest to ``error``.
 
     A randomized singular value decomposition, always from the same random numbers.

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import rounding
-from ..feedback import Quadratic
+from ..families.low_rank import factors as nearest_factors
+from ..feedback import Quadratic, factor
 from ..format import PER_TENSOR, Family, Format, family_of
-from ..grid import line_of
 from ..grid_fit import LEAST_RATIO
 from ..lines import Grid
 from ..packed import PackedTensor
 from ..sweep import Lattice, chunks
 from . import METHODS, Evidence
-from .rtn import rtn
+from .rtn import fit_grid, rtn
 
 DAMPING = 0.07  # of the mean of the diagonal, where no held-out sequences say
-RATIOS = {
-    bits: torch.linspace(1, 0.9 * least, 8).tolist() for bits, least in LEAST_RATIO.items()
-}
-SWEEPS = 4  # of coordinate descent over all columns
+RATIOS = {bits: torch.linspace(1, 0.9 * least, 8).tolist() for bits, least in LEAST_RATIO.items()}
+ROUNDS = 2  # of descent on the codes and a refit of the scales
+SWEEPS = 4  # of descent over all columns
 
 
 def has_own_codes(fmt: Format) -> bool:
-    """Whether it has codes of its own for a format: all but floats."""
-    return not fmt.floating
+    """Whether it has codes of its own for a format: if it is made of codes on lines."""
+    return type(family_of(fmt.base or fmt)).line is not Family.line
 
 
 @METHODS.register("fisher_gptq", needs={"fisher"}, rounds=has_own_codes)
@@ -72,6 +70,8 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
         ...     packed = method(weight, Format.parse("int2-gc"), evidence)
         ...     error = packed.dequantize() - weight
         ...     print(packed.dequantize()[0], f"{(error @ evidence.fisher @ error.T).item():.3f}")
+        tensor([0.4414, 0.4414, 0.4414, 0.8828]) 0.092
+        tensor([0.3818, 0.3818, 0.3818, 0.7637]) 0.008
     """
     if evidence.fisher is None or not has_own_codes(fmt):
         return rtn(weight, fmt, evidence)
@@ -83,7 +83,111 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
             f"A weight {list(weight.shape)} does not go with the curvature "
             f"{list(evidence.fisher.shape)} of its columns: [cols, cols] or [parts, cols, cols]."
         )
-    base = fmt.base or fmt
-    quadratic = _quadratic(evidence, base, weight.shape[1])
-    codes, grid = _round(weight, base, quadratic, evidence)
-    return PackedTensor.of_codes(codes, base, grid)
+    if fmt.base is None:
+        return _round(weight, fmt, evidence)
+    return _corrected(weight, fmt, fmt.base, evidence)
+
+
+def _corrected(weight: Tensor, fmt: Format, base: Format, evidence: Evidence) -> PackedTensor:
+    """Codes, and the low-rank matrix that makes up for most of what their errors cost; twice.
+
+    With C C^T the curvature, that is the one nearest to E C, times the inverse of C.
+    """
+    quadratic = _quadratic(evidence, base)
+    factors = factor(quadratic.matrix.mean(0), 0)
+    root = (factors.feedback * factors.pivots.sqrt()[:, None])[0]
+    rank, added = min(fmt.rank, *weight.shape), torch.zeros_like(weight)
+    for _ in range(ROUNDS):
+        codes = _round(weight - added, base, evidence)
+        left, right = nearest_factors((weight - codes.dequantize()) @ root, rank)
+        right = torch.linalg.solve_triangular(root, right.float(), upper=True, left=False).half()
+        added = left.float() @ right.float()
+    parts = {**codes.tensors, "left": left, "right": right.contiguous()}
+    return PackedTensor(fmt, codes.shape, parts)
+
+
+def _quadratic(evidence: Evidence, fmt: Format) -> Quadratic:
+    """The damped curvature in the order for groups as large as those of a format."""
+    assert evidence.fisher is not None
+    cols = evidence.fisher.shape[-1]
+    size = fmt.group_size if 0 < fmt.group_size < cols else cols
+    kept = evidence.kept.get("fisher_gptq")  # only the last: it is twice as large as the curvature
+    if kept is None or kept[0] != size:
+        damping = DAMPING if evidence.damping is None else evidence.damping
+        kept = size, Quadratic.of(evidence.fisher.float(), damping, size)
+        evidence.kept["fisher_gptq"] = kept
+    quadratic: Quadratic = kept[1]
+    return quadratic
+
+
+def _round(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
+    """The weight in a format of codes alone."""
+    quadratic = _quadratic(evidence, fmt)
+    parts, cols = quadratic.order.shape
+    on_the_way = fmt.integer and fmt.group_size > 0
+    grid = None if on_the_way else _static(weight, fmt, quadratic, evidence)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    grids = []
+    for some, rows in chunks(parts, len(weight) // parts, cols):
+        part = None if grid is None else grid.rows(rows)
+        codes[rows], part = _round_rows(weight[rows], fmt, part, quadratic.of_parts(some))
+        grids.append(part)
+    whole = grids[0] if fmt.group_size == PER_TENSOR else _joined(grids)
+    return PackedTensor.of_codes(codes, fmt, whole)
+
+
+def _round_rows(
+    weight: Tensor, fmt: Format, grid: Grid | None, quadratic: Quadratic
+) -> tuple[Tensor, Grid]:
+    """Codes and grid of some rows; a grid that is given is only refitted."""
+    if grid is None:
+        lattice = Lattice.empty(fmt, *weight.shape, weight.device)
+        codes = rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
+        grid = lattice.grid(fmt)
+    else:
+        lattice = Lattice.of(fmt, grid, *weight.shape)
+        codes = rounding.sweep(weight, fmt, quadratic, lattice)
+    for turn in range(ROUNDS):
+        slopes = rounding.slope(weight - lattice.values(codes), quadratic)
+        rounding.descend(codes, slopes, quadratic, lattice, SWEEPS)
+        if fmt.layout == "codes" and fmt.group_size != PER_TENSOR:
+            basis = lattice._replace(scale=torch.ones_like(lattice.scale)).values(codes)
+            scale = rounding.refit(lattice.scale, basis, slopes, quadratic, lattice.size)
+            lattice = lattice._replace(scale=scale)
+            grid = grid._replace(scale=scale.half())
+        elif fmt.layout != "codes" and turn == 0:  # takes long, and gains little when repeated
+            grid = _refit(weight, fmt, grid, codes, quadratic)
+            lattice = Lattice.of(fmt, grid, *weight.shape)
+    return codes, grid
+
+
+def _static(weight: Tensor, fmt: Format, quadratic: Quadratic, evidence: Evidence) -> Grid:
+    """The grid of a format whose scales are not those of groups alone."""
+    diagonal = quadratic.matrix.diagonal(dim1=1, dim2=2)
+    parts, cols = diagonal.shape
+    importance = diagonal[0]
+    if parts > 1 or fmt.group_size == PER_TENSOR:
+        importance = diagonal[:, None].expand(-1, len(weight) // parts, -1).reshape(-1, cols)
+        if evidence.rows is not None:
+            importance = importance * evidence.rows[:, None]
+    grid = fit_grid(weight, fmt, importance)
+    assert isinstance(grid, Grid)
+    return grid
+
+
+def _refit(weight: Tensor, fmt: Format, grid: Grid, codes: Tensor, quadratic: Quadratic) -> Grid:
+    """The family's own refit, part by part."""
+    size = len(weight) // len(quadratic.matrix)
+    found = []
+    for part, matrix in enumerate(quadratic.matrix):
+        rows = slice(part * size, (part + 1) * size)
+        found.append(family_of(fmt).refit(weight[rows], fmt, grid.rows(rows), codes[rows], matrix))
+    return _joined(found)
+
+
+def _joined(grids: Sequence[Grid]) -> Grid:
+    """The grid of the rows of all."""
+    columns = [[part for part in column if part is not None] for column in zip(*grids, strict=True)]
+    scale, *rest = (torch.cat(column) if column else None for column in columns)
+    assert scale is not None
+    return Grid(scale, *rest)
