@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._base.files import write_json
-from .native import cache_folder
+from .._base.native import cache_folder
 from .packing import PlanePack
 from .triton_launch import Extras, Launch, multiply, natural_warps
 

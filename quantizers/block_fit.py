@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,32 +10,31 @@ from torch.nn.functional import pad
 
 from .blocks import Layout, layouts
 from .format import Format
-from .lines import Grid, exponent, nearest_level, row_chunks
+from .grid_fit import clip_ratios
+from .lines import CHUNK, Grid, exponent, level_codes, look_up, row_chunks, salience, spread
 
 REFITS = 2  # least-squares scales of the codes found
 _LEAST = 1e-30
 
 
-def fit_blocks(weight: Tensor, fmt: Format, ratios: Sequence[float]) -> Grid:
+def fit_blocks(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
     """Fit a grid of a block format to ``weight`` [rows, cols].
 
     Args:
         weight: The weight, finite.
         fmt: A block format.
-        ratios: Where to clip, relative to the largest weights of a group; 1 among them.
+        importance: See ``Family.fit``.
 
     Returns:
         The grid; the scales and minimums it holds are those that minimize the weighted squared
         error, after they were rounded to what the block stores.
     """
-    rows, cols = weight.shape
-    layout = layouts()[fmt.name]
-    count = math.ceil(cols / fmt.block_size)
+    layout, importance = layouts()[fmt.name], spread(importance, weight)
     parts: list[Grid] = []
-    for some in row_chunks(weight.shape):
-        chunk = pad(weight[some].detach().float(), (0, count * fmt.block_size - cols))
-        groups = chunk.reshape(-1, fmt.block_size // fmt.group_size, fmt.group_size)
-        fit = _Fit(groups, fmt, layout, ratios)
+    for some in row_chunks(weight.shape, CHUNK // 4):  # there are several temporaries
+        chunk = weight[some].detach()
+        count = None if importance is None else _blocks(importance[some], fmt)
+        fit = _Fit(_blocks(chunk, fmt), fmt, layout, count)
         grid = fit.exponents() if "e" in layout.fields else fit.halves()
         if layout.scale_range is not None:
             grid = fit.nested()
@@ -48,8 +45,14 @@ def fit_blocks(weight: Tensor, fmt: Format, ratios: Sequence[float]) -> Grid:
         for column in zip(*parts, strict=True)
     ]
     scale = joined[0]
-    assert scale is not None and len(scale) == rows
+    assert scale is not None and len(scale) == len(weight)
     return Grid(scale, *joined[1:])
+
+
+def _blocks(matrix: Tensor, fmt: Format) -> Tensor:
+    """The groups [blocks, groups, size] of the blocks of [rows, cols], padded with zeros."""
+    padded = pad(matrix.float(), (0, -matrix.shape[1] % fmt.block_size))
+    return padded.reshape(-1, fmt.block_size // fmt.group_size, fmt.group_size)
 
 
 class _Terms(NamedTuple):
@@ -65,25 +68,25 @@ class _Terms(NamedTuple):
 class _Fit:
     """The best scale and offset so far of every group of ``weight`` [blocks, groups, size].
 
-    A weight stands for ``scale * level + offset``.  The error is that of ``rtn``: squares weighted
-    by magnitude plus root mean square.
+    A weight stands for ``scale * level + offset``.  Errors are squares weighted by ``salience``.
     """
 
     def __init__(
-        self, weight: Tensor, fmt: Format, layout: Layout, ratios: Sequence[float]
+        self, weight: Tensor, fmt: Format, layout: Layout, importance: Tensor | None
     ) -> None:
         self.weight, self.layout, self.max_code = weight, layout, 2**fmt.bits - 1
-        self.salience = weight.abs().add_(weight.square().mean(2, keepdim=True).sqrt_())
+        self.salience = salience(weight, importance)
         self.affine = "m" in layout.fields
         self.nonpositive = self.affine and layout.scale_range is not None
         self.levels = None
         if layout.levels is not None:
-            self.levels = torch.tensor(layout.levels, dtype=torch.float32, device=weight.device)
+            levels = torch.tensor(layout.levels, dtype=torch.float32, device=weight.device)
+            self.levels = levels[level_codes(levels)]
         self.error = torch.full_like(weight[..., 0], torch.inf)
         self.scale = torch.zeros_like(self.error)
         self.offset = torch.zeros_like(self.error)
         for scale, offset in self._unclipped():
-            for ratio in ratios:
+            for ratio in clip_ratios(fmt.bits, importance is not None):
                 self._offer(scale * ratio, offset * ratio)
 
     def halves(self) -> Grid:
@@ -163,10 +166,11 @@ class _Fit:
 
     def _nearest(self, scale: Tensor, offset: Tensor) -> Tensor:
         """The levels, as they are multiplied by the scale, nearest to the weights."""
-        position = self.weight - offset[..., None]
-        position.mul_(torch.where(scale == 0, 0, 1 / scale)[..., None])
+        inverse = torch.where(scale == 0, 0, 1 / scale)[..., None]
+        position = torch.sub(self.weight, offset[..., None]) if self.affine else self.weight
+        position = position * inverse
         if self.levels is not None:
-            return self.levels[nearest_level(position, self.levels).long()]
+            return look_up(position, self.levels)
         zero = self.layout.zero
         return position.round_().clamp_(-zero, self.max_code - zero)
 

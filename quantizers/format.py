@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from .._base.hints import did_you_mean
@@ -184,8 +185,33 @@ class Family(ABC, Generic[F]):
         """The largest float16 number that weights from ``low`` to ``high`` take."""
 
     @abstractmethod
-    def fit(self, weight: Tensor, fmt: Format) -> F:
-        """What rounding to nearest keeps of a weight [rows, cols]: the best scales and so on."""
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> F:
+        """What rounding to nearest keeps of a weight [rows, cols]: the best scales and so on.
+
+        Args:
+            weight: The weight, float32.
+            fmt: The format.
+            importance: What the squared error of a weight costs, the diagonal of a curvature: [cols],
+                or [rows, cols], float32, not negative; it is looked at within groups of weights
+                that share a scale. None: large weights matter more, see ``methods/rtn.py``.
+
+        A family without this parameter is fitted without importance: :func:`fit` asks any family.
+        """
+
+    def refit(self, weight: Tensor, fmt: Format, grid: F, codes: Tensor, hessian: Tensor) -> F:
+        """Better scales for codes that are given; as they are, unless a family has better ones.
+
+        Args:
+            weight: The original weight W [rows, cols], float32.
+            fmt: The format.
+            grid: What the codes were chosen for.
+            codes: uint8 [rows, cols]; ``store`` makes them parts with the result.
+            hessian: H [cols, cols], float32, symmetric, without negative eigenvalues.
+
+        Returns:
+            A grid with which ``E H E^T`` is in no row E of W - Q larger than with the present one.
+        """
+        return grid
 
     @abstractmethod
     def render(self, weight: Tensor, fmt: Format, fitted: F, out: Tensor) -> None:
@@ -249,6 +275,17 @@ def family(name: str) -> Family[Any]:
 def family_of(fmt: Format) -> Family[Any]:
     """The family of a format."""
     return family(fmt.family)
+
+
+def fit(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Fitted | None:
+    """What its family keeps of a weight: ``Family.fit``, with importance where the family takes it."""
+    found: Fitted | None
+    own = family_of(fmt).fit
+    if importance is None or "importance" not in signature(own).parameters:
+        found = own(weight, fmt)
+    else:
+        found = own(weight, fmt, importance=importance)
+    return found
 
 
 def families() -> list[Family[Any]]:

@@ -1,4 +1,4 @@
-"""Fit the grids of integer formats: the least weighted squared error per group."""
+"""Fit the scales of a group, and its zero point: the least weighted squared error."""
 
 from __future__ import annotations
 
@@ -6,45 +6,85 @@ import torch
 from torch import Tensor
 
 from .format import PER_TENSOR, Format
-from .lines import Grid, grouped, row_chunks
+from .lines import Grid, grouped, row_chunks, salience, spread
 
 # Where to clip, relative to the largest weights of a group: with few levels, far inside.
 LEAST_RATIO = {1: 0.2, 2: 0.5, 3: 0.8, 4: 0.88, 5: 0.95, 6: 0.975, 7: 0.985, 8: 0.994}
 RATIOS = {bits: torch.linspace(1, least, 4).tolist() for bits, least in LEAST_RATIO.items()}
+FURTHER = (0.8, 0.6, 0.4)  # times the least: where large weights may be of no account
 REFINEMENTS = 2
+CELLS = 1 << 12  # in which a level is looked up while scales are compared
 
 
-def fit_integers(weight: Tensor, fmt: Format) -> Grid:
+def fit_integers(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
     """Fit the scales and zero points of an integer format to ``weight`` [rows, cols].
 
-    See ``methods/rtn.py`` for what they minimize.
+    See ``methods/rtn.py`` for what they minimize, and ``Family.fit`` for ``importance``.
     """
-    weight = weight.detach()
+    return _fit(weight, fmt, importance, _Integers)
+
+
+def fit_levels(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
+    """Fit the scales of a format whose codes stand for ascending levels, to match importance."""
+    return _fit(weight, fmt, importance, _Levels)
+
+
+def clip_ratios(bits: int, weighted: bool) -> list[float]:
+    """Where to clip, relative to the largest weights of a group: further where importance says."""
+    return RATIOS[bits] + [LEAST_RATIO[bits] * share for share in FURTHER if weighted]
+
+
+def _fit(weight: Tensor, fmt: Format, importance: Tensor | None, kind: type[_Integers]) -> Grid:
+    weight, importance = weight.detach(), spread(importance, weight)
     if fmt.group_size == PER_TENSOR:
         weight = weight.reshape(1, -1)
+        importance = None if importance is None else importance.reshape(1, -1)
     shape = (weight.shape[0], fmt.groups(weight.shape[1]))
     scale = torch.empty(shape, dtype=torch.float16, device=weight.device)
     zero = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight.shape):
-        for block, groups in grouped(weight[rows], fmt.group_size):
-            fit = _fit(block.reshape(-1, block.shape[2]).float(), fmt)
+        counts = weight if importance is None else importance
+        for (block, groups), (count, _) in zip(
+            grouped(weight[rows], fmt.group_size), grouped(counts[rows], fmt.group_size), strict=True
+        ):
+            flat = block.reshape(-1, block.shape[2]).float()
+            fit = kind(flat, fmt, None if importance is None else count.reshape(flat.shape))
             scale[rows, groups] = fit.scale.view(block.shape[:2]).half()
             zero[rows, groups] = fit.zero.view(block.shape[:2]).to(torch.uint8)
     return Grid(scale, None if fmt.symmetric else zero)
 
 
-class _Fit:
-    """The best scale and zero point so far of every group of ``weight`` [groups, size]."""
+class _Integers:
+    """The best scale and zero point of every group of ``weight`` [groups, size]."""
 
-    def __init__(self, weight: Tensor, fmt: Format) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, importance: Tensor | None) -> None:
         self.weight = weight
-        self.salience = weight.abs().add_(weight.square().mean(1, keepdim=True).sqrt_())
+        self.salience = salience(weight, importance)
         self.max_code = 2**fmt.bits - 1
         self.error = torch.full_like(weight[:, 0], torch.inf)
         self.scale = torch.zeros_like(self.error)
         self.zero = torch.full_like(self.error, fmt.zero_point)
         self._position = torch.empty_like(weight)
         self._codes = torch.empty_like(weight)
+        for scale, zero in self.unclipped(fmt):
+            for ratio in clip_ratios(fmt.bits, importance is not None):
+                self.offer(scale * ratio, zero)
+        for _ in range(REFINEMENTS):
+            if not fmt.symmetric:
+                self.shift_zero()
+            self.refit_scale()
+
+    def unclipped(self, fmt: Format) -> list[tuple[Tensor, Tensor]]:
+        """Scales and zero points [groups] whose grids reach the largest weights."""
+        low = self.weight.amin(1).clamp_(max=0)
+        high = self.weight.amax(1).clamp_(min=0)
+        if fmt.symmetric:  # the grid reaches further on one side; the sign of the scale says which
+            largest = torch.where(high > -low, high, low)
+            ends = -fmt.zero_point, self.max_code - fmt.zero_point
+            return [(largest / end, self.zero) for end in ends]
+        width = high - low
+        zero = torch.where(width == 0, 0, -low / width * self.max_code).round_()
+        return [(width / self.max_code, zero)]
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
         """Take the scale and zero point, both [groups], wherever they lower the error."""
@@ -79,30 +119,32 @@ class _Fit:
         return self._position.sub_(self._codes)
 
 
-def _fit(weight: Tensor, fmt: Format) -> _Fit:
-    """Fit scales and zero points to ``weight`` [groups, size]."""
-    fit = _Fit(weight, fmt)
-    for scale, zero in _unclipped(weight, fmt):
-        for ratio in RATIOS[fmt.bits]:
-            fit.offer(scale * ratio, zero)
-    for _ in range(REFINEMENTS):
-        if not fmt.symmetric:
-            fit.shift_zero()
-        fit.refit_scale()
-    return fit
+class _Levels(_Integers):
+    """The best scale of every group where levels take the place of codes less a zero point."""
 
+    def __init__(self, weight: Tensor, fmt: Format, importance: Tensor | None) -> None:
+        assert fmt.levels is not None
+        self.low, self.high = fmt.levels[0], fmt.levels[-1]
+        cells = (torch.arange(CELLS, device=weight.device) + 0.5) * self._cell + self.low
+        levels = torch.tensor(fmt.levels, device=weight.device)
+        self._nearest = levels[torch.bucketize(cells, (levels[1:] + levels[:-1]) / 2)]
+        super().__init__(weight, fmt, importance)
 
-def _unclipped(weight: Tensor, fmt: Format) -> list[tuple[Tensor, Tensor]]:
-    """Scales and zero points [groups] whose grids reach the largest weights."""
-    max_code = 2**fmt.bits - 1
-    low = weight.amin(1).clamp_(max=0)
-    high = weight.amax(1).clamp_(min=0)
-    if fmt.symmetric:  # the grid reaches further on one side; the sign of the scale says which
-        zero = torch.full_like(low, fmt.zero_point)
-        largest = torch.where(high > -low, high, low)
-        starts = [(largest / -fmt.zero_point, zero), (largest / (max_code - fmt.zero_point), zero)]
-    else:
-        width = high - low
-        zero = torch.where(width == 0, 0, -low / width * max_code).round_()
-        starts = [(width / max_code, zero)]
-    return starts
+    @property
+    def _cell(self) -> float:
+        return (self.high - self.low) / CELLS
+
+    def unclipped(self, fmt: Format) -> list[tuple[Tensor, Tensor]]:
+        """Scales whose levels reach the largest weights on both sides; they are positive."""
+        self.zero.zero_()
+        low, high = self.weight.amin(1) / self.low, self.weight.amax(1) / self.high
+        return [(torch.maximum(low, high), self.zero)]
+
+    def _round(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest levels, but for weights that lie half-way between two."""
+        inverse = torch.where(scale == 0, 0, 1 / scale)
+        torch.mul(self.weight, inverse[:, None], out=self._position)
+        cells = torch.sub(self._position, self.low, out=self._codes).div_(self._cell)
+        cells = cells.clamp_(0, CELLS - 1).int().view(-1)
+        torch.index_select(self._nearest, 0, cells, out=self._codes.view(-1))
+        return self._position.sub_(self._codes)

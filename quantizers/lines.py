@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # weights handled at a time, so that temporaries stay in the cache
+SLIGHT = 1e-6  # what groups without importance count beside those that have some
 
 
 class Grid(NamedTuple):
@@ -58,10 +59,10 @@ class Line(NamedTuple):
     whole: bool = False
 
 
-def row_chunks(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices over the rows of a [rows, cols] matrix that hold about ``CHUNK`` weights each."""
+def row_chunks(shape: Sequence[int], chunk: int = CHUNK) -> Iterator[slice]:
+    """Slices over the rows of a [rows, cols] matrix that hold about ``chunk`` weights each."""
     rows, cols = shape
-    step = max(1, CHUNK // max(1, cols))
+    step = max(1, chunk // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
@@ -82,6 +83,45 @@ def grouped(matrix: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:
         yield matrix[:, : full * size].view(rows, full, size), slice(0, full)
     if rest:
         yield matrix[:, full * size :].unsqueeze(1), slice(full, full + 1)
+
+
+def salience(weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """What the squared error of every weight counts when the scales of its group are fitted.
+
+    Args:
+        weight: Groups of weights [..., size].
+        importance: What an error really costs, shaped like ``weight``, not negative; None if that
+            is unknown.
+
+    Returns:
+        Without importance, magnitude plus root mean square of the group. Otherwise the importance,
+        relative to its mean over all dimensions but the first; groups of which none is important
+        keep the former, at a weight next to nothing.
+    """
+    own = weight.abs().add_(weight.square().mean(-1, keepdim=True).sqrt_())
+    if importance is None:
+        return own
+    inner = tuple(range(1, weight.dim()))
+    mean = importance.mean(inner, keepdim=True)
+    relative = importance / torch.where(mean > 0, mean, 1)
+    slight = own.mul_(SLIGHT / own.mean(inner, keepdim=True).clamp_(min=1e-30))
+    return torch.where(importance.amax(-1, keepdim=True) > 0, relative, slight)
+
+
+def spread(importance: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Importance [cols] or [rows, cols] for every entry of a weight [rows, cols]: a view.
+
+    Raises:
+        ValueError: If the shapes do not go together.
+    """
+    if importance is None:
+        return None
+    if importance.shape not in (weight.shape, weight.shape[1:]):
+        raise ValueError(
+            f"The importance {list(importance.shape)} does not go with a weight "
+            f"{list(weight.shape)}: give one number for each of its columns or entries."
+        )
+    return importance.detach().float().expand(weight.shape)
 
 
 def round_to_codes(weight: Tensor, line: Line, bits: int, size: int, out: Tensor) -> None:
@@ -108,10 +148,15 @@ def round_to_codes(weight: Tensor, line: Line, bits: int, size: int, out: Tensor
         elif line.whole:
             codes.copy_(nearest_level(codes, line.levels))
         else:
-            counts = torch.zeros(codes.shape, dtype=torch.uint8, device=codes.device)
-            for border in (line.levels[1:] + line.levels[:-1]) / 2:  # faster than a search
-                counts.add_(codes.ge(border).view(torch.uint8))
-            codes.copy_(counts)
+            codes.copy_(count_borders(codes, line.levels))
+
+
+def count_borders(values: Tensor, levels: Tensor) -> Tensor:
+    """Codes, uint8, of the ascending levels nearest to ``values``; faster than a search."""
+    counts = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for border in (levels[1:] + levels[:-1]) / 2:
+        counts.add_(values.ge(border).view(torch.uint8))
+    return counts
 
 
 def dequantize(codes: Tensor, line: Line, size: int) -> None:
@@ -135,10 +180,20 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     Levels are whole numbers from -128 to 127, so half-way between two is a multiple of 1/2: a
     table of all halves replaces a search.
     """
+    return look_up(values, level_codes(levels).float())
+
+
+def level_codes(levels: Tensor) -> Tensor:
+    """Codes [512] of the levels nearest to -128, -127.5 ... 127.5; see :func:`nearest_level`."""
     ordered, order = levels.sort(stable=True)
     halves = torch.arange(512, device=levels.device) / 2 - 128
-    table = order[torch.bucketize(halves, (ordered[1:] + ordered[:-1]) / 2, right=True)].float()
-    return table[values.clamp(-128, 127.5).add_(128).mul_(2).int()]
+    return order[torch.bucketize(halves, (ordered[1:] + ordered[:-1]) / 2, right=True)]
+
+
+def look_up(values: Tensor, table: Tensor) -> Tensor:
+    """What ``table`` [512] has for the multiples of 1/2 at or below ``values``."""
+    places = values.clamp(-128, 127.5).add_(128).mul_(2).int()
+    return table.index_select(0, places.reshape(-1)).view(values.shape)
 
 
 def exponent(stored: Tensor) -> Tensor:

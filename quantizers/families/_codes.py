@@ -52,6 +52,22 @@ class Codes(Family["Grid"]):
         zero = torch.tensor(fmt.zero_point) if grid.zero is None else grid.zero.float()
         return Line(scale, zero)
 
+    def refit(
+        self, weight: Tensor, fmt: Format, grid: Grid, codes: Tensor, hessian: Tensor
+    ) -> Grid:
+        """The scales by least squares, if they are stored as they are; zero points stay."""
+        import torch
+
+        from ..grid import decode
+        from ..refit import refit_scales
+
+        line = self.line(fmt, grid)
+        if line.offset is not None or not torch.equal(line.scale, grid.scale.float()):
+            return grid
+        levels = decode(codes, fmt, grid._replace(scale=torch.ones_like(grid.scale)))
+        scale = refit_scales(weight.float(), levels, grid.scale, hessian, fmt.group_size)
+        return grid._replace(scale=scale)
+
     def render(self, weight: Tensor, fmt: Format, fitted: Grid, out: Tensor) -> None:
         """s * (clamp(round(w/s + z), 0, 2^b - 1) - z); a group with scale 0 renders to 0."""
         from ..lines import dequantize, round_to_codes, row_chunks

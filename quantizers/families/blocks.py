@@ -67,12 +67,19 @@ class Blocks(Codes):
         """The largest scale, about."""
         return max(-low, high) / 8
 
-    def fit(self, weight: Tensor, fmt: Format) -> Grid:
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
         """Group by group, then the scales of the block."""
         from ..block_fit import fit_blocks
-        from ..grid_fit import RATIOS
 
-        return fit_blocks(weight, fmt, RATIOS[fmt.bits])
+        return fit_blocks(weight, fmt, importance)
+
+    def refit(
+        self, weight: Tensor, fmt: Format, grid: Grid, codes: Tensor, hessian: Tensor
+    ) -> Grid:
+        """The integers of groups, and the scales of blocks."""
+        from ..block_refit import refit_blocks
+
+        return refit_blocks(weight, fmt, grid, codes, hessian)
 
     def line(self, fmt: Format, grid: Grid) -> Line:
         """See ``blocks.Layout``."""

@@ -54,7 +54,7 @@ class Floats(Family[None]):
         """The weights themselves are float16 or nothing is."""
         return max(-low, high) if fmt.name == "fp16" else 0.0
 
-    def fit(self, weight: Tensor, fmt: Format) -> None:
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> None:
         """Nothing to fit."""
 
     def render(self, weight: Tensor, fmt: Format, fitted: None, out: Tensor) -> None:

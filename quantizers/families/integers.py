@@ -67,8 +67,8 @@ class Integers(Codes):
             return max(-low, high) / fmt.zero_point
         return (high - low) / float(2**fmt.bits - 1)
 
-    def fit(self, weight: Tensor, fmt: Format) -> Grid:
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
         """Clip search, see ``rtn``."""
         from ..grid_fit import fit_integers
 
-        return fit_integers(weight, fmt)
+        return fit_integers(weight, fmt, importance)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..format import Family, Format, Tensors, family_of
+from ..format import Family, Format, Tensors, family_of, fit
 from . import FAMILIES
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(.+)\+lr([1-9]\d{0,3})")
 _MORE = 8  # columns of the sketch beyond the rank
 _ITERATIONS = 4
+LEAST = 1e-4  # importance of a column beside the mean: errors there are not made up for at any price
 
 
 class Corrected(NamedTuple):
@@ -110,16 +111,26 @@ class LowRank(Family[Corrected]):
         """As without the correction, whose numbers are smaller."""
         return family_of(_base(fmt)).reach(_base(fmt), low, high)
 
-    def fit(self, weight: Tensor, fmt: Format) -> Corrected:
-        """Round, and correct the error."""
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Corrected:
+        """Round, and correct the error: where importance is known, in columns that have some.
+
+        Importance of every weight counts by its mean over the rows here: a low-rank matrix nearest
+        by errors that are weighted one by one is no singular value decomposition.
+        """
         import torch
 
         base = _base(fmt)
-        grid: Grid = family_of(base).fit(weight, base)
+        grid: Grid = fit(weight, base, importance)
         error = torch.empty_like(weight, dtype=torch.float32)
         family_of(base).render(weight, base, grid, error)
         torch.sub(weight, error, out=error)
-        return Corrected(grid, *_factors(error, min(fmt.rank, *weight.shape)))
+        rank = min(fmt.rank, *weight.shape)
+        if importance is None or not importance.any():
+            return Corrected(grid, *factors(error, rank))
+        columns = importance.float().reshape(-1, weight.shape[1]).mean(0)
+        columns = (columns / columns.mean()).clamp_(min=LEAST).sqrt_()
+        left, right = factors(error * columns, rank)
+        return Corrected(grid, left, (right / columns).half())
 
     def render(self, weight: Tensor, fmt: Format, fitted: Corrected, out: Tensor) -> None:
         """The nearest codes, decoded, plus L @ R."""
@@ -168,7 +179,7 @@ def _add(weight: Tensor, left: Tensor, right: Tensor) -> None:
         weight[rows] = (weight[rows].double() + left[rows].double() @ right).float()
 
 
-def _factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """L [rows, rank] and R [rank, cols], float16, whose product is nearest to ``error``.
 
     A randomized singular value decomposition, always from the same random numbers.

@@ -84,11 +84,14 @@ class NormalFloat(Codes):
         """The scale is the largest weight."""
         return max(-low, high)
 
-    def fit(self, weight: Tensor, fmt: Format) -> Grid:
-        """The largest magnitude of every group."""
+    def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
+        """The largest magnitude of every group; with importance, the best scale at or below it."""
         import torch
 
+        from ..grid_fit import fit_levels
         from ..lines import Grid, grouped
 
+        if importance is not None:
+            return fit_levels(weight, fmt, importance)
         parts = [block.abs().amax(2) for block, _ in grouped(weight, fmt.group_size)]
         return Grid(torch.cat(parts, 1).half(), None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from ..format import Fitted, Format, family_of
+from ..format import Fitted, Format, family_of, fit
 from ..packed import PackedTensor
 from . import METHODS, Evidence
 
 
-def fit_grid(weight: Tensor, fmt: Format) -> Fitted | None:
+def fit_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Fitted | None:
     r"""Fit a grid to ``weight`` [rows, cols]; rounding to nearest on it is ``render``.
 
     Every family fits its own grids (``Family.fit``).  In an integer format, per group of weights
@@ -22,12 +24,19 @@ def fit_grid(weight: Tensor, fmt: Format) -> Fitted | None:
     weights matter more to a network than their share of the squared error: without it, clip
     search gave *more* KL divergence than no clip search for int3- and int4-g64-asym on SmolLM2.
 
+    Args:
+        weight: The weight.
+        fmt: The format.
+        importance: What takes the place of that factor, if it is known: the diagonal of the loss's
+            curvature, [cols] or [rows, cols], not negative. The search then goes further inside. A
+            family whose ``fit`` has no parameter of that name goes without.
+
     Returns:
         The grid, or what else the family keeps of the weight; None for a float format.
 
     Raises:
         ValueError: If the weight has NaN or Inf, or values too large for a float16 scale (or
-            for ``fp16`` itself).
+            for ``fp16`` itself); or if importance has, or is negative.
 
     >>> import torch
     >>> weight, fmt = torch.tensor([[-1.0, 0.5, 3.0, 3.0]]), Format.parse("int2-gc-asym")
@@ -35,10 +44,16 @@ def fit_grid(weight: Tensor, fmt: Format) -> Fitted | None:
     >>> grid.scale, grid.zero
     (tensor([[1.4639]], dtype=torch.float16), tensor([[1]], dtype=torch.uint8))
     """
-    family, weight = family_of(fmt), weight.detach()
-    family.check(weight, fmt)
-    fitted: Fitted | None = family.fit(weight, fmt)
-    return fitted
+    weight = weight.detach()
+    family_of(fmt).check(weight, fmt)
+    if importance is not None:
+        least, most = (float(end) for end in importance.aminmax())
+        if not 0 <= least <= most < math.inf:
+            raise ValueError(
+                f"The importance of weights goes from {least:g} to {most:g}: it is the diagonal of "
+                "a curvature, which is finite and not negative."
+            )
+    return fit(weight, fmt, importance)
 
 
 @METHODS.register("rtn", grid=fit_grid)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bitplan._base.native import cache_folder, find_compiler
 from bitplan.kernels import cpu, native
 from bitplan.kernels.backend import kernel_for
 from bitplan.kernels.cpu import FEW, CpuWeight
@@ -26,7 +27,7 @@ from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
 
 CPU = torch.device("cpu")
-_REAL_CACHE = native.cache_folder()
+_REAL_CACHE = cache_folder()
 GROUPS = ("g32", "g64", "g128", "g256", "gc", "gt")
 SPECS = [f"int{b}-{g}{z}" for b in range(1, 9) for g in GROUPS for z in ("", "-asym")]
 SPECS += [f"nf4-{g}" for g in GROUPS if g != "gt"]
@@ -270,11 +271,11 @@ def test_kernels_that_cannot_run(
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache of libraries, and nothing loaded."""
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
-    native._library.cache_clear()
+    native.LIBRARY.forget()
     native._warn.cache_clear()
     cpu.faster.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
+    native.LIBRARY.forget()
     cpu.faster.cache_clear()
 
 
@@ -312,9 +313,9 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
 def test_the_library_is_built_once_and_again_if_damaged(
     monkeypatch: pytest.MonkeyPatch, fresh: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    compiler = native._compiler()
+    compiler = find_compiler()
     assert compiler is not None
-    built = _REAL_CACHE / f"cpu-{native._key(compiler)}.so"
+    built = _REAL_CACHE / native.LIBRARY.path(compiler).name
     script, log = fresh / "c++", fresh / "log"
     script.write_text(  # "compiles" by copying
         f'#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit\n'
@@ -323,12 +324,12 @@ def test_the_library_is_built_once_and_again_if_damaged(
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     (fresh / "cache").mkdir()
-    (fresh / "cache" / f"cpu-{native._key(str(script))}.so").write_bytes(b"\x7fELF damaged")
+    native.LIBRARY.path(str(script)).write_bytes(b"\x7fELF damaged")
     assert isinstance(native.library(), ctypes.CDLL)
     assert "compiling the CPU kernels" in capfd.readouterr().err
     steps = log.read_text().splitlines()
     assert [Path(step).name for step in steps] == ["cpu.o", "cpu.so"]
-    native._library.cache_clear()
+    native.LIBRARY.forget()
     assert native.library() is not None
     assert log.read_text().splitlines() == steps  # from the cache
     assert not capfd.readouterr().err

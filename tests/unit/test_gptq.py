@@ -133,7 +133,7 @@ def test_blocks_of_rows_have_inputs_of_their_own(spec: str, shape: tuple[int, in
 def test_many_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, weight, hessian = Format.parse("int3-g64-asym"), weight_of(50, 96), correlated(96)
     whole = gptq(weight, fmt, Evidence(hessian)).dequantize()
-    monkeypatch.setattr("bitplan.quantizers.methods.gptq.CHUNK", 96 * 7)
+    monkeypatch.setattr("bitplan.quantizers.sweep.CHUNK", 96 * 7)
     pieces = gptq(weight, fmt, Evidence(hessian)).dequantize()
     assert (whole == pieces).float().mean() > 0.999
 

@@ -1,0 +1,468 @@
+// The inner loops of rounding under a quadratic tr(E H E^T), for CPUs: see rounding.py, which says
+// what is computed, and native_rounding.py, which calls this.
+//
+// Rows do not depend on each other.  A tile of rows is laid out so that every vector holds one
+// column of 16 of them: each row sees the same operations in the same order whatever else is in its
+// tile, so that results depend neither on the number of threads nor on which rows come together.
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16, WIDEST = 4, COLUMNS = 4, BLOCK = 64;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define INLINE inline __attribute__((always_inline))
+
+// What a code stands for: scale * (c - zero) + offset, or scale * level[c] + offset.
+struct Lines {
+  float* scale;         // [rows, groups]
+  float* zero;          // [rows, groups]
+  const float* offset;  // [rows, groups], or null
+  const float* levels;  // ascending [count], or null
+  const float* borders;  // half-way between them [count - 1]
+  const uint8_t* names;  // codes of the ascending levels [count]
+  int64_t groups;
+  int64_t size;  // columns of a group
+  int32_t most;  // the largest code
+  int32_t fit;   // 0: scales and zeros are given; 1: fitted group by group; 2: scales alone
+};
+
+struct Problem {
+  const float* matrix;   // [parts, cols, cols]: what is multiplied by errors, see each function
+  const int64_t* order;  // [parts, cols]: columns in the order in which they are rounded
+  const float* pivots;   // [parts, cols], in that order
+  int64_t parts, rows, cols;  // rows of a part
+};
+
+// Ratios at which grids are clipped.
+struct Search {
+  const float* ratios;
+  int32_t ratio_count, refinements;
+};
+
+INLINE vec splat(float value) { return vec{} + value; }
+INLINE vec least(vec a, vec b) { return a < b ? a : b; }
+INLINE vec most(vec a, vec b) { return a > b ? a : b; }
+
+// To the nearest whole number, ties to even, of values below 2^22.
+INLINE vec whole(vec x) {
+  const float magic = 12582912.0f;
+  return (x + magic) - magic;
+}
+
+// To the nearest float16, as a float32.
+INLINE vec half(vec x) {
+  x = least(most(x, splat(-65504.0f)), splat(65504.0f));
+  ints bits;
+  std::memcpy(&bits, &x, sizeof x);
+  bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF;
+  vec rounded;
+  std::memcpy(&rounded, &bits, sizeof x);
+  const vec tiny = (x + 0.75f) - 0.75f;  // multiples of 2^-24
+  const vec size = x < 0.0f ? -x : x;
+  return size < 6.103515625e-05f ? tiny : rounded;
+}
+
+INLINE vec inverse(vec scale) { return scale == 0.0f ? vec{} : 1.0f / scale; }
+
+// sums[n][v] += sum over i of factors[n * stride + i] * values[i][v], in the order of i.
+template <int V, int N>
+INLINE void accumulate(vec (&sums)[N][V], const float* factors, int64_t stride, const vec* values,
+                       int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++)
+    for (int n = 0; n < N; n++) {
+      const float factor = factors[n * stride + i];
+      for (int v = 0; v < V; v++) sums[n][v] += factor * values[i * V + v];
+    }
+}
+
+// Rows [first, first + 16 V) of one part, fewer at its end.
+struct Rows {
+  int64_t part, first, count;
+};
+
+template <typename T>
+INLINE void gather(float* out, int64_t width, const T* from, int64_t stride, Rows rows,
+                   int64_t cols, const int64_t* order) {
+  for (int64_t r = 0; r < rows.count; r++)
+    for (int64_t k = 0; k < cols; k++)
+      out[k * width + r] = from[(rows.first + r) * stride + (order ? order[k] : k)];
+}
+
+template <int V>
+struct Buffer {
+  std::vector<vec> memory;
+  explicit Buffer(int64_t count) : memory(count * V) {}
+  vec* at(int64_t i) { return memory.data() + i * V; }
+  float* floats() { return reinterpret_cast<float*>(memory.data()); }
+};
+
+// ---------------------------------------------------------------- fitting the grid of a group
+
+struct Fit {
+  vec scale, zero, error;
+};
+
+// The best scale and zero point of 16 rows for `count` columns x[k * V], whose squared errors
+// weigh `weights`.
+template <int V>
+struct Fitting {
+  const vec* x;
+  const float* weights;
+  int64_t count;
+  float top;
+  Fit best;
+
+  INLINE vec code(vec position) const {
+    return whole(least(most(position, vec{}), splat(top)));
+  }
+
+  INLINE void offer(vec scale, vec zero) {
+    scale = half(scale);
+    const vec inv = inverse(scale);
+    vec sum = {};
+    for (int64_t k = 0; k < count; k++) {
+      const vec position = x[k * V] * inv + zero;
+      const vec off = position - code(position);
+      const vec weighted = off * weights[k];
+      sum += weighted * off;
+    }
+    sum = sum * scale;
+    sum = sum * scale;
+    const ints better = (sum < best.error) & (scale != 0.0f);
+    best.error = better ? sum : best.error;
+    best.scale = better ? scale : best.scale;
+    best.zero = better ? zero : best.zero;
+  }
+
+  INLINE void refit() {
+    const vec inv = inverse(best.scale), zero = best.zero;
+    vec norm = {}, product = {};
+    for (int64_t k = 0; k < count; k++) {
+      const vec position = x[k * V] * inv + zero;
+      const vec step = code(position) - zero;
+      const vec weighted = step * weights[k];
+      norm += weighted * step;
+      product += weighted * x[k * V];
+    }
+    offer(norm > 0.0f ? product / norm : best.scale, zero);
+  }
+
+  INLINE vec up(vec zero) const { return least(zero + 1.0f, splat(top)); }
+  INLINE vec down(vec zero) const { return most(zero - 1.0f, vec{}); }
+
+  INLINE Fit search(const Search& how, bool symmetric, vec middle) {
+    vec low = {}, high = {};
+    for (int64_t k = 0; k < count; k++) {
+      low = least(low, x[k * V]);
+      high = most(high, x[k * V]);
+    }
+    best = {vec{}, middle, splat(std::numeric_limits<float>::infinity())};
+    if (symmetric) {
+      const vec largest = high > -low ? high : low;
+      const vec starts[2] = {largest / -middle, largest / (top - middle)};
+      for (const vec& start : starts)
+        for (int32_t i = 0; i < how.ratio_count; i++) offer(start * how.ratios[i], middle);
+    } else {
+      const vec width = high - low;
+      const vec position = width == 0.0f ? vec{} : -low / width * top;
+      const vec start = width / top, zero = whole(position);
+      for (int32_t i = 0; i < how.ratio_count; i++) {
+        const vec scale = start * how.ratios[i];
+        offer(scale, zero);
+        offer(scale, up(zero));
+        offer(scale, down(zero));
+      }
+    }
+    for (int32_t i = 0; i < how.refinements; i++) {
+      if (!symmetric) {
+        const vec scale = best.scale, zero = best.zero;
+        offer(scale, up(zero));
+        offer(scale, down(zero));
+      }
+      refit();
+    }
+    return best;
+  }
+};
+
+// ---------------------------------------------------------------- rounding with feedback
+
+// matrix: the feedback, transposed: row k holds what errors of columns before k do to column k.
+template <int V>
+void sweep_tile(const Problem& p, const Lines& l, const Search& how, const float* weight,
+                uint8_t* codes, Rows rows) {
+  const int64_t cols = p.cols, width = V * LANES, groups = l.groups;
+  const float* back = p.matrix + rows.part * cols * cols;
+  const int64_t* order = p.order + rows.part * cols;
+  const float* pivots = p.pivots + rows.part * cols;
+  Buffer<V> w(cols), error(cols), code(cols), scale(groups), zero(groups), offset(groups);
+  gather(w.floats(), width, weight, cols, rows, cols, order);
+  if (!l.fit) gather(scale.floats(), width, l.scale, groups, rows, groups, nullptr);
+  if (l.fit != 1) gather(zero.floats(), width, l.zero, groups, rows, groups, nullptr);
+  if (l.offset) gather(offset.floats(), width, l.offset, groups, rows, groups, nullptr);
+  const int64_t longest = l.fit ? (l.size < cols ? l.size : cols) : BLOCK;
+  Buffer<V> target(longest), expected(longest), made_up(longest);
+  for (int64_t start = 0, end; start < cols; start = end) {
+    const int64_t group = order[start] / l.size;
+    for (end = start + 1; end < cols && end - start < longest; end++)
+      if (l.fit && order[end] / l.size != group) break;
+    int64_t k = start;
+    for (; k + COLUMNS <= end; k += COLUMNS) {
+      vec sums[COLUMNS][V];
+      std::memcpy(sums, w.at(k), sizeof sums);
+      accumulate<V, COLUMNS>(sums, back + k * cols, cols, error.at(0), 0, start);
+      std::memcpy(target.at(k - start), sums, sizeof sums);
+    }
+    for (; k < end; k++) {
+      vec sums[1][V];
+      std::memcpy(sums, w.at(k), sizeof sums);
+      accumulate<V, 1>(sums, back + k * cols, cols, error.at(0), 0, start);
+      std::memcpy(target.at(k - start), sums, sizeof sums);
+    }
+    if (l.fit) {
+      for (int64_t i = 0; i < end - start; i++) {  // what these columns best were, not rounded
+        vec sums[1][V];
+        for (int v = 0; v < V; v++) sums[0][v] = target.at(i)[v] - w.at(start + i)[v];
+        accumulate<V, 1>(sums, back + (start + i) * cols + start, cols, made_up.at(0), 0, i);
+        for (int v = 0; v < V; v++) {
+          made_up.at(i)[v] = -sums[0][v];
+          expected.at(i)[v] = w.at(start + i)[v] + sums[0][v];
+        }
+      }
+      for (int v = 0; v < V; v++) {
+        Fitting<V> fitting{expected.at(0) + v, pivots + start, end - start, float(l.most), {}};
+        const Fit fit = fitting.search(how, l.fit == 2, zero.at(group)[v]);
+        scale.at(group)[v] = fit.scale;
+        zero.at(group)[v] = fit.zero;
+      }
+    }
+    for (k = start; k < end; k++) {
+      vec sums[1][V];
+      std::memcpy(sums, target.at(k - start), sizeof sums);
+      accumulate<V, 1>(sums, back + k * cols, cols, error.at(0), start, k);
+      const int64_t g = order[k] / l.size;
+      for (int v = 0; v < V; v++) {
+        const vec s = scale.at(g)[v];
+        const vec position = (sums[0][v] - offset.at(g)[v]) * inverse(s);
+        vec c, level;
+        if (l.levels) {
+          c = vec{};
+          level = splat(l.levels[0]);
+          for (int32_t i = 0; i < l.most; i++) {
+            const ints above = position >= splat(l.borders[i]);
+            c = above ? splat(float(i + 1)) : c;
+            level = above ? splat(l.levels[i + 1]) : level;
+          }
+        } else {
+          c = whole(least(most(position + zero.at(g)[v], vec{}), splat(float(l.most))));
+          level = c - zero.at(g)[v];
+        }
+        code.at(k)[v] = c;
+        const vec product = level * s;
+        error.at(k)[v] = w.at(k)[v] - (product + offset.at(g)[v]);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows.count; r++) {
+    uint8_t* out = codes + (rows.first + r) * cols;
+    for (int64_t k = 0; k < cols; k++) {
+      const int c = int(code.floats()[k * width + r]);
+      out[order[k]] = l.levels ? l.names[c] : uint8_t(c);
+    }
+    if (l.fit)
+      for (int64_t g = 0; g < groups; g++) {
+        l.scale[(rows.first + r) * groups + g] = scale.floats()[g * width + r];
+        l.zero[(rows.first + r) * groups + g] = zero.floats()[g * width + r];
+      }
+  }
+}
+
+// ---------------------------------------------------------------- slopes and normal equations
+
+// matrix: H.  slope = E H.
+template <int V>
+void slope_tile(const Problem& p, const float* error, float* slope, Rows rows) {
+  const int64_t cols = p.cols, width = V * LANES;
+  const float* h = p.matrix + rows.part * cols * cols;
+  Buffer<V> e(cols), out(COLUMNS);
+  gather(e.floats(), width, error, cols, rows, cols, nullptr);
+  for (int64_t k = 0, n; k < cols; k += n) {
+    n = cols - k < COLUMNS ? 1 : COLUMNS;
+    if (n == COLUMNS) {
+      vec sums[COLUMNS][V] = {};
+      accumulate<V, COLUMNS>(sums, h + k * cols, cols, e.at(0), 0, cols);
+      std::memcpy(out.at(0), sums, sizeof sums);
+    } else {
+      vec sums[1][V] = {};
+      accumulate<V, 1>(sums, h + k * cols, cols, e.at(0), 0, cols);
+      std::memcpy(out.at(0), sums, sizeof sums);
+    }
+    for (int64_t r = 0; r < rows.count; r++)
+      for (int64_t i = 0; i < n; i++)
+        slope[(rows.first + r) * cols + k + i] = out.floats()[i * width + r];
+  }
+}
+
+// matrix: H.  With B the columns of `basis` split into spans: normal = B H B^T [rows, spans, spans].
+template <int V>
+void normal_tile(const Problem& p, int64_t spans, int64_t size, const float* basis, float* normal,
+                 Rows rows) {
+  const int64_t cols = p.cols, width = V * LANES;
+  const float* h = p.matrix + rows.part * cols * cols;
+  Buffer<V> b(cols), out(spans * spans);
+  gather(b.floats(), width, basis, cols, rows, cols, nullptr);
+  for (int64_t g = 0; g < spans; g++) {
+    const int64_t from = g * size, to = from + size < cols ? from + size : cols;
+    int64_t k = from;
+    for (; k + COLUMNS <= cols; k += COLUMNS) {
+      vec sums[COLUMNS][V] = {};
+      accumulate<V, COLUMNS>(sums, h + k * cols, cols, b.at(0), from, to);
+      for (int n = 0; n < COLUMNS; n++)
+        for (int v = 0; v < V; v++)
+          out.at(g * spans + (k + n) / size)[v] += sums[n][v] * b.at(k + n)[v];
+    }
+    for (; k < cols; k++) {
+      vec sums[1][V] = {};
+      accumulate<V, 1>(sums, h + k * cols, cols, b.at(0), from, to);
+      for (int v = 0; v < V; v++) out.at(g * spans + k / size)[v] += sums[0][v] * b.at(k)[v];
+    }
+  }
+  for (int64_t r = 0; r < rows.count; r++) {
+    float* to = normal + (rows.first + r) * spans * spans;
+    for (int64_t g = 0; g < spans; g++)
+      for (int64_t k = g; k < spans; k++)
+        to[g * spans + k] = to[k * spans + g] = out.floats()[(g * spans + k) * width + r];
+  }
+}
+
+// ---------------------------------------------------------------- coordinate descent
+
+// Whether any of the integer codes of LANES columns is not the best, all others as they are.
+INLINE bool any_moves(const uint8_t* codes, const float* slope, const float* pull, float inverse,
+                      float top) {
+  int32_t moves = 0;
+  for (int i = 0; i < LANES; i++) {
+    const float from = codes[i];
+    const float position = from + slope[i] * pull[i] * inverse;
+    const float inside = position < 0 ? 0 : position > top ? top : position;
+    const float off = inside - from;
+    moves |= (off > 0.5f) | (off < -0.5f);
+  }
+  return moves != 0;
+}
+
+// matrix: H; pivots: 1 / diag H [parts, cols].  Moves every code of a row to the best value while
+// all others stay.
+void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, uint8_t* codes,
+                 float* slope, const int32_t* ranks) {
+  const int64_t cols = p.cols, part = row / p.rows;
+  const float* h = p.matrix + part * cols * cols;
+  const float* pull = p.pivots + part * cols;
+  codes += row * cols;
+  slope += row * cols;
+  const float* scales = l.scale + row * l.groups;
+  const float top = float(l.most);
+  for (int32_t sweep = 0; sweep < sweeps; sweep++) {
+    int64_t changes = 0;
+    for (int64_t k = 0; k < cols; k++) {
+      const int64_t g = k / l.size;
+      const float s = scales[g];
+      if (s == 0) continue;
+      const float inverse = 1 / s;
+      if (!l.levels && k % LANES == 0 && k + LANES <= cols && (k + LANES - 1) / l.size == g &&
+          !any_moves(codes + k, slope + k, pull + k, inverse, top)) {
+        k += LANES - 1;
+        continue;
+      }
+      const float move = slope[k] * pull[k] * inverse;  // in units of the scale
+      float from, to;
+      uint8_t code;
+      if (l.levels) {
+        const int32_t rank = ranks[codes[k]];
+        from = l.levels[rank];
+        int32_t best = rank;
+        while (best < l.most && from + move > l.borders[best]) best++;
+        while (best > 0 && from + move < l.borders[best - 1]) best--;
+        to = l.levels[best];
+        if (to == from) continue;
+        code = l.names[best];
+      } else {
+        from = codes[k];
+        const float position = from + move;
+        const float inside = position < 0 ? 0 : position > top ? top : position;
+        const float off = inside - from;
+        if (!(off > 0.5f || off < -0.5f)) continue;
+        to = __builtin_rintf(inside);
+        code = uint8_t(to);
+      }
+      const float change = (to - from) * s;
+      const float* column = h + k * cols;
+      for (int64_t i = 0; i < cols; i++) slope[i] -= change * column[i];
+      codes[k] = code;
+      changes++;
+    }
+    if (!changes) break;
+  }
+}
+
+template <typename Work4, typename Work1>
+void tiles(const Problem& p, int threads, Work4 wide, Work1 narrow) {
+  constexpr int64_t STEP = WIDEST * LANES;
+  const int64_t per_part = (p.rows + STEP - 1) / STEP, count = p.parts * per_part;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  for (int64_t tile = 0; tile < count; tile++) {
+    const int64_t part = tile / per_part, first = tile % per_part * STEP;
+    int64_t left = p.rows - first < STEP ? p.rows - first : STEP;
+    int64_t at = part * p.rows + first;
+    if (left > 2 * LANES) {
+      wide(Rows{part, at, left});
+      continue;
+    }
+    for (; left > 0; left -= LANES, at += LANES)
+      narrow(Rows{part, at, left < LANES ? left : LANES});
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void bitplan_sweep(const Problem* p, const Lines* l, const Search* how, const float* weight,
+                   uint8_t* codes, int threads) {
+  tiles(
+      *p, threads, [&](Rows rows) { sweep_tile<WIDEST>(*p, *l, *how, weight, codes, rows); },
+      [&](Rows rows) { sweep_tile<1>(*p, *l, *how, weight, codes, rows); });
+}
+
+void bitplan_slope(const Problem* p, const float* error, float* slope, int threads) {
+  tiles(
+      *p, threads, [&](Rows rows) { slope_tile<WIDEST>(*p, error, slope, rows); },
+      [&](Rows rows) { slope_tile<1>(*p, error, slope, rows); });
+}
+
+void bitplan_normal(const Problem* p, int64_t spans, int64_t size, const float* basis,
+                    float* normal, int threads) {
+  tiles(
+      *p, threads, [&](Rows rows) { normal_tile<WIDEST>(*p, spans, size, basis, normal, rows); },
+      [&](Rows rows) { normal_tile<1>(*p, spans, size, basis, normal, rows); });
+}
+
+void bitplan_descend(const Problem* p, const Lines* l, int sweeps, uint8_t* codes, float* slope,
+                     int threads) {
+  int32_t ranks[256] = {};
+  if (l->levels)
+    for (int32_t i = l->most; i >= 0; i--) ranks[l->names[i]] = i;
+  const int64_t count = p->parts * p->rows;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16) if (threads > 1)
+  for (int64_t row = 0; row < count; row++)
+    descend_row(*p, *l, row, sweeps, codes, slope, ranks);
+}
+
+int bitplan_abi() { return 1; }
+}
