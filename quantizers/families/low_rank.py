@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(.+)\+lr([1-9]\d{0,3})")
 _MORE = 8  # columns of the sketch beyond the rank
 _ITERATIONS = 4
-LEAST = 1e-4  # importance of a column beside the mean: errors there are not made up for at any price
+LEAST = (
+    1e-4  # importance of a column beside the mean: errors there are not made up for at any price
+)
 
 
 class Corrected(NamedTuple):
