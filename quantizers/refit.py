@@ -44,7 +44,7 @@ def refit_scales(
         >>> weight, levels = torch.tensor([[0.8, 1.2]]), torch.tensor([[1.0, 1.0]])
         >>> for hessian in (torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])):
         ...     print(refit_scales(weight, levels, torch.tensor([[0.8]]), hessian))
-        tensor([[1.0000]], dtype=torch.float16)
+        tensor([[1.]], dtype=torch.float16)
         tensor([[1.0996]], dtype=torch.float16)
     """
     size = group_size if group_size > 0 else levels.shape[1] // scale.shape[1]
@@ -135,7 +135,7 @@ def _least_squares(left: Tensor, right: Tensor) -> Tensor:
 def group_sums(values: Tensor, size: int) -> Tensor:
     """Sums [groups, n] of [cols, n] over groups of ``size``, of which the last may have fewer."""
     full = len(values) // size
-    sums = values[: full * size].view(full, size, -1).sum(1)
+    sums = values[: full * size].view(full, size, values.shape[1]).sum(1)
     rest = values[full * size :]
     return torch.cat([sums, rest.sum(0, keepdim=True)]) if len(rest) else sums
 
