@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..format import Family, Format, Tensors, family_of, fit
 from . import FAMILIES
@@ -64,9 +64,9 @@ class LowRank(Family[Corrected]):
     int2-gc+lr2: 0.000
 
     References:
-        Zhang et al. (2024), "LQER: low-rank quantization error reconstruction for LLMs", without
-        the scaling by activations unless importance is given; Halko, Martinsson and Tropp (2011), "Finding structure with
-        randomness", algorithm 4.4, for the singular vectors.
+        Zhang et al. (2024), "LQER: low-rank quantization error reconstruction for LLMs", whose
+        scaling by activations takes importance; Halko, Martinsson and Tropp (2011), "Finding
+        structure with randomness", algorithm 4.4, for the singular vectors.
     """
 
     grammar = "{int...|nf4...}+lr{rank}"
@@ -120,7 +120,7 @@ class LowRank(Family[Corrected]):
         import torch
 
         base = _base(fmt)
-        grid: Grid = fit(weight, base, importance)
+        grid = cast("Grid", fit(weight, base, importance))
         error = torch.empty_like(weight, dtype=torch.float32)
         family_of(base).render(weight, base, grid, error)
         torch.sub(weight, error, out=error)
