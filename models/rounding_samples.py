@@ -6,17 +6,18 @@ same sequences come out too low.
 
 from __future__ import annotations
 
+from .._base.progress import Reporter
 from .names import BUILTIN
 from .samples import Samples, calibration_samples, samples_from_batches
 from .workload import Batch, LoadedModel
 
-ROUNDING_SEQUENCES = 128
+SEQUENCES = 128  # by default
 
 
 def rounding_samples(
     model: LoadedModel,
     source: str = BUILTIN,
-    sequences: int = ROUNDING_SEQUENCES,
+    sequences: int = SEQUENCES,
     length: int = 128,
     seed: int = 0,
     *,
@@ -45,13 +46,20 @@ def rounding_samples(
         ) from error
 
 
-def in_halves(model: LoadedModel, samples: Samples) -> tuple[Samples, Samples]:
+def in_halves(
+    model: LoadedModel, samples: Samples, reporter: Reporter | None = None
+) -> tuple[Samples, Samples]:
     """Batches to price on and batches to round by: the second half of some, and the first.
 
-    Fewer than two batches are both.
+    A single batch is both, which is said.
     """
     middle = len(samples.batches) // 2
     if not middle:
+        if reporter is not None:
+            reporter.say(
+                "Prices and rounding share the only batch, so prices are too low; give two batches "
+                "or more"
+            )
         return samples, samples
 
     def some(batches: tuple[Batch, ...]) -> Samples:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -35,15 +36,33 @@ LIMIT = 1 << 31  # bytes of second moments and their factors at a time
 TOKENS = 1024  # per forward pass of a language model, whatever --batch-tokens: sums stay the same
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Rounding sequences that are made when they are needed.
+
+    Attributes:
+        samples: Makes them.
+        sha256: Their hash.
+        seed: Their seed, and that of labels that are sampled for them.
+    """
+
+    samples: Callable[[], Samples]
+    sha256: str
+    seed: int
+
+    @classmethod
+    def of(cls, samples: Samples) -> Seen:
+        """Sequences that are there."""
+        return cls(lambda: samples, samples.sha256, samples.seed)
+
+
 def calibrated(
     model: LoadedModel,
     units: Sequence[UnitInfo],
     rounding: str,
-    samples: Callable[[], Samples],
-    sha256: str,
+    seen: Seen | Samples | None,
     *,
     model_sha256: str,
-    seed: int = 0,
     folder: Path | None = None,
     statistics: Path | None = None,
     reporter: Reporter | None = None,
@@ -54,17 +73,19 @@ def calibrated(
         model: The original model.
         units: Its units.
         rounding: Name of the rounding method.
-        samples: Makes the rounding sequences, if they are needed.
-        sha256: Their hash.
+        seen: The rounding sequences, or how to make them; None for a method that needs no data.
         model_sha256: Hash of the model's weights.
-        seed: Seed of the labels that are sampled for the curvature of the KL.
         folder: Where codes are kept that cannot be recomputed, for later runs, too.
         statistics: Where sums over the rounding sequences are kept; None for a temporary folder.
         reporter: Where progress is shown.
     """
     renderer = Renderer(model.module, units, rounding, folder)
     if needs := METHODS.trait(rounding, "needs"):
-        parts = (model_sha256, definition_sha256(model), sha256)
+        assert seen is not None, f"{rounding} needs data"
+        if isinstance(seen, Samples):
+            seen = Seen.of(seen)
+        samples = seen.samples
+        parts = (model_sha256, definition_sha256(model), seen.sha256)
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if "fisher" in needs:
             renderer.store.evidence = Statistics(
@@ -73,7 +94,7 @@ def calibrated(
                 renderer,
                 samples,
                 key,
-                seed=seed,
+                seed=seen.seed,
                 folder=statistics,
                 reporter=reporter,
             )
