@@ -16,12 +16,13 @@ from ..quantizers.format import Format
 from ..quantizers.methods import METHODS, Evidence, Method
 from .kept_sums import Fold, restored
 
-WIDTHS = ("int2-g64-asym", "int3-g64-asym", "int4-g64-asym")
+WIDTHS = ("int2-g64-asym", "int4-g64-asym")
 ROWS = 64  # of a matrix, enough to tell mixtures apart
-TOKEN = (0.0, 1.0)
-PLAIN = (0.0, 0.1, 0.3)
+SHARES = ((0.0, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0))  # token and plain
+DENSE_SHARES = ((0.0, 0.0), (0.0, 0.1), (0.0, 0.3))  # without a token form
 DAMPING = (0.01, 0.03, 0.07, 0.15, 0.3)
-GRID = f"{WIDTHS} {ROWS} {TOKEN} {PLAIN} {DAMPING}"  # what a choice depends on besides the sums
+# What a choice depends on besides the sums.
+GRID = f"{WIDTHS} {ROWS} {SHARES} {DENSE_SHARES} {DAMPING}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Mixture:
     """
 
     token: float = 1.0
-    plain: float = 0.1
+    plain: float = 0.3
     damping: float | None = None
 
     def evidence(self, fold: Fold, hessian: Tensor | None = None) -> Evidence:
@@ -110,10 +111,14 @@ def choose(trials: Sequence[Trial], rounding: str) -> Mixture:
     if not trials or not formats:
         return UNTESTED
     with_factors = any("token" in trial.folds[0].forms for trial in trials)
-    tokens = TOKEN if with_factors else TOKEN[:1]
-    mixtures = [Mixture(token, plain, DAMPING[2]) for token in tokens for plain in PLAIN]
-    mixed = _best(trials, rounding, formats, mixtures)
-    return _best(trials, rounding, formats, [replace(mixed, damping=value) for value in DAMPING])
+    shares = SHARES if with_factors else DENSE_SHARES
+    middle = DAMPING[len(DAMPING) // 2]
+    mixtures = [Mixture(token, plain, middle) for token, plain in shares]
+    best = mixtures[int(_costs(trials, rounding, formats, mixtures).argmin())]
+    damped = [replace(best, damping=value) for value in DAMPING]
+    logs, at = _costs(trials, rounding, formats, damped), np.log(DAMPING)
+    smooth = np.polyval(np.polyfit(at, logs, 2), at)  # single costs jump by some percent
+    return damped[int(smooth.argmin())]
 
 
 def formats_for(rounding: str) -> list[Format]:
@@ -122,9 +127,10 @@ def formats_for(rounding: str) -> list[Format]:
     return [fmt for fmt in map(Format.parse, WIDTHS) if rounds(fmt)]
 
 
-def _best(
+def _costs(
     trials: Sequence[Trial], rounding: str, formats: Sequence[Format], mixtures: Sequence[Mixture]
-) -> Mixture:
+) -> NDArray[np.float64]:
+    """Logarithms of mean costs [mixtures]."""
     method = METHODS.get(rounding)
 
     def work(trial: Trial) -> NDArray[np.float64]:
@@ -132,7 +138,8 @@ def _best(
 
     found = np.stack(list(parallel_map(work, trials, trials[0].weight.device)))
     logs = np.log(np.maximum(found, np.finfo(np.float64).tiny))
-    return mixtures[int(logs.mean(axis=(0, 2)).argmin())]
+    means: NDArray[np.float64] = logs.mean(axis=(0, 2))
+    return means
 
 
 def _with_rows(fold: Fold, rows: Tensor) -> Fold:
