@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "renderings"
 
     @property
+    def statistics(self) -> Path:
+        """The folder of sums over the sequences that weights are rounded by."""
+        return self.path / "statistics"
+
+    @property
     def job(self) -> Path:
         """What runs here, how far it is and what it was asked for."""
         return self.path / "job.json"

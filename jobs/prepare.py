@@ -16,6 +16,7 @@ from ..models.find import find_units
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
 from ..models.rendering import Renderer
+from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, check_text, evaluation_samples
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
@@ -82,14 +83,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     units = find_units(
         model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
     )
-    samples = calibration_samples(
-        model,
-        settings.calibration,
-        settings.sequences,
-        settings.length,
-        settings.seed,
-        settings.batch_tokens,
-    )
+    samples, seen = _sequences(model, settings, reporter)
     _note_unused(model, settings)
     inside = sum(unit.weights for unit in units)
     everything = sum(p.numel() for p in model.module.parameters())
@@ -100,23 +94,64 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     selected = bool(settings.include or settings.exclude)
     formats = resolve_formats(settings.formats, model.source_dtype)
     origin = provenance(
-        model, units, formats, samples, settings.metric, settings.rounding, settings.seed, selected
+        model,
+        units,
+        formats,
+        samples,
+        settings.metric,
+        settings.rounding,
+        settings.seed,
+        selected,
+        seen,
     )
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
     reporter.say(drawn)
+    if seen is not None:
+        reporter.say(f"{seen.count:,} further {origin.words.drawn} to round by")
     renderer = calibrated(
         model,
         units,
         settings.rounding,
-        lambda: samples,
-        samples.sha256,
+        seen,
         model_sha256=origin.model.sha256,
         folder=folder.renderings if folder else None,
+        statistics=folder.statistics if folder else None,
         reporter=reporter,
     )
     return Work(model, units, formats, samples, origin, renderer)
+
+
+def _sequences(
+    model: LoadedModel, settings: ProfileSettings, reporter: Reporter
+) -> tuple[Samples, Samples | None]:
+    """What prices come from, and what weights are rounded by if the method needs data.
+
+    Raises:
+        ValueError: If the text cannot be used, or is too short for both.
+    """
+    samples = calibration_samples(
+        model,
+        settings.calibration,
+        settings.sequences,
+        settings.length,
+        settings.seed,
+        settings.batch_tokens,
+    )
+    if not METHODS.trait(settings.rounding, "needs"):
+        return samples, None
+    if not model.is_language_model:
+        return in_halves(model, samples, reporter)
+    seen = rounding_samples(
+        model,
+        settings.calibration,
+        settings.rounding_sequences,
+        settings.length,
+        settings.seed,
+        priced=settings.sequences,
+    )
+    return samples, seen
 
 
 def check(settings: ProfileSettings, search: SearchSettings | None = None) -> None:
@@ -199,7 +234,7 @@ def _note_unused(model: LoadedModel, settings: ProfileSettings) -> None:
     if model.is_language_model:
         return
     default = ProfileSettings(settings.model)
-    names = ("sequences", "length", "batch_tokens")
+    names = ("sequences", "rounding_sequences", "length", "batch_tokens")
     unused = [n for n in names if getattr(settings, n) != getattr(default, n)]
     if unused:
         flags = ", ".join("--" + name.replace("_", "-") for name in unused)

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from .._base.progress import Reporter
 from ..models.names import BUILTIN, SELF
 from ..models.rendering import Renderer
+from ..models.rounding_samples import in_halves
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel
 from ..quantizers.format import Format
 from ..search.plan import Plan
-from ..sensitivity.evidence import calibrated
+from ..sensitivity.evidence import Seen, calibrated
 from .folder import RunFolder
 from .record import JobRecord
 
@@ -31,7 +32,7 @@ def plan_renderer(
     """A renderer with the codes that a plan was priced with.
 
     Codes that cannot be recomputed are taken from the folder of the run, or else made again from
-    the calibration data that the plan names.
+    the rounding sequences that the plan names.
 
     Args:
         plan: The plan.
@@ -52,10 +53,14 @@ def plan_renderer(
         model,
         units,
         plan.rounding,
-        lambda: recorded_samples(plan, model, beside, batches),
-        plan.calibration.get("sha256", ""),
+        Seen(
+            lambda: recorded_samples(plan, model, beside, batches),
+            _seen_sha256(plan),
+            int(plan.calibration.get("seed") or 0),
+        ),
         model_sha256=plan.model.sha256,
         folder=kept,
+        statistics=beside.statistics if beside and kept else None,
         reporter=reporter,
     )
     formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
@@ -76,7 +81,7 @@ def recorded_samples(
     beside: RunFolder | None = None,
     batches: Samples | Sequence[Batch] | None = None,
 ) -> Samples:
-    """The calibration sequences that a plan was made from.
+    """The sequences that a plan's weights were rounded by.
 
     Args:
         plan: The plan.
@@ -96,9 +101,11 @@ def recorded_samples(
     else:
         found = list(_candidates(plan, model, beside))
     for samples in found:
-        if samples.sha256 == wanted.get("sha256"):
-            return samples
-    what = f"{wanted.get('sequences')} sequences of {name!r}"
+        for some in (samples, in_halves(model, samples)[1]):
+            if some.sha256 == _seen_sha256(plan):
+                return some
+    count = wanted.get("rounding_sequences", wanted.get("sequences"))
+    what = f"{count} sequences of {name!r}"
     why = "those given are others" if found else "they were not found"
     if found and batches is None:
         why = f"what is called {name!r} here is another text, or is cut into other tokens"
@@ -111,17 +118,21 @@ def recorded_samples(
 
 def _candidates(plan: Plan, model: LoadedModel, beside: RunFolder | None) -> Iterator[Samples]:
     wanted = plan.calibration
+    count, length, seed = (int(wanted.get(n) or 0) for n in ("sequences", "length", "seed"))
+    further = int(wanted.get("rounding_sequences") or 0) if model.is_language_model else 0
     for source in _sources(plan, beside) if model.is_language_model else (BUILTIN,):
         try:
             yield calibration_samples(
-                model,
-                source,
-                int(wanted.get("sequences") or 1),
-                int(wanted.get("length") or 0),
-                int(wanted.get("seed") or 0),
+                model, source, further or count or 1, length, seed, skip=count if further else 0
             )
         except ValueError:  # not there, or too short
             continue
+
+
+def _seen_sha256(plan: Plan) -> str:
+    """Hash of the rounding sequences; a plan that does not name any was rounded by its prices'."""
+    found = plan.calibration.get("rounding_sha256", plan.calibration.get("sha256"))
+    return str(found or "")
 
 
 def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str]:

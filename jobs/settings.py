@@ -62,8 +62,15 @@ class ProfileSettings:
     )
     sequences: int = setting(
         96,
-        "Calibration sequences N; a price errs by about sqrt(2/N). Like the next two, not used by "
-        "a Workload with batches of its own.",
+        "Calibration sequences N; a price errs by about sqrt(2/N). Like the next three, not used "
+        "by a Workload with batches of its own.",
+        panel=PRICES,
+        minimum=1,
+    )
+    rounding_sequences: int = setting(
+        128,
+        "Further sequences of the calibration text that the weights are rounded by; prices never "
+        "see them. Used by methods that need data, such as gptq.",
         panel=PRICES,
         minimum=1,
     )

@@ -19,6 +19,7 @@ from ..models.replay import Replay
 from ..models.samples import Samples, calibration_samples
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
+from ..quantizers.methods import METHODS
 from ..search.oracle import Choice, Oracle
 from ..sensitivity.linearize import linearize
 from ..sensitivity.shrinkage import Shrinkage
@@ -165,13 +166,16 @@ def guarded(
 ) -> tuple[Samples, Samples]:
     """Sequences to price local changes on, and sequences kept apart to measure them on.
 
-    A language model draws further sequences from the calibration text; other models split the
-    last quarter off their calibration batches.
+    A language model draws further sequences from the calibration text, after those that prices come
+    from and those that weights are rounded by; other models split the last quarter off their
+    calibration batches.
 
     Raises:
         ValueError: If too little is left to measure on.
     """
     if model.is_language_model:
+        needs_data = METHODS.trait(settings.rounding, "needs")
+        further = settings.rounding_sequences if needs_data else 0
         apart = calibration_samples(
             model,
             settings.calibration,
@@ -179,7 +183,7 @@ def guarded(
             settings.length,
             settings.seed,
             min(GUARD_TOKENS, 4 * settings.batch_tokens),
-            settings.sequences,
+            settings.sequences + further,
         )
         return samples, apart
     apart = samples.tail(max(1, samples.count // 4))

@@ -185,9 +185,9 @@ class Renderings:
         reporter: Reporter,
     ) -> None:
         def work(name: str) -> None:
-            weight = self.weight(name)
+            weight, evidence = self.weight(name), evidences[name]
             for fmt in formats[name]:
-                self._shelf.put(self._key(name, fmt), self._method(weight, fmt, evidences[name]))
+                self._shelf.put(self._key(name, fmt), self._method(weight, fmt, evidence))
                 self._ready.add((name, fmt.name))
 
         sizes = [self.weight(name).numel() for name in evidences]

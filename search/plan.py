@@ -8,7 +8,14 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from .._base.records import Record, Strict
 from ..models.coverage import Coverage
@@ -161,6 +168,8 @@ class Plan(Record):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
+        evidence: What the rounding method looked at besides weights, and how sums over data were
+            mixed and damped; None, and not in the file, if it looked at nothing.
         codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
             them (``Renderings.digest``).
         note: What the solver had to say.
@@ -191,6 +200,7 @@ class Plan(Record):
     solver: str
     rounding: str
     calibration: dict[str, Any]
+    evidence: dict[str, Any] | None = None
     versions: dict[str, str]
     resident_bytes: int | None = None
     latency: Latency | None = None
@@ -206,6 +216,13 @@ class Plan(Record):
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
         """A plan of schema 1 as one of schema 2; it says nothing of the rest of the model."""
         return plan_schema1.upgraded(data) if data.get("schema") == 1 else data
+
+    @model_serializer(mode="wrap")
+    def _without_no_evidence(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        if self.evidence is None:
+            del found["evidence"]
+        return found
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:

@@ -106,6 +106,7 @@ def plan_from_choice(
         solver=solver,
         rounding=origin.rounding,
         calibration=origin.calibration,
+        evidence=origin.evidence,
         resident_bytes=resident_bytes,
         latency=latency,
         runtime=runtime,

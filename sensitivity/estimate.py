@@ -18,6 +18,7 @@ from ..models.identity import definition_sha256, state_sha256
 from ..models.load import load_model
 from ..models.measure import measure, plan_runner
 from ..models.rendering import Renderer
+from ..models.rounding_samples import SEQUENCES, in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
 from ..models.units import UnitInfo
@@ -29,6 +30,7 @@ from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
+from .statistics import Statistics
 from .table import SensitivityTable, stored_bytes
 
 _HEADER_ENTRY = 170  # for a tensor, besides its name: dtype, shape, offsets, part, checksum
@@ -47,6 +49,7 @@ def profile(
     exclude: Sequence[str] = (),
     groups: Sequence[str] = (),
     per_expert: bool = False,
+    rounding_sequences: int = SEQUENCES,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> SensitivityTable:
@@ -55,7 +58,8 @@ def profile(
     Args:
         model: A model name (see :func:`load_model`), any module, or a loaded model.
         batches: Calibration batches; None takes the built-in prose (language models) or the
-            batches the model's own function yields.
+            batches the model's own function yields. A rounding method that needs data sees the
+            first half of them, and prices come from the second.
         formats: Candidate formats.
         metric: Name of the sensitivity metric; see ``bitplan metrics``.
         rounding: Name of the rounding method whose errors are priced.
@@ -63,6 +67,8 @@ def profile(
         exclude: Globs on module names to leave as they are.
         groups: Fusion rules such as ``q_proj,k_proj,v_proj``.
         per_expert: Make every expert a unit of its own, instead of a layer's experts together.
+        rounding_sequences: Where batches are the built-in prose: further sequences of it that a
+            rounding method sees, if it needs data.
         seed: Seed of calibration and probes.
         reporter: Where progress is shown; silent by default.
 
@@ -76,18 +82,19 @@ def profile(
     METRICS.get(metric)
     candidates = resolve_formats(formats, loaded.source_dtype)
     units = find_units(loaded.module, include, exclude, groups, per_expert)
-    samples = _as_samples(loaded, batches, seed)
-    selected = bool(include or exclude)
-    origin = provenance(loaded, units, candidates, samples, metric, rounding, seed, selected)
     show = reporter or Reporter(quiet=True)
+    samples, seen = _as_samples(loaded, batches, seed), None
+    if METHODS.trait(rounding, "needs"):
+        if batches is None and loaded.is_language_model:
+            seen = rounding_samples(
+                loaded, sequences=rounding_sequences, seed=seed, priced=samples.count
+            )
+        else:
+            samples, seen = in_halves(loaded, samples, show)
+    selected = bool(include or exclude)
+    origin = provenance(loaded, units, candidates, samples, metric, rounding, seed, selected, seen)
     renderer = calibrated(
-        loaded,
-        units,
-        rounding,
-        lambda: samples,
-        samples.sha256,
-        model_sha256=origin.model.sha256,
-        reporter=show,
+        loaded, units, rounding, seen, model_sha256=origin.model.sha256, reporter=show
     )
     return price(loaded, units, candidates, renderer, samples, origin, show)
 
@@ -109,6 +116,9 @@ def price(
         ValueError: If the model gives NaN or Inf, or a unit has no part in its output.
     """
     renderer.fit(formats, reporter)
+    if isinstance(renderer.store.evidence, Statistics):
+        chosen = {"mixtures": renderer.store.evidence.chosen}
+        origin = origin.model_copy(update={"evidence": (origin.evidence or {}) | chosen})
     with reporter.bar(f"Profiling ({origin.metric})", samples.count) as advance:
         seed = origin.seed or 0
         task = Task(model, units, formats, renderer, samples, seed, advance)
@@ -205,29 +215,35 @@ def provenance(
     rounding: str,
     seed: int,
     selected: bool = False,
+    seen: Samples | None = None,
 ) -> Provenance:
-    """What produced a table; equal provenance of two runs means equal tables."""
+    """What produced a table; equal provenance of two runs means equal tables.
+
+    ``seen`` are the sequences that weights are rounded by, if the method needs any.
+    """
+    apart = {"rounding_sequences": seen.count, "rounding_sha256": seen.sha256} if seen else {}
     return Provenance(
         model=ModelRef(id=model.id, revision=model.revision, sha256=state_sha256(model.module)),
         definition_sha256=definition_sha256(model),
         dtype=model.source_dtype,
         metric=metric,
         rounding=rounding,
-        calibration=samples.describe() | _counted(model, samples),
+        calibration=samples.describe() | apart | _counted(model, samples),
         seed=seed,
         outside_bytes=_outside_bytes(model, units, formats),
         file_bytes=model.file_bytes,
         coverage=coverage(model.module, units, selected).to_json(),
         layer_types=_layer_types(model.module, units),
-        evidence=_evidence(rounding, samples),
+        evidence=_evidence(rounding, seen),
         versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     )
 
 
-def _evidence(rounding: str, samples: Samples) -> dict[str, Any] | None:
+def _evidence(rounding: str, seen: Samples | None) -> dict[str, Any] | None:
     """What a rounding method looked at, and the data that was made from."""
-    needs = METHODS.trait(rounding, "needs")
-    return {"needs": sorted(needs), "data_sha256": samples.sha256} if needs else None
+    if seen is None:
+        return None
+    return {"needs": sorted(METHODS.trait(rounding, "needs")), "data_sha256": seen.sha256}
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:

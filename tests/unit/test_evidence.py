@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,8 @@ def test_a_renderer_gets_what_its_method_needs(tiny: LoadedModel) -> None:
     units, samples = find_units(tiny.module), calibration_samples(tiny, sequences=4, length=32)
 
     def make(rounding: str, sha256: str = "a") -> Renderer:
-        return calibrated(tiny, units, rounding, lambda: samples, sha256, model_sha256="b")
+        seen = replace(samples, sha256=sha256)
+        return calibrated(tiny, units, rounding, seen, model_sha256="b")
 
     assert make("rtn").store.evidence is None
     first, second = make("gptq").store.evidence, make("gptq", "c").store.evidence

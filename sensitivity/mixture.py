@@ -1,0 +1,146 @@
+"""How far to trust sums over few sequences, found out on others that they were not made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._base.threads import parallel_map
+from ..quantizers.format import Format
+from ..quantizers.methods import METHODS, Evidence, Method
+from .kept_sums import Fold, restored
+
+WIDTHS = ("int2-g64-asym", "int4-g64-asym")
+ROWS = 64  # of a matrix, enough to tell mixtures apart
+SHARES = ((0.0, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0))  # token and plain
+DENSE_SHARES = ((0.0, 0.0), (0.0, 0.1), (0.0, 0.3))  # without a token form
+DAMPING = (0.01, 0.03, 0.07, 0.15, 0.3)
+# What a choice depends on besides the sums.
+GRID = f"{WIDTHS} {ROWS} {SHARES} {DENSE_SHARES} {DAMPING}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What evidence is made of.
+
+    Attributes:
+        token: How much of the per-token form is added to the per-sequence form.
+        plain: How much of the inputs' second moments is added.
+        damping: What is added to the diagonal, as a multiple of its mean; None for the method's
+            own default.
+    """
+
+    token: float = 1.0
+    plain: float = 0.3
+    damping: float | None = None
+
+    def evidence(self, fold: Fold, hessian: Tensor | None = None) -> Evidence:
+        """The evidence on a matrix, [cols, cols] or [parts, cols, cols]."""
+        fisher = fold.fisher(self.token, self.plain)
+        fisher = fisher[0] if len(fisher) == 1 else fisher
+        return Evidence(hessian, fisher, fold.relative_rows(), self.damping)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+UNTESTED = Mixture()  # where there are too few sequences to choose by
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A matrix, or a block of one, to choose on.
+
+    Attributes:
+        weight: Some rows [rows, cols].
+        folds: Sums over two halves of the sequences, for these rows.
+    """
+
+    weight: Tensor
+    folds: tuple[Fold, Fold]
+
+    @classmethod
+    def of(cls, weight: Tensor, folds: tuple[Fold, Fold]) -> Trial | None:
+        """The rows of a matrix to choose on; None if no block of it was reached in both halves."""
+        parts = len(folds[0].forms["sequence"])
+        for number, block in enumerate(weight.chunk(parts)):
+            both = folds[0].part(number), folds[1].part(number)
+            if all(fold.tokens and fold.rows.any() for fold in both):
+                rows = torch.linspace(0, len(block) - 1, min(ROWS, len(block))).long()
+                first, second = (_with_rows(fold, rows) for fold in both)
+                return cls(block[rows].float(), (first, second))
+        return None
+
+    def costs(
+        self, method: Method, formats: Sequence[Format], mixtures: Sequence[Mixture]
+    ) -> NDArray[np.float64]:
+        """Cost by the sums of the other half: [mixtures, 2 * formats]."""
+        found = np.zeros((len(mixtures), 2, len(formats)))
+        for half, (given, other) in enumerate((self.folds, self.folds[::-1])):
+            judge, rows = restored(other.forms["sequence"])[0], other.relative_rows()
+            for m, mixture in enumerate(mixtures):
+                evidence = mixture.evidence(given)
+                for f, fmt in enumerate(formats):
+                    error = method(self.weight, fmt, evidence).dequantize() - self.weight
+                    found[m, half, f] = float(((error @ judge) * error).sum(1) @ rows)
+        return found.reshape(len(mixtures), -1)
+
+
+def choose(trials: Sequence[Trial], rounding: str) -> Mixture:
+    """The mixture, and then the damping, with the least cost on sequences it was not made from.
+
+    Matrices are rounded with sums over one half of the sequences and their errors priced with the
+    per-sequence sums over the other half, and the other way round; costs are compared by their
+    geometric mean over matrices, halves and widths, so that none outweighs the others.
+
+    Args:
+        trials: Matrices of one kind.
+        rounding: Name of the rounding method.
+
+    References:
+        Stone (1974), "Cross-validatory choice and assessment of statistical predictions".
+    """
+    formats = formats_for(rounding)
+    if not trials or not formats:
+        return UNTESTED
+    with_factors = any("token" in trial.folds[0].forms for trial in trials)
+    shares = SHARES if with_factors else DENSE_SHARES
+    middle = DAMPING[len(DAMPING) // 2]
+    mixtures = [Mixture(token, plain, middle) for token, plain in shares]
+    best = mixtures[int(_costs(trials, rounding, formats, mixtures).argmin())]
+    damped = [replace(best, damping=value) for value in DAMPING]
+    logs, at = _costs(trials, rounding, formats, damped), np.log(DAMPING)
+    smooth = np.polyval(np.polyfit(at, logs, 2), at)  # single costs jump by some percent
+    return damped[int(smooth.argmin())]
+
+
+def formats_for(rounding: str) -> list[Format]:
+    """The widths to try that a method has codes of its own for."""
+    rounds = METHODS.trait(rounding, "rounds", lambda _: True)
+    return [fmt for fmt in map(Format.parse, WIDTHS) if rounds(fmt)]
+
+
+def _costs(
+    trials: Sequence[Trial], rounding: str, formats: Sequence[Format], mixtures: Sequence[Mixture]
+) -> NDArray[np.float64]:
+    """Logarithms of mean costs [mixtures]."""
+    method = METHODS.get(rounding)
+
+    def work(trial: Trial) -> NDArray[np.float64]:
+        return trial.costs(method, formats, mixtures)
+
+    found = np.stack(list(parallel_map(work, trials, trials[0].weight.device)))
+    logs = np.log(np.maximum(found, np.finfo(np.float64).tiny))
+    means: NDArray[np.float64] = logs.mean(axis=(0, 2))
+    return means
+
+
+def _with_rows(fold: Fold, rows: Tensor) -> Fold:
+    return replace(fold, rows=fold.rows[rows])
