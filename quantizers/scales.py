@@ -114,9 +114,7 @@ def log_slopes(
     if sums is not None and line.offset is not None:
         slopes["zero"] = line.offset * sums
         scale -= slopes["zero"]
-    return {
-        field: _shared(slopes[field], part.shape) for field, part in float_fields(some).items()
-    }
+    return {field: _shared(slopes[field], part.shape) for field, part in float_fields(some).items()}
 
 
 def _shared(slopes: Tensor, shape: torch.Size) -> Tensor:

@@ -127,6 +127,26 @@ class Refinement(Strict):
     kl_after: float
 
 
+class Tuning(Strict):
+    """How far tuning its scales took a plan, whose codes and bytes it leaves as they are.
+
+    KL is measured as for :class:`Refinement`, on calibration sequences that no step was made from.
+
+    Attributes:
+        steps: Steps after which the scales were best, which ship.
+        tokens: Tokens (positions of the output) that each step looked at.
+        kl_before: KL before tuning, nats per token.
+        kl_after: KL with the scales that ship.
+        sha256: Hash of these scales, which are kept in the run folder.
+    """
+
+    steps: int
+    tokens: int
+    kl_before: float
+    kl_after: float
+    sha256: str
+
+
 class RowSet(Strict):
     """Which rows of a matrix a part is: half-open ranges, in the order the part has them."""
 
@@ -161,8 +181,10 @@ class Plan(Record):
         kv_cache: Widths of the KV cache, counted in predicted_kl; None if it was not planned.
         refinement: Set when the plan comes from measured refinement: it may be predicted worse
             than the solver's first plan, and measure better.
-        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
-            them (``Renderings.digest``).
+        tuning: Set when the plan's scales were tuned: they are in the run folder, and both that
+            and the plan are needed to have the weights.
+        codes_sha256: Hash of the codes and scales that were measured, where rounding to nearest
+            does not give them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
@@ -197,6 +219,7 @@ class Plan(Record):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    tuning: Tuning | None = None
     codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
@@ -286,4 +309,6 @@ def plan_key(plan: Plan) -> str:
         parts.append({name: rows.model_dump() for name, rows in sorted(plan.row_sets.items())})
     if plan.kv_cache:
         parts.append(list(plan.kv_cache.bits.items()))
+    if plan.tuning:
+        parts.append(plan.tuning.sha256)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

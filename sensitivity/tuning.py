@@ -105,9 +105,7 @@ class Tuner:
             if scales and grid is not None:
                 self._matrices[name] = _Matrix(fmt, packed, grid, scales)
                 self.renderer.store.put(name, fmt, packed)
-        self._places = [
-            (batch, i) for batch in samples.batches for i in range(samples_in(batch))
-        ]
+        self._places = [(batch, i) for batch in samples.batches for i in range(samples_in(batch))]
         self._most = max(samples_in(batch) for batch in samples.batches)
         self._per_step = self._samples_per_step()
 
