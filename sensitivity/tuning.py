@@ -19,7 +19,7 @@ from ..models.workload import Batch, LoadedModel, samples_in, take
 from ..quantizers.format import Format
 from ..quantizers.lines import Grid, row_chunks
 from ..quantizers.packed import PackedTensor
-from ..quantizers.scales import log_slopes, rescaled, scales_of
+from ..quantizers.scales import float_fields, log_slopes, rescaled, scales_of, with_fields
 from ..quantizers.store import Rows
 from .factors import Gradient
 from .probes import kl_upstream, positions_in, stream
@@ -52,6 +52,14 @@ class _Matrix:
     packed: PackedTensor
     grid: Grid
     scales: Mapping[str, _Scale]
+
+    def stored(self) -> Grid:
+        """The grid with the scales as they are, rounded as they would be stored."""
+        return with_fields(self.grid, self.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """The scales as they are, by field."""
+        return {field: scale.value for field, scale in self.scales.items()}
 
 
 class Tuner:
@@ -169,7 +177,7 @@ class Tuner:
         return {
             f"{name}.{field}": part
             for name, matrix in self._matrices.items()
-            for field, part in scales_of(self.renderer.store.packed(name, matrix.fmt)).items()
+            for field, part in float_fields(matrix.stored()).items()
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -199,16 +207,13 @@ class Tuner:
     def _show(self) -> None:
         """Let the renderer have the scales as they are."""
         for name, matrix in self._matrices.items():
-            values = {field: scale.value for field, scale in matrix.scales.items()}
-            packed = rescaled(matrix.packed, values, matrix.grid)
+            packed = rescaled(matrix.packed, matrix.values(), matrix.grid)
             self.renderer.store.put(name, matrix.fmt, packed)
 
     def _add(self, name: str, gradient: Gradient, sums: Slopes) -> None:
         """Add a matrix's slopes, from some rows of its gradient at a time."""
         matrix = self._matrices[name]
-        packed = self.renderer.store.packed(name, matrix.fmt)
-        grid = packed.grid()
-        assert grid is not None
+        packed, grid = self.renderer.store.packed(name, matrix.fmt), matrix.stored()
         for rows in _rows(gradient, packed.shape):
             for field, part in log_slopes(packed, grid, gradient.gradient(rows)[0], rows).items():
                 total = sums[f"{name}.{field}"]
