@@ -97,16 +97,23 @@ class Context:
         )
 
     @cached_property
+    def inside_and_apart(self) -> tuple[Samples, Samples]:
+        """Sequences that changes of a plan are made from, and others to measure them on.
+
+        Raises:
+            ValueError: If too few are left to measure on.
+        """
+        work = self.work
+        return self.apart or guarded(work.model, self.settings, work.samples, self.search.guard)
+
+    @cached_property
     def truth(self) -> Truth:
         """The model as solvers may ask it, on sequences kept apart.
 
         Raises:
             ValueError: If too few are left to measure on.
         """
-        work = self.work
-        inside, outside = self.apart or guarded(
-            work.model, self.settings, work.samples, self.search.guard
-        )
+        work, (inside, outside) = self.work, self.inside_and_apart
         return Truth(
             work.model,
             work.renderer,

@@ -56,6 +56,18 @@ class RunFolder:
         """The folder of rounded weights."""
         return self.path / "renderings"
 
+    def tuning(self, key: str) -> Path:
+        """How a tuning of scales went; ``key`` is a hash of what it depends on."""
+        return self.path / "tuned" / f"{key}.json"
+
+    def tuning_state(self, key: str) -> Path:
+        """Where an interrupted tuning goes on."""
+        return self.path / "tuned" / f"{key}.state.safetensors"
+
+    def tuned_scales(self, sha256: str) -> Path:
+        """The scales of a tuned plan, by their hash."""
+        return self.path / "tuned" / f"{sha256[:16]}.safetensors"
+
     @property
     def statistics(self) -> Path:
         """The folder of sums over the sequences that weights are rounded by."""

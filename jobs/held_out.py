@@ -21,6 +21,7 @@ from .folder import RunFolder, plan_path
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
 from .measurements import Figures, Measurements
 from .renderings import plan_renderer
+from .tuned import tuned_renderer
 
 
 class HeldOut:
@@ -44,7 +45,7 @@ class HeldOut:
     ) -> None:
         self.samples = samples
         self._model, self._file, self._reporter = model, run.measurements, reporter
-        self._renderer = renderer
+        self._renderer, self._run = renderer, run
         self._known = Measurements.of(self._file, samples.sha256)
 
     @property
@@ -57,7 +58,10 @@ class HeldOut:
         keys = {name: plan_key(plan) for name, plan in plans.items()}
         todo = {name: plans[name] for name, key in keys.items() if key not in self._known.plans}
         if todo:
-            runs = {name: plan_run(self._model, self._renderer, p) for name, p in todo.items()}
+            runs = {
+                name: plan_run(self._model, self._renderer_of(plan), plan)
+                for name, plan in todo.items()
+            }
             steps = len(self.samples.batches) * (1 + len(runs))
             what = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} plans"
             with self._reporter.bar(f"Validating {what}", steps) as advance:
@@ -92,7 +96,7 @@ class HeldOut:
         kl = {n: float(np.nan_to_num(m.mean_kl, nan=np.inf)) for n, m in measured.items()}
         answers = [name for name, plan in plans.items() if goal.accepts(plan, kl[name])]
         if goal.is_target and answers:
-            best = min(answers, key=lambda name: goal.size_of(plans[name]))
+            best = min(answers, key=lambda name: (goal.size_of(plans[name]), kl[name]))
         else:  # no plan may reach a quality that the one found was measured to reach on its own
             fitting = [n for n, plan in plans.items() if plan.total_bytes <= plan.budget.bytes]
             best = min(answers or fitting, key=kl.__getitem__)
@@ -109,7 +113,9 @@ class HeldOut:
                     text=self.samples.source,
                     text_sha256=self.samples.sha256,
                 ),
-                "codes_sha256": self._renderer.store.digest(assignment_formats(plans[best])),
+                "codes_sha256": self._renderer_of(plans[best]).store.digest(
+                    assignment_formats(plans[best])
+                ),
                 "baselines": [
                     _baseline(name, plans[name], measured[name], result, (uniform or {}).get(name))
                     for name in plans
@@ -117,6 +123,9 @@ class HeldOut:
                 ],
             }
         )
+
+    def _renderer_of(self, plan: Plan) -> Renderer:
+        return tuned_renderer(self._renderer, plan, self._run)
 
 
 def plan_run(model: LoadedModel, renderer: Renderer, plan: Plan) -> Run:

@@ -33,6 +33,7 @@ from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
 from .renderings import plan_renderer
+from .tuned import tuned_renderer
 
 _HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
 GENERATION_FILE = "generation_config.json"
@@ -65,7 +66,7 @@ def apply(
         loaded = as_loaded_model(model)
         renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
     else:
-        renderer = Renderer(model, units, plan.rounding)
+        renderer = tuned_renderer(Renderer(model, units, plan.rounding), plan, beside)
     packed = dict(_pack(renderer, units, plan, Reporter(quiet=True)))
     replace(model, packed, _aliases(units), plan.row_ranges)
     return model
@@ -113,9 +114,12 @@ def quantize(
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
-    renderer = renderer or plan_renderer(
-        plan, model, units, beside=beside, batches=batches, reporter=reporter
-    )
+    if renderer is not None:
+        renderer = tuned_renderer(renderer, plan, beside)
+    else:
+        renderer = plan_renderer(
+            plan, model, units, beside=beside, batches=batches, reporter=reporter
+        )
     packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)

@@ -18,6 +18,7 @@ from ..search.plan import Plan
 from ..sensitivity.evidence import Seen, calibrated
 from .folder import RunFolder
 from .record import JobRecord
+from .tuned import tuned_renderer
 
 
 def plan_renderer(
@@ -29,10 +30,10 @@ def plan_renderer(
     batches: Samples | Sequence[Batch] | None = None,
     reporter: Reporter | None = None,
 ) -> Renderer:
-    """A renderer with the codes that a plan was priced with.
+    """A renderer with the codes that a plan was priced with, and its tuned scales if it has any.
 
     Codes that cannot be recomputed are taken from the folder of the run, or else made again from
-    the rounding sequences that the plan names.
+    the rounding sequences that the plan names.  Tuned scales are only in that folder.
 
     Args:
         plan: The plan.
@@ -44,7 +45,7 @@ def plan_renderer(
 
     Raises:
         ValueError: If the calibration data are needed and not found, or the codes made from them
-            are not those that were priced.
+            are not those that were priced, or the plan's tuned scales are not there.
     """
     kept = beside.renderings if beside else None
     if kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK)):
@@ -65,6 +66,7 @@ def plan_renderer(
     )
     formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
     renderer.store.complete(formats.items(), reporter)
+    renderer = tuned_renderer(renderer, plan, beside)
     if plan.codes_sha256 and (found := renderer.store.digest(formats)) != plan.codes_sha256:
         raise ValueError(
             f"Rounding by {plan.rounding!r} on this machine does not give the codes that were "

@@ -19,7 +19,7 @@ from .folder import RunFolder
 from .job import Job
 from .prepare import check, evaluation, goal_of, prepare, profiled
 from .settings import ProfileSettings, SearchSettings
-from .stages import cache, confidence, profile, refine, save, solve, validate
+from .stages import cache, confidence, profile, refine, save, solve, tune, validate
 from .truth import guarded
 
 STAGES = (
@@ -27,6 +27,7 @@ STAGES = (
     cache.STAGE,
     solve.STAGE,
     refine.STAGE,
+    tune.STAGE,
     validate.STAGE,
     save.STAGE,
     confidence.STAGE,
@@ -50,14 +51,14 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
 def run_search(
     settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
 ) -> Plan:
-    """The main job: profile, solve, refine, validate against every uniform plan, save.
+    """The main job: profile, solve, refine, tune, validate against every uniform plan, save.
 
     Whatever can be checked without the slow profile is checked before it.  Every stage keeps what
     it found in the run folder: a run that was stopped at any point goes on from there.
 
     Returns:
-        The plan that measured best among the solver's, the refined one and every uniform plan
-        that fits the same bytes; the others are its baselines.
+        The plan that measured best among the solver's, the refined one, the tuned one and every
+        uniform plan that fits the same bytes; the others are its baselines.
 
     Raises:
         ValueError: On bad input; nothing is left half-written.
@@ -89,7 +90,8 @@ def _begun(
     goal.resolve(goal.problem(blank), blank)  # what cannot fit is found out here
     samples = evaluation(work.model, settings, search)
     context = Context(settings, search, goal, work, samples, folder, job, reporter)
-    if search.refine or abilities(search.solver).needs_oracle:  # is there enough text for that?
+    apart = search.refine or search.tune or abilities(search.solver).needs_oracle
+    if apart:  # is there enough text for that?
         context.apart = guarded(work.model, settings, work.samples, search.guard)
     return context
 

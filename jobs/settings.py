@@ -142,6 +142,14 @@ class SearchSettings(PlanLimits):
         panel=SEARCH,
         minimum=0,
     )
+    tune: int = setting(
+        0,
+        "Steps of tuning: the plan's scales move down the gradient of its KL to the original, "
+        "about 512 calibration tokens a step; codes and bytes stay, and every export takes them. "
+        "Try 24 below 4 bits per weight. Ships only if it measures better.",
+        panel=SEARCH,
+        minimum=0,
+    )
     guard: int = setting(
         64,
         "Further calibration sequences, kept apart to measure candidates on.",

@@ -192,6 +192,6 @@ def guarded(
         raise ValueError(
             f"{samples.count} calibration samples are too few to search on measured KL: a quarter "
             f"of them, at least {_LEAST_GUARD}, must be kept apart. Give more batches or "
-            "--refine 0."
+            "--refine 0 and no --tune."
         )
     return samples.head(left), apart

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,12 @@ class Renderer:
         self._refusals: dict[tuple[str, str], str | None] = {}
         self._ends: dict[str, Tensor] = {}  # the smallest and the largest weight of a part
         self.store = Renderings(self.weight, rounding, folder)
+
+    def overlay(self) -> Renderer:
+        """The same, with a store that may be handed renderings of its own."""
+        other = copy(self)
+        other.store = self.store.overlay()
+        return other
 
     @property
     def names(self) -> list[str]:

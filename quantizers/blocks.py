@@ -9,7 +9,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -118,27 +118,39 @@ def unpack_blocks(
     flat = blocks.reshape(-1, kind.nbytes)
     codes = torch.zeros(len(flat), kind.block_size, dtype=torch.uint8, device=blocks.device)
     found: dict[str, Tensor | None] = {"d": None, "m": None, "scales": None, "mins": None}
-    start = 0
-    for field in layout.fields:
+    for field, place in _places(layout, kind.block_size):
         if isinstance(field, Codes):
-            size = kind.block_size * field.width // 8
-            codes |= _unpack_codes(flat[:, start : start + size], field)
+            codes |= _unpack_codes(flat[:, place], field)
         elif isinstance(field, Scales):
-            size = field.nbytes
-            scales, mins = field.unpack(flat[:, start : start + size])
+            scales, mins = field.unpack(flat[:, place])
             found["scales"] = scales.reshape(rows, -1)
             found["mins"] = None if mins is None else mins.reshape(rows, -1)
         elif field == "e":
-            size = 1
-            found["d"] = flat[:, start : start + 1].reshape(rows, -1)
+            found["d"] = flat[:, place].reshape(rows, -1)
         else:
-            size = 2
-            value = flat[:, start : start + 2].contiguous().view(torch.float16)
-            found[field] = value.reshape(rows, -1)
-        start += size
+            found[field] = flat[:, place].contiguous().view(torch.float16).reshape(rows, -1)
     assert found["d"] is not None
     codes ^= layout.flip
     return codes.view(rows, -1), found["d"], found["m"], found["scales"], found["mins"]
+
+
+def with_scales(name: str, blocks: Tensor, d: Tensor, m: Tensor | None) -> Tensor:
+    """The same blocks with other scales of theirs.
+
+    Args:
+        name: A layout's name.
+        blocks: Bytes uint8 [rows, ...].
+        d: float16 [rows, blocks], or uint8 exponents.
+        m: float16 [rows, blocks] for layouts that have it.
+    """
+    layout, kind = layouts()[name], BLOCKS[name]
+    flat = blocks.clone().reshape(-1, kind.nbytes)
+    for field, place in _places(layout, kind.block_size):
+        if isinstance(field, str):
+            value = m if field == "m" else d
+            assert value is not None
+            flat[:, place] = value.contiguous().view(torch.uint8).reshape(len(flat), -1)
+    return flat.view(blocks.shape)
 
 
 def block_line(fmt: Format, grid: Grid) -> Line:
@@ -155,6 +167,20 @@ def block_line(fmt: Format, grid: Grid) -> Line:
     if layout.levels is not None:
         levels = torch.tensor(layout.levels, dtype=torch.float32, device=scale.device)
     return Line(scale, torch.tensor(float(layout.zero)), offset, levels, whole=True)
+
+
+def _places(layout: Layout, block_size: int) -> Iterator[tuple[str | Codes | Scales, slice]]:
+    """Every field with its bytes in a block."""
+    start = 0
+    for field in layout.fields:
+        if isinstance(field, Codes):
+            size = block_size * field.width // 8
+        elif isinstance(field, Scales):
+            size = field.nbytes
+        else:
+            size = 1 if field == "e" else 2
+        yield field, slice(start, start + size)
+        start += size
 
 
 def _pack_codes(codes: Tensor, field: Codes) -> Tensor:

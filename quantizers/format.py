@@ -236,6 +236,14 @@ class Family(ABC, Generic[F]):
         """
         raise ValueError(f"{fmt} is not made of codes alone.")
 
+    def rescale(self, fmt: Format, tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+        """The stored parts of the same codes with the scales of another grid.
+
+        Raises:
+            ValueError: If there are no codes.
+        """
+        raise ValueError(f"{fmt} has no codes, and so no scales.")
+
     @abstractmethod
     def grid(self, fmt: Format, tensors: Mapping[str, Tensor]) -> Grid | None:
         """The scales and zero points of the codes in stored parts; None without codes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Protocol
 
@@ -71,10 +72,33 @@ class Renderings:
         self._shelf = Shelf(folder, memory)
         self._hashes: dict[str, str] = {}
         self._ready: set[tuple[str, str]] = set()
+        self._given: dict[tuple[str, str], PackedTensor] = {}
 
     def keeps(self, fmt: Format) -> bool:
         """Whether codes of a format are kept, rather than recomputed by rounding."""
         return not self._only_grids and self._rounds(fmt)
+
+    def put(self, name: str, fmt: Format, packed: PackedTensor) -> None:
+        """Hand in a rendering, which is given for that matrix in that format from now on.
+
+        It is held in memory and goes with the store: whoever made it keeps it for later runs.
+
+        Raises:
+            ValueError: If it has another format or shape.
+        """
+        shape = tuple(self.weight(name).shape)
+        if packed.fmt != fmt or packed.shape != shape:
+            raise ValueError(
+                f"The rendering handed in for {name!r} in {fmt}, {list(shape)}, is in {packed.fmt} "
+                f"and {list(packed.shape)}."
+            )
+        self._given[name, fmt.name] = packed
+
+    def overlay(self) -> Renderings:
+        """A store with all that this one has and will have, but for what either is handed in."""
+        other = copy(self)
+        other._given = dict(self._given)
+        return other
 
     def fit(
         self, names: Sequence[str], formats: Sequence[Format], reporter: Reporter | None = None
@@ -119,6 +143,8 @@ class Renderings:
 
     def prepare(self, name: str, fmt: Format) -> None:
         """Make one rendering, unless it is there."""
+        if (name, fmt.name) in self._given:
+            return
         if self.keeps(fmt):
             self.complete([(name, fmt)])
         else:
@@ -128,7 +154,7 @@ class Renderings:
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
-        if not self.keeps(fmt):
+        if not self.keeps(fmt) and (name, fmt.name) not in self._given:
             weight = self.weight(name)[rows]
             return render(weight, fmt, grid_rows(self._grid(name, fmt), rows), out)
         found = self.packed(name, fmt).dequantize(rows)
@@ -136,6 +162,8 @@ class Renderings:
 
     def packed(self, name: str, fmt: Format) -> PackedTensor:
         """A matrix as it is stored in a format: decodes to :meth:`rows` bit for bit."""
+        if (given := self._given.get((name, fmt.name))) is not None:
+            return given
         weight = self.weight(name)
         if not self.keeps(fmt):
             return PackedTensor.pack(weight, fmt, self._grid(name, fmt))
@@ -145,8 +173,12 @@ class Renderings:
         return packed
 
     def digest(self, assignment: Mapping[str, Format]) -> str | None:
-        """SHA-256 of all kept codes of an assignment; None if it has none that are kept."""
-        pairs = [(n, fmt) for n, fmt in sorted(assignment.items()) if self.keeps(fmt)]
+        """SHA-256 of all kept and handed in renderings of an assignment; None if it has none."""
+        pairs = [
+            (name, fmt)
+            for name, fmt in sorted(assignment.items())
+            if self.keeps(fmt) or (name, fmt.name) in self._given
+        ]
         if not pairs:
             return None
         self.complete(pairs)
@@ -198,6 +230,8 @@ class Renderings:
 
     def _has(self, name: str, fmt: Format) -> bool:
         pair = (name, fmt.name)
+        if pair in self._given:
+            return True
         if pair not in self._ready:
             device = self.weight(name).device
             if self._shelf.get(self._key(name, fmt), device) is not None:

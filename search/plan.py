@@ -134,6 +134,26 @@ class Refinement(Strict):
     kl_after: float
 
 
+class Tuning(Strict):
+    """How far tuning its scales took a plan, whose codes and bytes it leaves as they are.
+
+    KL is measured as for :class:`Refinement`, on calibration sequences that no step was made from.
+
+    Attributes:
+        steps: Steps after which the scales were best, which ship.
+        tokens: Tokens (positions of the output) that each step looked at.
+        kl_before: KL before tuning, nats per token.
+        kl_after: KL with the scales that ship.
+        sha256: Hash of these scales, which are kept in the run folder.
+    """
+
+    steps: int
+    tokens: int
+    kl_before: float
+    kl_after: float
+    sha256: str
+
+
 class RowSet(Strict):
     """Which rows of a matrix a part is: half-open ranges, in the order the part has them."""
 
@@ -170,8 +190,10 @@ class Plan(Record):
             than the solver's first plan, and measure better.
         evidence: What the rounding method looked at besides weights, and how sums over data were
             mixed and damped; None, and not in the file, if it looked at nothing.
-        codes_sha256: Hash of the codes that were measured, where rounding to nearest does not give
-            them (``Renderings.digest``).
+        tuning: Set when the plan's scales were tuned: they are in the run folder, and both that
+            and the plan are needed to have the weights.
+        codes_sha256: Hash of the codes and scales that were measured, where rounding to nearest
+            does not give them (``Renderings.digest``).
         note: What the solver had to say.
     """
 
@@ -207,6 +229,7 @@ class Plan(Record):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    tuning: Tuning | None = None
     codes_sha256: str | None = None
     note: str | None = None
     command: str | None = None
@@ -303,4 +326,6 @@ def plan_key(plan: Plan) -> str:
         parts.append({name: rows.model_dump() for name, rows in sorted(plan.row_sets.items())})
     if plan.kv_cache:
         parts.append(list(plan.kv_cache.bits.items()))
+    if plan.tuning:
+        parts.append(plan.tuning.sha256)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -26,6 +26,10 @@ class Gradient(Protocol):
         """How many there are."""
         ...
 
+    def pooled(self) -> Gradient:
+        """The sum over the samples, as the gradient of a single one."""
+        ...
+
     def touched_rows(self) -> Tensor | None:
         """Rows of the weight whose gradient can be non-zero, sorted; None for all of them."""
         ...
@@ -55,6 +59,10 @@ class Factors:
     def samples(self) -> int:
         """See :class:`Gradient`."""
         return len(self.x)
+
+    def pooled(self) -> Factors:
+        """See :class:`Gradient`."""
+        return Factors(self.x.flatten(0, 1)[None], self.delta.flatten(0, 1)[None])
 
     def touched_rows(self) -> Tensor | None:
         """See :class:`Gradient`."""
@@ -93,6 +101,10 @@ class DenseGradient:
     def samples(self) -> int:
         """See :class:`Gradient`."""
         return 1
+
+    def pooled(self) -> DenseGradient:
+        """See :class:`Gradient`."""
+        return self
 
     def reached(self) -> Tensor:
         """Which experts have a gradient: bool [blocks]."""

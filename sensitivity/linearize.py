@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._base.memory import give_back
-from ..models.passes import Upstream
 from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.units import UnitInfo
-from ..models.workload import Batch, LoadedModel, samples_in
+from ..models.workload import LoadedModel, samples_in
 from ..quantizers.format import Format
 from ..quantizers.store import Rows
 from .errors import map_errors
 from .experts import Reach
 from .factors import Block, DenseGradient, Gradient, inner, squared
-from .probes import label_upstream, positions_in, stream
+from .probes import kl_upstream, label_upstream, positions_in, stream
 from .uses import uses_of
 
 
@@ -122,7 +121,7 @@ def linearize(
             found[:, :, u] += _products(kl, fisher, renderer, name, formats, int(choice[u]))
 
         with renderer.applied(assignment):
-            passes = ((_kl_upstream(log_p), keep), (label_upstream(generator), price))
+            passes = ((kl_upstream(log_p), keep), (label_upstream(generator), price))
             # No name for the logits: these would stay in memory during the next batch.
             positions = positions_in(stream(model, renderer, batch, *passes))
         first[block] = found[0] / positions
@@ -168,12 +167,3 @@ def _products(
 
     blocks = map_errors(work, renderer, name, formats, source.touched_rows())
     return sum(blocks, np.zeros((3, source.samples, len(formats))))
-
-
-def _kl_upstream(log_p: Tensor) -> Upstream:
-    """q - p: the gradient of ``sum_t KL(p_t || q_t)`` at the logits of q."""
-
-    def upstream(logits: Tensor, _batch: Batch) -> Tensor:
-        return logits.softmax(-1).sub_(log_p.exp())
-
-    return upstream

@@ -129,6 +129,19 @@ def _check_samples(name: str, x: Tensor, samples: int) -> None:
         )
 
 
+def kl_upstream(log_p: Tensor) -> Upstream:
+    """q - p: the gradient of ``sum_t KL(p_t || q_t)`` at the logits of q.
+
+    Args:
+        log_p: Log-probabilities of the original on the same batch [samples, positions, classes].
+    """
+
+    def upstream(logits: Tensor, _batch: Batch) -> Tensor:
+        return logits.softmax(-1).sub_(log_p.exp())
+
+    return upstream
+
+
 def label_upstream(generator: torch.Generator) -> Upstream:
     """p - onehot(y) with y sampled from the model's own softmax at every position.
 

@@ -109,6 +109,10 @@ class Codes(Family["Grid"]):
             parts["zero"] = pack_bits(grid.zero.reshape(1, -1), fmt.bits)[0]
         return parts
 
+    def rescale(self, fmt: Format, tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+        """See :class:`Family`."""
+        return {**tensors, **self.store_grid(fmt, grid)}
+
     def grid(self, fmt: Format, tensors: Mapping[str, Tensor]) -> Grid:
         """See :class:`Family`."""
         from ..lines import Grid

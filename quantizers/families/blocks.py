@@ -99,6 +99,12 @@ class Blocks(Codes):
         """Nothing else: scales are in the blocks."""
         return {}
 
+    def rescale(self, fmt: Format, tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+        """Those of the blocks; scales of groups are integers and stay."""
+        from ..blocks import with_scales
+
+        return {"blocks": with_scales(fmt.name, tensors["blocks"], grid.scale, grid.zero)}
+
     def grid(self, fmt: Format, tensors: Mapping[str, Tensor]) -> Grid:
         """See :class:`Family`."""
         from ..blocks import unpack_blocks

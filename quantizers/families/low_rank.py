@@ -145,6 +145,11 @@ class LowRank(Family[Corrected]):
         codes = family_of(_base(fmt)).pack(weight, _base(fmt), fitted.grid)
         return codes | {"left": fitted.left, "right": fitted.right}
 
+    def rescale(self, fmt: Format, tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+        """Those of the codes; the correction stays."""
+        parts = {name: part for name, part in tensors.items() if name not in ("left", "right")}
+        return {**tensors, **family_of(_base(fmt)).rescale(_base(fmt), parts, grid)}
+
     def grid(self, fmt: Format, tensors: Mapping[str, Tensor]) -> Grid | None:
         """See :class:`Family`."""
         return family_of(_base(fmt)).grid(_base(fmt), tensors)

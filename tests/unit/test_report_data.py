@@ -19,11 +19,12 @@ from bitplan.reports.data import (
     size_unit,
     unit_rows,
 )
+from bitplan.reports.prose import price_note
 from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
-from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement
+from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement, Tuning
 from bitplan.search.problem import Problem
 from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
@@ -264,6 +265,17 @@ def test_a_refined_plan_is_not_called_far_from_optimal(run: RunData) -> None:
     assert fact(plan, "KL predicted").endswith("one shot")
     one = run.plan.model_copy(update={"refinement": refined.model_copy(update={"steps": 1})})
     assert fact(one, "refined").startswith("1 step: ")
+
+
+def test_a_tuned_plan_says_so(run: RunData) -> None:
+    tuned = Tuning(steps=24, tokens=512, kl_before=0.4, kl_after=0.3412, sha256="ab")
+    plan = run.plan.model_copy(update={"tuning": tuned})
+    assert fact(plan, "tuned") == "scales: KL on calibration sequences 0.400 → 0.341 in 24 steps"
+    assert fact(plan, "KL predicted").endswith("before tuning")
+    assert "before tuning" in price_note(plan)
+    one = run.plan.model_copy(update={"tuning": tuned.model_copy(update={"steps": 1})})
+    assert fact(one, "tuned").endswith(" in 1 step")
+    assert "tuned" not in dict(facts(run.plan, comparison(run.plan)))
 
 
 def test_a_gap_is_that_of_predictions(run: RunData) -> None:
