@@ -61,7 +61,7 @@ def held_out(
     model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, run: Path
 ) -> HeldOut:
     renderer = Renderer(model.module, units)
-    return HeldOut(model, renderer, samples, RunFolder(run), Reporter(quiet=True))
+    return HeldOut(model, renderer, samples, RunFolder(run).measurements, Reporter(quiet=True))
 
 
 def break_model(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
