@@ -147,7 +147,7 @@ def _items(text: str) -> list[str]:
     while pieces:
         for end in range(len(pieces), 0, -1):
             item = ",".join(pieces[:end])
-            if end == 1 or _is_text(_weighted(item)[0]):
+            if end == 1 or _is_text(_split(item)[0]):
                 break
         items.append(item)
         pieces = pieces[end:]
@@ -155,18 +155,26 @@ def _items(text: str) -> list[str]:
 
 
 def _weighted(item: str) -> tuple[str, float | None]:
-    if _is_text(item):
-        return item, None
-    name, _, number = item.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        return item, None
-    if not name:
-        return item, None
+    """A text and its weight, if it has one."""
+    name, number = _split(item)
+    if number is None:
+        return name, None
+    weight = float(number)
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"The weight of {name!r} is {number}; weights are positive numbers.")
     return name, weight
+
+
+def _split(item: str) -> tuple[str, str | None]:
+    """A text and what stands after its last colon, if that is a number."""
+    name, _, number = item.rpartition(":")
+    if _is_text(item) or not name:
+        return item, None
+    try:
+        float(number)
+    except ValueError:
+        return item, None
+    return name, number
 
 
 def _exact(weight: float) -> Fraction:

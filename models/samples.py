@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from .mixture import Share, describe_shares, parse_shares, turns
-from .names import BUILTIN, LANGUAGES, MIXTURE, SELF
-from .sampling import first_tokens, sample_freely, sample_languages
+from .names import BUILTIN, MIXTURE, SAMPLED
+from .sampling import first_tokens, in_blocks, sampled
 from .texts import Split, read_text
 from .workload import Batch, LoadedModel, samples_in, take
-
-_OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
-_SAMPLERS = {SELF: sample_freely, LANGUAGES: sample_languages}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +153,8 @@ def calibration_samples(
     for k, share in enumerate(shares):
         first, count = int((before == k).sum()), int((taken == k).sum())
         if count:
-            alone = len(shares) == 1
-            part = "" if alone else f" for its share of {skip + sequences} sequences"
-            rows = _drawn(model, share.source, first, count, length, seed, part)
-            drawn.append(rows)
+            whole = skip + sequences if len(shares) > 1 else None
+            drawn.append(_drawn(model, share.source, first, count, length, seed, whole))
     # Stable: the sequences of a text stay in their order.
     ids = torch.empty(sequences, length, dtype=torch.long)
     ids[taken.argsort(stable=True)] = torch.cat(drawn)
@@ -171,12 +166,20 @@ def calibration_samples(
 
 
 def _drawn(
-    model: LoadedModel, source: str, skip: int, count: int, length: int, seed: int, part: str
+    model: LoadedModel,
+    source: str,
+    skip: int,
+    count: int,
+    length: int,
+    seed: int,
+    whole: int | None,
 ) -> Tensor:
-    """Sequences [count, length] of one text, after those that others have taken."""
-    if sampler := _SAMPLERS.get(source):
-        return sampler(model, count, length, seed + skip * _OTHER_SEED)
+    """Sequences [count, length] of a text, after others; ``whole`` counts those of the mixture."""
+    if source in SAMPLED:
+        draw = sampled if whole is None else in_blocks
+        return draw(model, source, skip, count, length, seed)
     windows = _windows(model, source, "calibration", length)
+    part = "" if whole is None else f" for its share of {whole} sequences"
     _check_enough(windows, source, skip + count, length, part)
     order = np.random.default_rng(seed).permutation(len(windows))[skip : skip + count]
     return windows[torch.from_numpy(order)]

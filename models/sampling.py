@@ -5,13 +5,47 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .names import LANGUAGES, SELF
 from .openings import OPENINGS
 from .workload import LoadedModel
+
+_OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
+_BLOCK = 32  # sequences sampled at a time for a mixture
+_CACHES = ("cache", "past_key_values")  # as versions of transformers call it
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int, int], Tensor]] = WeakKeyDictionary()
+
+
+def sampled(
+    model: LoadedModel, source: str, skip: int, count: int, length: int, seed: int
+) -> Tensor:
+    """Sequences [count, length] of ``self`` or ``languages``, other ones for another ``skip``."""
+    sampler = {SELF: sample_freely, LANGUAGES: sample_languages}[source]
+    return sampler(model, count, length, seed + skip * _OTHER_SEED)
+
+
+def in_blocks(
+    model: LoadedModel, source: str, skip: int, count: int, length: int, seed: int
+) -> Tensor:
+    """The same out of one order of sequences, whatever part of it is asked for.
+
+    They are sampled some at a time and kept as long as the model: a search asks for a few more
+    again and again, and a step takes about as long for one sequence as for many.
+    """
+    kept = _kept.setdefault(model.module, {})
+    blocks = []
+    for k in range(skip // _BLOCK, (skip + count - 1) // _BLOCK + 1):
+        key = (source, length, seed, k)
+        if key not in kept:
+            kept[key] = sampled(model, source, k * _BLOCK, _BLOCK, length, seed)
+        blocks.append(kept[key])
+    first = skip % _BLOCK
+    return torch.cat(blocks)[first : first + count]
 
 
 def sample_freely(model: LoadedModel, sequences: int, length: int, seed: int) -> Tensor:
@@ -29,7 +63,8 @@ def sample_freely(model: LoadedModel, sequences: int, length: int, seed: int) ->
 def sample_languages(model: LoadedModel, sequences: int, length: int, seed: int) -> Tensor:
     """Sample sequences [N, length] at temperature 1, from first words in several languages.
 
-    The languages take turns; a model that does not know one writes what it takes for it.
+    The languages take turns, and most of a sequence, three quarters at least, is sampled; a model
+    that does not know a language writes what it takes for it.
     """
     tokenizer = model.workload.tokenizer
     rng = np.random.default_rng(seed)
@@ -41,7 +76,8 @@ def sample_languages(model: LoadedModel, sequences: int, length: int, seed: int)
     ]
     starts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     prefix = first_tokens(tokenizer)
-    rows = [[*prefix, *starts[i % len(starts)]] for i in range(sequences)]
+    most = max(1, length // 4)
+    rows = [[*prefix, *starts[i % len(starts)][:most]] for i in range(sequences)]
     return _continued(model, rows, length, torch.Generator().manual_seed(seed))
 
 
@@ -75,16 +111,17 @@ class _Predictor:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model, self._past = model, None
-        self._caches = "past_key_values" in inspect.signature(model.module.forward).parameters
+        taken = inspect.signature(model.module.forward).parameters
+        self._cache = next((name for name in _CACHES if name in taken), None)
 
     def __call__(self, ids: Tensor, seen: int) -> Tensor:
         ids = ids.to(self._model.device)
-        if not self._caches:
+        if self._cache is None:
             return self._model.logits(ids)[:, -1]
-        output = self._model.module(
-            input_ids=ids[:, seen:], past_key_values=self._past, use_cache=True
-        )
-        self._past = output.past_key_values
-        self._caches = self._past is not None
+        new = {"input_ids": ids[:, seen:], self._cache: self._past, "use_cache": True}
+        output = self._model.module(**new)
+        self._past = getattr(output, self._cache, None)
+        if self._past is None:  # takes one and keeps none
+            self._cache = None
         last: Tensor = output.logits[:, -1].float()
         return last
