@@ -94,9 +94,7 @@ def main() -> None:
                 write(options.work, options.out, options.tokens)
 
 
-def search(
-    variant: Variant, budget: str, seed: int, tokens: int, data: Path, work: Path
-) -> None:
+def search(variant: Variant, budget: str, seed: int, tokens: int, data: Path, work: Path) -> None:
     """Run one search, unless its figures are there."""
     path = work / "found" / f"{variant.name}-{budget}-{seed}.json"
     if path.exists():

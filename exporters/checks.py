@@ -168,6 +168,7 @@ def _rounded(
             "lower_bound_kl": unknown,
             "gap": unknown,
             "measured": None,
+            "measured_also": [],
             "baselines": [],
             "refinement": None,
             "runtime": rules.name,

@@ -37,6 +37,7 @@ class Context:
         goal: The same, as a problem and what answers it.
         work: The model, its units and its calibration sequences.
         samples: Held-out sequences.
+        also: Those of a second text, of another kind; None without one.
         folder: The run folder.
         job: Its state and log.
         reporter: Where progress is shown.
@@ -60,6 +61,7 @@ class Context:
     folder: RunFolder
     job: Job
     reporter: Reporter
+    also: Samples | None = None
     apart: tuple[Samples, Samples] | None = None
     table: SensitivityTable = field(init=False)
     problem: Problem = field(init=False)
@@ -94,6 +96,20 @@ class Context:
             self.samples,
             self.folder,
             self.reporter,
+        )
+
+    @property
+    def held_out_also(self) -> HeldOut | None:
+        """The model on the second held-out text, if there is one."""
+        if self.also is None:
+            return None
+        return HeldOut(
+            self.work.model,
+            self.work.renderer,
+            self.also,
+            self.folder,
+            self.reporter,
+            self.folder.measurements_also,
         )
 
     @cached_property

@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "measurements.json"
 
     @property
+    def measurements_also(self) -> Path:
+        """The same on the second held-out text."""
+        return self.path / "measurements-also.json"
+
+    @property
     def renderings(self) -> Path:
         """The folder of rounded weights."""
         return self.path / "renderings"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from ..models.kv_cache import kv_runner
 from ..models.load import check_model, load_model
 from ..models.measure import Measurement, Run, measure, plan_runner
 from ..models.rendering import Renderer
-from ..models.samples import Samples, check_text, evaluation_samples
+from ..models.samples import Samples, evaluation_samples
+from ..models.texts import check_text
 from ..models.workload import LoadedModel
 from ..search.goals import Goal
-from ..search.plan import Baseline, KVCache, Measured, Plan, plan_key
+from ..search.plan import Baseline, KVCache, Measured, MeasuredAlso, Plan, plan_key
 from .folder import RunFolder, plan_path
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
 from .measurements import Figures, Measurements
@@ -33,6 +35,7 @@ class HeldOut:
         samples: The sequences.
         run: The run folder: every figure is kept there.
         reporter: Where progress is shown.
+        file: Where figures are kept; by default those of the first held-out text.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class HeldOut:
         samples: Samples,
         run: RunFolder,
         reporter: Reporter,
+        file: Path | None = None,
     ) -> None:
         self.samples = samples
-        self._model, self._file, self._reporter = model, run.measurements, reporter
+        self._model, self._reporter = model, reporter
         self._renderer, self._run = renderer, run
+        self._file = file or run.measurements
         self._known = Measurements.of(self._file, samples.sha256)
 
     @property
@@ -103,16 +108,7 @@ class HeldOut:
         result = measured[best]
         return plans[best].model_copy(
             update={
-                "measured": Measured(
-                    kl=result.mean_kl,
-                    kl_stderr=result.kl_stderr,
-                    ppl=result.perplexity,
-                    ppl_original=self.ppl_original,
-                    tokens=result.tokens,
-                    length=self.samples.length,
-                    text=self.samples.source,
-                    text_sha256=self.samples.sha256,
-                ),
+                "measured": Measured(**self._record(result)),
                 "codes_sha256": self._renderer_of(plans[best]).store.digest(
                     assignment_formats(plans[best])
                 ),
@@ -126,6 +122,42 @@ class HeldOut:
 
     def _renderer_of(self, plan: Plan) -> Renderer:
         return tuned_renderer(self._renderer, plan, self._run)
+
+    def beside(self, plan: Plan, rivals: Mapping[str, Plan]) -> MeasuredAlso:
+        """Measure a plan here that was chosen elsewhere, and the best of its uniform rivals.
+
+        Args:
+            plan: The plan, with its baselines.
+            rivals: All of them, by name; taken is the one with the least KL among those that have
+                one format and fit.
+        """
+        fitting = [b for b in plan.baselines if b.format and b.bytes <= plan.budget.bytes]
+        best = min(fitting, key=lambda b: float(np.nan_to_num(b.kl, nan=np.inf)), default=None)
+        if best is None:
+            return MeasuredAlso(**self._record(self.measure({"the plan": plan})["the plan"]))
+        ours, theirs = self.measure({"the plan": plan, best.name: rivals[best.name]}).values()
+        difference, stderr = theirs.minus(ours)
+        return MeasuredAlso(
+            **self._record(ours),
+            rival=best.format,
+            rival_kl=theirs.mean_kl,
+            rival_kl_stderr=theirs.kl_stderr,
+            difference=difference,
+            difference_stderr=stderr,
+        )
+
+    def _record(self, found: Measurement) -> dict[str, Any]:
+        """What a plan keeps of a measurement."""
+        return {
+            "kl": found.mean_kl,
+            "kl_stderr": found.kl_stderr,
+            "ppl": found.perplexity,
+            "ppl_original": self.ppl_original,
+            "tokens": found.tokens,
+            "length": self.samples.length,
+            "text": self.samples.source,
+            "text_sha256": self.samples.sha256,
+        }
 
 
 def plan_run(model: LoadedModel, renderer: Renderer, plan: Plan) -> Run:
@@ -147,7 +179,7 @@ def run_eval(
 
     Args:
         target: A plan.json, a run folder, or a folder written by ``bitplan quantize``.
-        text: Held-out text: ``builtin`` or a file.
+        text: Held-out text: ``builtin``, ``code``, ``chat`` or a file.
         tokens: Tokens to measure on; None for as many as the plan was measured on.
         device: ``cpu``, ``cuda`` or ``auto``.
         reporter: Where progress is shown.

@@ -15,9 +15,11 @@ from .._base.progress import Reporter
 from ..models.find import find_units
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
+from ..models.mixture import parse_shares
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
-from ..models.samples import Samples, calibration_samples, check_text, evaluation_samples
+from ..models.samples import Samples, calibration_samples, evaluation_samples
+from ..models.texts import check_text
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
@@ -33,7 +35,7 @@ from ..sensitivity.metrics import METRICS
 from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
 from .folder import RunFolder
-from .settings import ProfileSettings, SearchSettings
+from .settings import NO_TEXT, ProfileSettings, SearchSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     if search is not None:
         SOLVERS.get(search.solver)
         check_text(search.evaluation, "evaluation")
+        if search.eval_also not in (None, NO_TEXT):
+            check_text(search.eval_also, "evaluation")
         for budget in (search.budget, search.vram):
             if budget is not None:
                 Budget.parse(budget)
@@ -216,12 +220,47 @@ def evaluation(model: LoadedModel, settings: ProfileSettings, search: SearchSett
     Raises:
         ValueError: If they would be those that prices come from.
     """
-    if model.is_language_model and _is_same_text(search.evaluation, settings.calibration):
-        raise ValueError(
-            f"{search.evaluation} is both --calibration and --eval: a plan measured on the text it "
-            "was made from proves nothing. Give another text to one of them."
-        )
+    if model.is_language_model:
+        _check_held_out(search.evaluation, "--eval", settings)
     return evaluation_samples(model, search.evaluation, search.eval_tokens, settings.length)
+
+
+def second_evaluation(
+    model: LoadedModel, settings: ProfileSettings, search: SearchSettings, reporter: Reporter
+) -> Samples | None:
+    """Held-out sequences of another kind of text, a quarter as many; None without one.
+
+    Raises:
+        ValueError: If the text that was asked for is too short, the first one, or one that prices
+            come from.
+    """
+    text = search.second_text
+    if text is None or not model.is_language_model:
+        return None
+    tokens = max(settings.length, search.eval_tokens // 4)
+    if search.eval_also is None:  # nobody asked for it: what prevents it is no error
+        try:
+            return evaluation_samples(model, text, tokens, settings.length)
+        except ValueError as error:
+            reporter.say(f"No second held-out text: {error}")
+            return None
+    _check_held_out(text, "--eval-also", settings)
+    if text == search.evaluation or _is_same_text(text, search.evaluation):
+        raise ValueError(
+            f"{text} is both --eval and --eval-also, which is there to measure on another kind of "
+            f"text. Give it another one, or {NO_TEXT!r}."
+        )
+    return evaluation_samples(model, text, tokens, settings.length)
+
+
+def _check_held_out(text: str, option: str, settings: ProfileSettings) -> None:
+    """Raise if a text to measure on is among those that prices come from."""
+    for share in parse_shares(settings.calibration):
+        if _is_same_text(text, share.source):
+            raise ValueError(
+                f"{text} is both --calibration and {option}: a plan measured on the text it was "
+                "made from proves nothing. Give another text to one of them."
+            )
 
 
 def _is_same_text(first: str, second: str) -> bool:

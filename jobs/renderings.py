@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from .._base.progress import Reporter
-from ..models.names import BUILTIN, SELF
+from ..models.mixture import Share, recorded_shares
+from ..models.names import BUILTIN, SAMPLED, SELF, SHIPPED
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves
 from ..models.samples import Samples, calibration_samples, samples_from_batches
@@ -137,12 +139,13 @@ def _seen_sha256(plan: Plan) -> str:
     return str(found or "")
 
 
-def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str]:
-    """Where the calibration text may be; a plan holds its name without the folder."""
-    name = str(plan.calibration.get("source"))
-    if name in (BUILTIN, SELF):
-        yield name
-        return
+def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str | tuple[Share, ...]]:
+    """Where the calibration texts may be; a plan holds names of files without the folder."""
+    shares = recorded_shares(plan.calibration)
+    if all(share.source in (*SHIPPED, *SAMPLED) for share in shares):
+        yield shares
+        if len(shares) > 1 or shares[0].source in (BUILTIN, SELF):
+            return  # else it may be the name of a file, from when that was no other name
     if beside is not None and beside.job.is_file():
         settings = JobRecord.load(beside.path).settings
         yield str(settings.get("profile", {}).get("calibration"))
@@ -151,6 +154,10 @@ def _sources(plan: Plan, beside: RunFolder | None) -> Iterator[str]:
         option, _, value = word.partition("=")
         if option == "--calibration":
             yield value or "".join(words[i + 1 : i + 2])
-    yield name
+    yield shares
     if beside is not None:
-        yield str(beside.path / name)
+        near = (beside.path / share.source for share in shares)
+        yield tuple(
+            replace(share, source=str(path)) if path.is_file() else share
+            for share, path in zip(shares, near, strict=True)
+        )

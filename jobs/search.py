@@ -17,7 +17,7 @@ from ..sensitivity.table import SensitivityTable
 from .context import Context
 from .folder import RunFolder
 from .job import Job
-from .prepare import check, evaluation, goal_of, prepare, profiled
+from .prepare import check, evaluation, goal_of, prepare, profiled, second_evaluation
 from .settings import ProfileSettings, SearchSettings
 from .stages import cache, confidence, profile, refine, save, solve, tune, validate
 from .truth import guarded
@@ -90,6 +90,7 @@ def _begun(
     goal.resolve(goal.problem(blank), blank)  # what cannot fit is found out here
     samples = evaluation(work.model, settings, search)
     context = Context(settings, search, goal, work, samples, folder, job, reporter)
+    context.also = second_evaluation(work.model, settings, search, reporter)
     apart = search.refine or search.tune or abilities(search.solver).needs_oracle
     if apart:  # is there enough text for that?
         context.apart = guarded(work.model, settings, work.samples, search.guard)

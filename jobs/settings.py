@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .._base.settings import setting
-from ..models.names import BUILTIN, DEFAULT_MODEL
+from ..models.names import BUILTIN, CODE, DEFAULT_MODEL, MIXTURE, PROSE
 from ..quantizers.candidates import DEFAULT_FORMATS
 from .limit_settings import (
     BUDGET_HELP,
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
-HELD_OUT_HELP = "Held-out text: 'builtin' (prose that ships with Python) or a text file."
+HELD_OUT_HELP = (
+    "Held-out text: 'builtin' (prose that ships with Python), 'code', 'chat', or a text file."
+)
+NO_TEXT = "none"  # no second held-out text
 _EXACT = {"extra": "forbid"}  # a setting of another version is not passed over in silence
 
 
@@ -55,9 +58,10 @@ class ProfileSettings:
         panel=PRICES,
     )
     calibration: str = setting(
-        BUILTIN,
-        "Calibration text: 'builtin' (English prose that ships with Python), a text file, or "
-        "'self' (sampled from the model).",
+        MIXTURE,
+        "Calibration text: 'mixture' of prose, code and more that needs no download, one of "
+        "'prose', 'code', 'chat', 'languages', 'self' (the last two sampled from the model), or a "
+        "text file; several with weights: notes.txt:0.7,code:0.3.",
         panel=PRICES,
     )
     sequences: int = setting(
@@ -134,6 +138,12 @@ class SearchSettings(PlanLimits):
     )
     evaluation: str = setting(BUILTIN, HELD_OUT_HELP, "--eval", panel=SEARCH)
     eval_tokens: int = setting(16384, "Held-out tokens to measure on.", panel=SEARCH, minimum=2)
+    eval_also: str | None = setting(
+        None,
+        "Second held-out text, of another kind, for the plan and its best uniform rival, on a "
+        "quarter of the tokens: by default 'code' ('prose' where --eval is code); 'none' for none.",
+        panel=SEARCH,
+    )
     solver: str = setting("certified", SOLVER_HELP, panel=SEARCH)
     refine: int | None = setting(
         None,
@@ -222,6 +232,13 @@ class SearchSettings(PlanLimits):
         given = {"": self.budget, "vram": self.vram, "kl": self.max_kl, "ppl": self.max_ppl}
         text = next(f"{name}{value}" for name, value in given.items() if value is not None)
         return text.replace(":", "-") + ("-fastest" if self.fastest else "")
+
+    @property
+    def second_text(self) -> str | None:
+        """What to measure the plan on besides ``evaluation``; None for nothing."""
+        if self.eval_also is not None:
+            return None if self.eval_also == NO_TEXT else self.eval_also
+        return PROSE if self.evaluation == CODE else CODE
 
     def limits(self) -> Limits:
         """The limits besides bytes.

@@ -1,4 +1,4 @@
-"""Calibration and evaluation batches: built-in prose, text files, or the model's own samples."""
+"""Calibration and evaluation batches, drawn from texts or written by the model itself."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .names import BUILTIN, SELF
+from .mixture import Share, describe_shares, parse_shares, turns
+from .names import BUILTIN, MIXTURE, SAMPLED
+from .sampling import first_tokens, in_blocks, sampled
+from .texts import Split, read_text
 from .workload import Batch, LoadedModel, samples_in, take
-
-_OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
-Split = Literal["calibration", "evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,11 @@ class Samples:
 
     Attributes:
         batches: Inputs of the model; a language model gets token ids [samples, length].
-        source: ``builtin``, ``self``, a file name, or ``workload``.
+        source: Name of a text, a file name, several of them with percentages, or ``workload``.
         length: Tokens per sequence; None for models that do not read tokens.
         seed: Seed that chose the sequences.
         sha256: Hash of the inputs themselves.
+        texts: The texts and their weights where they are several; files by their names alone.
     """
 
     batches: tuple[Batch, ...]
@@ -36,6 +37,7 @@ class Samples:
     length: int | None
     seed: int
     sha256: str
+    texts: tuple[Share, ...] = ()
 
     @property
     def count(self) -> int:
@@ -102,18 +104,19 @@ class Samples:
 
     def describe(self) -> dict[str, Any]:
         """Provenance for plan.json and the profile."""
+        texts = [{"source": text.source, "weight": text.weight} for text in self.texts]
         return {
             "source": self.source,
             "sequences": self.count,
             "length": self.length,
             "seed": self.seed,
             "sha256": self.sha256,
-        }
+        } | ({"texts": texts} if texts else {})
 
 
 def calibration_samples(
     model: LoadedModel,
-    source: str = BUILTIN,
+    source: str | Sequence[Share] = BUILTIN,
     sequences: int = 96,
     length: int = 128,
     seed: int = 0,
@@ -122,11 +125,15 @@ def calibration_samples(
 ) -> Samples:
     """Choose calibration sequences at random, without overlap.
 
+    Of several texts every one gives about its share of the first n sequences, whatever n is:
+    calls that take other sequences of the seed's order all have about the same proportions.
+
     Args:
         model: Its tokenizer turns text into tokens; a model without one uses the calibration
             batches of its workload as they are, and takes no other source.
-        source: ``builtin`` (English prose that ships with Python), a text file, or ``self``
-            (sampled from the model; ZeroQ, Cai et al. 2020, in spirit: no data needed).
+        source: Texts that ship with Python (``builtin``, ``code``, ``chat``), files, or what the
+            model writes (``self``, ``languages``; ZeroQ, Cai et al. 2020, in spirit: no data
+            needed), several with weights, as :func:`.mixture.parse_shares` reads them.
         sequences: Number of sequences N; the relative error of a price is about sqrt(2/N).
         length: Tokens per sequence.
         seed: The same seed gives the same sequences.
@@ -134,19 +141,48 @@ def calibration_samples(
         skip: Leave out this many sequences of the seed's order: those another call has taken.
 
     Raises:
-        ValueError: If the text is missing, empty or too short.
+        ValueError: If a text is missing, empty or too short.
     """
     if not model.is_language_model:
         _refuse_text(model, source, "calibration")
         return _from_workload(model, "calibration", seed)
-    if source == SELF:
-        ids = _sample_from_model(model, sequences, length, seed + skip * _OTHER_SEED)
-    else:
-        windows = _windows(model, source, "calibration", length)
-        _check_enough(windows, source, skip + sequences, length)
-        order = np.random.default_rng(seed).permutation(len(windows))[skip : skip + sequences]
-        ids = windows[torch.from_numpy(order)]
-    return _batched(ids, model, source, length, seed, batch_tokens)
+    shares = parse_shares(source) if isinstance(source, str) else tuple(source)
+    order = torch.tensor(turns(shares, skip + sequences))
+    before, taken = order[:skip], order[skip:]
+    drawn: list[Tensor] = []
+    for k, share in enumerate(shares):
+        first, count = int((before == k).sum()), int((taken == k).sum())
+        if count:
+            whole = skip + sequences if len(shares) > 1 else None
+            drawn.append(_drawn(model, share.source, first, count, length, seed, whole))
+    # Stable: the sequences of a text stay in their order.
+    ids = torch.empty(sequences, length, dtype=torch.long)
+    ids[taken.argsort(stable=True)] = torch.cat(drawn)
+    samples = _batched(ids, model, describe_shares(shares), length, seed, batch_tokens)
+    if len(shares) == 1:
+        return samples
+    named = tuple(replace(share, source=Path(share.source).name) for share in shares)
+    return replace(samples, texts=named)
+
+
+def _drawn(
+    model: LoadedModel,
+    source: str,
+    skip: int,
+    count: int,
+    length: int,
+    seed: int,
+    whole: int | None,
+) -> Tensor:
+    """Sequences [count, length] of a text, after others; ``whole`` counts those of the mixture."""
+    if source in SAMPLED:
+        draw = sampled if whole is None else in_blocks
+        return draw(model, source, skip, count, length, seed)
+    windows = _windows(model, source, "calibration", length)
+    part = "" if whole is None else f" for its share of {whole} sequences"
+    _check_enough(windows, source, skip + count, length, part)
+    order = np.random.default_rng(seed).permutation(len(windows))[skip : skip + count]
+    return windows[torch.from_numpy(order)]
 
 
 def evaluation_samples(
@@ -160,7 +196,8 @@ def evaluation_samples(
 
     Args:
         model: See :func:`calibration_samples`; a workload's ``evaluation`` batches are used.
-        source: ``builtin`` (the part of the prose that calibration never sees) or a text file.
+        source: ``builtin``, ``code`` or ``chat`` (the part that calibration never sees), or a text
+            file.
         tokens: Tokens to measure on, rounded down to whole sequences; the whole text if shorter.
         length: Tokens per sequence.
         batch_tokens: Tokens per batch.
@@ -176,53 +213,18 @@ def evaluation_samples(
     return _batched(windows[: max(1, tokens // length)], model, source, length, 0, batch_tokens)
 
 
-def check_text(source: str, split: Split) -> None:
-    """Raise a ValueError if a text is neither a name that is known nor a file."""
-    known = (BUILTIN, SELF) if split == "calibration" else (BUILTIN,)
-    if source not in known and not Path(source).is_file():
-        raise ValueError(
-            f"No text file at {source}. Pass a file"
-            + (f", {SELF!r} (sampled from the model)" if split == "calibration" else "")
-            + f" or {BUILTIN!r} (prose that ships with Python)."
-        )
-
-
-def builtin_prose(split: Split) -> str:
-    """English prose that ships with Python; every fourth topic is held out for evaluation.
-
-    Topics quote each other: paragraphs that calibration holds are left out of evaluation.
-    """
-    from pydoc_data.topics import topics
-
-    texts = [topics[name] for name in sorted(topics)]
-    kept = "\n\n".join(text for i, text in enumerate(texts) if i % 4)
-    if split == "calibration":
-        return kept
-    seen = {_words(paragraph) for paragraph in kept.split("\n\n")}
-    held_out = (part for text in texts[::4] for part in text.split("\n\n"))
-    return "\n\n".join(part for part in held_out if _words(part) not in seen)
-
-
-def _words(paragraph: str) -> str:
-    return " ".join(paragraph.split())
-
-
 def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tensor:
     """Consecutive windows of a text as token ids [windows, length]."""
     if length < 2:
         raise ValueError(f"Sequences of {length} tokens are too short; use at least 2.")
-    if source == BUILTIN:
-        text = builtin_prose(split)
-    else:
-        check_text(source, split)
-        text = Path(source).read_text(encoding="utf-8", errors="replace")
+    tokenizer = model.workload.tokenizer
+    text = read_text(source, split, tokenizer)
     if not text.strip():
         raise ValueError(f"{source} is empty. Give a text of at least {length} tokens.")
     limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(f"The model reads at most {limit} tokens; --length {length} is too long.")
-    tokenizer = model.workload.tokenizer
-    prefix = _first_tokens(tokenizer)
+    prefix = first_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(prefix)
     count = len(ids) // body
@@ -231,17 +233,12 @@ def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tens
     return torch.cat([start, windows], dim=1)
 
 
-def _first_tokens(tokenizer: Any) -> list[int]:
-    """The BOS token, for the tokenizers that put one before every text."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer("")["input_ids"][:1] else []
-
-
-def _check_enough(windows: Tensor, source: str, wanted: int, length: int) -> None:
+def _check_enough(windows: Tensor, source: str, wanted: int, length: int, part: str = "") -> None:
     if len(windows) < wanted:
+        weight = "less weight to it, " if part else ""
         raise ValueError(
-            f"{source} holds {len(windows)} sequences of {length} tokens, {wanted} are needed. "
-            "Give a longer text, fewer sequences or shorter ones."
+            f"{source} holds {len(windows)} sequences of {length} tokens, {wanted} are needed{part}"
+            f". Give {weight}a longer text, fewer sequences or shorter ones."
         )
 
 
@@ -252,8 +249,8 @@ def _batched(
     return Samples(batches, Path(source).name, length, seed, _hash([ids]))
 
 
-def _refuse_text(model: LoadedModel, source: str, split: Split) -> None:
-    if source != BUILTIN:
+def _refuse_text(model: LoadedModel, source: str | Sequence[Share], split: Split) -> None:
+    if source not in (BUILTIN, MIXTURE):
         option = "--calibration" if split == "calibration" else "the text to measure on (--eval)"
         raise ValueError(
             f"{model.id} brings its own batches and has no tokenizer, so it cannot use {source!r}. "
@@ -306,24 +303,3 @@ def _hash(batches: Sequence[Batch]) -> str:
                 digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sample_from_model(model: LoadedModel, sequences: int, length: int, seed: int) -> Tensor:
-    """Sample sequences [N, length] from the model at temperature 1, from a random first token."""
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer = model.workload.tokenizer
-    prefix = _first_tokens(tokenizer)
-    vocabulary = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    first = torch.randint(min(len(tokenizer), vocabulary), (sequences, 1), generator=generator)
-    start = torch.tensor(prefix, dtype=torch.long).expand(sequences, len(prefix))
-    ids = torch.cat([start, first], dim=1).to(model.device)
-    past = None
-    step = ids
-    with torch.no_grad():
-        while ids.shape[1] < length:
-            output = model.module(input_ids=step, past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
-            ids = torch.cat([ids, step], dim=1)
-    return ids

@@ -18,6 +18,7 @@ from .words import number, with_error
 TOLD = (
     "coverage",
     "optimality",
+    "KL on another text",
     "refined",
     "KV cache",
     "memory",
@@ -163,13 +164,16 @@ def provenance(plan: Plan) -> dict[str, str]:
         text = measured.length is not None
         values["Measured on"] = count + (f" in sequences of {measured.length}" if text else "")
         values[f"Measured {'text' if text else 'samples'} SHA-256"] = measured.text_sha256
+    for also in plan.measured_also:
+        values[f"Measured also on {also.text}"] = f"{also.tokens:,} tokens, {also.text_sha256}"
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def _said(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a calibration with the model's own word for what was drawn."""
     renamed = {"sequences": words_of(calibration).drawn}
-    return {renamed.get(name, name): v for name, v in calibration.items() if name != "per"}
+    told = {name: v for name, v in calibration.items() if name not in ("per", "texts")}
+    return {renamed.get(name, name): v for name, v in told.items()}
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..models.wording import words_of
+from ..models.wording import Words, words_of
 from ..quantizers.runtimes import Rules
 from ..search.budget import format_bytes
 from ..search.coverage import bits_per, describe_coverage
-from ..search.plan import Plan
+from ..search.plan import MeasuredAlso, Plan
 from .words import gap as gap_in_words
 from .words import number, with_error
 
@@ -228,6 +228,7 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
         measured = f"{with_error(held_out.kl, held_out.kl_stderr)} {words.nats}"
         measured += f" on {held_out.tokens:,} held-out {words.many}"
     lines.append(("KL measured", measured))
+    lines += [("KL on another text", describe_also(also, words)) for also in plan.measured_also]
     if (refined := plan.refinement) is not None:
         steps = "1 step" if refined.steps == 1 else f"{refined.steps} steps"
         kl = f"{number(refined.kl_before)} → {number(refined.kl_after)}"
@@ -237,6 +238,18 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
         steps = "1 step" if tuned.steps == 1 else f"{tuned.steps} steps"
         lines.append(("tuned", f"scales: KL on calibration {words.drawn} {kl} in {steps}"))
     return lines
+
+
+def describe_also(also: MeasuredAlso, words: Words) -> str:
+    """A measurement on a second text in words: KL, text, and the rival's."""
+    text = f"{with_error(also.kl, also.kl_stderr)} {words.nats} on {also.tokens:,} held-out"
+    text += f" {words.many} of {also.text}"
+    if also.rival is None or also.rival_kl is None:
+        return text
+    text += f"; {also.rival} there: KL {with_error(also.rival_kl, also.rival_kl_stderr)}"
+    if also.difference is not None:
+        text += f", paired difference {with_error(also.difference, also.difference_stderr, True)}"
+    return text
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:

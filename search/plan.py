@@ -70,6 +70,20 @@ class Measured(Strict):
     text_sha256: str
 
 
+class MeasuredAlso(Measured):
+    """The same on a further held-out text, and on that the best uniform plan that fits.
+
+    The rival is the one that measured best on the first text; nothing of it where none fits.
+    ``difference`` is its KL minus the plan's, paired over sequences.
+    """
+
+    rival: str | None = None
+    rival_kl: float | None = None
+    rival_kl_stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
 class Baseline(Strict):
     """A plan measured on the same tokens, for comparison.
 
@@ -192,6 +206,7 @@ class Plan(Record):
             mixed and damped; None, and not in the file, if it looked at nothing.
         tuning: Set when the plan's scales were tuned: they are in the run folder, and both that
             and the plan are needed to have the weights.
+        measured_also: Measurements on further held-out texts, of other kinds than the first.
         codes_sha256: Hash of the codes and scales that were measured, where rounding to nearest
             does not give them (``Renderings.digest``).
         note: What the solver had to say.
@@ -217,6 +232,7 @@ class Plan(Record):
     lower_bound_kl: Predicted
     gap: Predicted
     measured: Measured | None = None
+    measured_also: list[MeasuredAlso] = Field(default_factory=list)
     baselines: list[Baseline] = Field(default_factory=list)
     metric: str
     solver: str

@@ -17,6 +17,7 @@ from ..models.find import as_stored, coverage, find_units, unplanned_tensors
 from ..models.identity import definition_sha256, state_sha256
 from ..models.load import load_model
 from ..models.measure import measure, plan_runner
+from ..models.names import MIXTURE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import SEQUENCES, in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, samples_from_batches
@@ -57,9 +58,9 @@ def profile(
 
     Args:
         model: A model name (see :func:`load_model`), any module, or a loaded model.
-        batches: Calibration batches; None takes the built-in prose (language models) or the
-            batches the model's own function yields. A rounding method that needs data sees the
-            first half of them, and prices come from the second.
+        batches: Calibration batches; None takes the default mixture of texts (language models)
+            or the batches the model's own function yields. A rounding method that needs data sees
+            the first half of them, and prices come from the second.
         formats: Candidate formats.
         metric: Name of the sensitivity metric; see ``bitplan metrics``.
         rounding: Name of the rounding method whose errors are priced.
@@ -87,7 +88,7 @@ def profile(
     if METHODS.trait(rounding, "needs"):
         if batches is None and loaded.is_language_model:
             seen = rounding_samples(
-                loaded, sequences=rounding_sequences, seed=seed, priced=samples.count
+                loaded, MIXTURE, sequences=rounding_sequences, seed=seed, priced=samples.count
             )
         else:
             samples, seen = in_halves(loaded, samples, show)
@@ -295,7 +296,7 @@ def _as_samples(
     if isinstance(batches, Samples):
         return batches
     if batches is None:
-        return calibration_samples(model, seed=seed)
+        return calibration_samples(model, MIXTURE, seed=seed)
     return samples_from_batches(batches, model, "batches", seed)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bitplan.models.load import load_model
-from bitplan.models.samples import builtin_prose
+from bitplan.models.texts import builtin_prose
 from bitplan.models.workload import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...models.find import find_matrices
-from ...models.names import BUILTIN
+from ...models.mixture import recorded_shares
 from ...models.packed_modules import PackedModule
 from ...models.rendering import Renderer
 from ...models.samples import calibration_samples
@@ -48,7 +48,7 @@ class Imatrix(Exporter):
             )
         samples = calibration_samples(
             model,
-            said.get("source", BUILTIN),
+            recorded_shares(said),
             said.get("sequences", SEQUENCES),
             said.get("length", LENGTH),
             said.get("seed", 0),

@@ -1,4 +1,7 @@
-"""All plans and every uniform rival on the same held-out data; the best ships."""
+"""All plans and every uniform rival on the same held-out data; the best ships.
+
+That one and its best rival are measured on a second text, too: does it hold for another kind?
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ def validate(context: Context) -> None:
         context.plans[f"uniform {fmt}"] = plan
         context.uniform[f"uniform {fmt}"] = fmt
     context.plan = context.held_out.best(context.plans, context.goal, context.uniform)
+    if (second := context.held_out_also) is not None:
+        also = second.beside(context.plan, context.plans)
+        context.plan = context.plan.model_copy(update={"measured_also": [also]})
 
 
 def _rivals(context: Context) -> dict[str, Plan]:

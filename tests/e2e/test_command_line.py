@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import torch
 from safetensors import safe_open
 
 import bitplan
+from bitplan._base.progress import Reporter
+from bitplan.jobs.search import run_search
+from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.models.load import load_model
 from bitplan.search.frontier import Frontier
 from bitplan.search.plan import Plan
@@ -31,6 +35,7 @@ FILES = {
     "profile.safetensors",
     "profile.json",
     "measurements.json",
+    "measurements-also.json",
     "confidence.json",
     "job.json",
     "job.log",
@@ -201,6 +206,28 @@ def test_measuring_on_the_calibration_text_is_refused(tiny_folder: Path, tmp_pat
     done = run("search", tiny_folder, "--calibration", text, "--eval", text, *SMALL)
     assert done.returncode == 1
     assert "both --calibration and --eval" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"evaluation": "{0}"}, "{0} is both --calibration and --eval: a plan"),
+        ({"eval_also": "{1}"}, "{1} is both --calibration and --eval-also: a plan"),
+        ({"evaluation": "code", "eval_also": "code"}, "code is both --eval and --eval-also"),
+        ({"evaluation": "{2}", "eval_also": "{3}"}, "{3} is both --eval and --eval-also"),
+    ],
+)
+def test_every_text_has_one_part_to_play(
+    tiny_folder: Path, tmp_path: Path, asked: dict[str, str], message: str
+) -> None:
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt", "same-as-c.txt")]
+    for file, word in zip(files, ("one", "two", "three", "three"), strict=True):
+        file.write_text(f"{word} four five six " * 2000)
+    texts = f"{files[0]}:0.6,{files[1]}:0.2,code:0.2"
+    profile = ProfileSettings(str(tiny_folder), calibration=texts, sequences=10, length=32)
+    search = SearchSettings(budget="4bpw", **{k: v.format(*files) for k, v in asked.items()})
+    with pytest.raises(ValueError, match=re.escape(message.format(*files))):
+        run_search(profile, search, tmp_path / "run", Reporter(quiet=True))
 
 
 def test_quantize_never_replaces_a_run_folder(job: Path) -> None:

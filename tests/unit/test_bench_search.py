@@ -14,7 +14,7 @@ from bitplan.benchmarks.search_fused import GROUPS, _plan
 from bitplan.benchmarks.search_heldout import heldout
 from bitplan.benchmarks.search_lab import Lab, Settings, ratio
 from bitplan.benchmarks.search_rivals import PASSES, table_of
-from bitplan.models.samples import builtin_prose
+from bitplan.models.texts import builtin_prose
 from bitplan.search.problem import Problem
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.estimate import profile

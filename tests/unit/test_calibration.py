@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitplan.models.samples import builtin_prose, calibration_samples, evaluation_samples
+from bitplan.models.samples import calibration_samples, evaluation_samples
+from bitplan.models.texts import builtin_prose
 from bitplan.models.workload import LoadedModel, Workload
 
 

@@ -11,7 +11,7 @@ from bitplan.exporters.card import write_card
 from bitplan.exporters.source import open_source
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.runtimes import Rules
-from bitplan.search.plan import Baseline, Measured
+from bitplan.search.plan import Baseline, Measured, MeasuredAlso
 from bitplan.testing.plans import mixed
 
 
@@ -23,6 +23,16 @@ def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_p
                 kl=0.1234, kl_stderr=0.004, ppl=20.5, ppl_original=19.25, tokens=4096, length=64,
                 text="held-out.txt", text_sha256="0" * 64,
             ),
+            "measured_also": [
+                MeasuredAlso(
+                    kl=0.25, kl_stderr=0.006, tokens=1024, length=64, text="code",
+                    text_sha256="1" * 64, rival="int4-g64", rival_kl=0.375, rival_kl_stderr=0.1,
+                ),
+                MeasuredAlso(
+                    kl=0.5, kl_stderr=0.006, tokens=1024, length=64, text="chat",
+                    text_sha256="1" * 64,
+                ),
+            ],
             "baselines": [
                 Baseline(
                     name="uniform int4-g64", bytes=12345, predicted_kl=0.2, kl=0.3, kl_stderr=0.1,
@@ -47,6 +57,11 @@ def test_the_card_has_front_matter_figures_and_the_plan(wide: LoadedModel, tmp_p
         assert f"`{fmt}`" in body
     assert f"together they take {plan.bytes:,} bytes" in body
     assert "0.1234" in body and "20.50 (original 19.25)" in body
+    assert (
+        "on another text | 0.25 ± 0.006 nats per token (1,024 tokens of code); int4-g64 0.375 |"
+        in (body)
+    )
+    assert "on another text | 0.5 ± 0.006 nats per token (1,024 tokens of chat) |" in body
     assert "uniform int4-g64, 12,345 bytes | KL 0.3" in body
     assert "(allocation.png)" in body and "(frontier.png)" not in body
     assert (out / "allocation.png").read_bytes() == b"png"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bitplan.reports.html import write_report
-from bitplan.search.plan import Plan
+from bitplan.search.plan import MeasuredAlso, Plan
 from bitplan.tests.fakes import fake_run, flat_units, transformer_units
 
 FIGURES = ["frontier", "allocation", "sensitivity", "prediction"]
@@ -97,6 +97,23 @@ def test_report_states_the_result(tmp_path: Path) -> None:
     assert plan.command in text
     for module, name in plan.assignments.items():
         assert re.search(rf"{re.escape(module)}</th><td>[^<]*</td><td class=\"text\">{name}<", text)
+
+
+def test_report_tells_of_the_second_text(tmp_path: Path) -> None:
+    fake_run(tmp_path, transformer_units(3))
+    plan = Plan.load(tmp_path / "plan.json")
+    also = MeasuredAlso(
+        kl=0.31, kl_stderr=0.02, tokens=4096, length=128, text="code", text_sha256="5e" * 32,
+        rival="int4-g128-asym", rival_kl=0.4, rival_kl_stderr=0.03,
+    )  # fmt: skip
+    plan.model_copy(update={"measured_also": [also]}).save(tmp_path / "plan.json")
+    write_report(tmp_path)
+    text = html.unescape(read(tmp_path)).replace("\u00a0", " ")
+    assert (
+        "KL on another text: 0.31 ± 0.02 nats per token on 4,096 held-out tokens of code; "
+        "int4-g128-asym there: KL 0.40 ± 0.03." in text
+    )
+    assert "5e" * 32 in text
 
 
 def test_report_without_measurement_says_so(tmp_path: Path) -> None:

@@ -169,3 +169,32 @@ def test_a_plan_with_a_cache_is_another_plan(
 
 def test_no_cache_is_the_same_run(tiny: LoadedModel) -> None:
     assert with_cache(tiny, tiny.logits, None) == tiny.logits
+
+
+def test_the_plan_and_its_best_rival_are_measured_on_a_second_text(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, tmp_path: Path
+) -> None:
+    sizes = {"int2-g32-asym": 500, "int4-g32-asym": 1000, "int8-g32-asym": 1001}
+    plans = {f"uniform {fmt}": plan(units, fmt, size) for fmt, size in sizes.items()}
+    mixed = plan(units, "int8-g32-asym", 900)
+    plans["mixed"] = mixed = mixed.model_copy(
+        update={"assignments": mixed.assignments | {units[0].modules[0]: "int6-g32-asym"}}
+    )
+    uniform = {name: name.removeprefix("uniform ") for name in plans if name != "mixed"}
+    shipped = held_out(tiny, units, samples, tmp_path).best(plans, WITHIN, uniform)
+    assert shipped.assignments == mixed.assignments
+    code = evaluation_samples(tiny, "code", tokens=128, length=32)
+    run, quiet = RunFolder(tmp_path), Reporter(quiet=True)
+    file = run.measurements_also
+    second = HeldOut(tiny, Renderer(tiny.module, units), code, run, quiet, file)
+    also = second.beside(shipped, plans)
+    assert (also.text, also.tokens, also.text_sha256) == ("code", 128, code.sha256)
+    assert also.kl == pytest.approx(direct_kl(tiny, units, code, mixed), rel=1e-4)
+    assert also.rival == "int4-g32-asym", "int8 is over the budget, int2 is worse"
+    rival = direct_kl(tiny, units, code, plans["uniform int4-g32-asym"])
+    assert also.rival_kl == pytest.approx(rival, rel=1e-4)
+    assert also.difference == pytest.approx(rival - also.kl, rel=1e-3)
+    assert also.difference_stderr is not None and also.difference_stderr > 0
+    assert len(json.loads(file.read_text())["plans"]) == 2, "not all of them"
+    alone = second.beside(shipped.model_copy(update={"baselines": []}), plans)
+    assert (alone.kl, alone.rival, alone.rival_kl) == (also.kl, None, None)

@@ -69,7 +69,7 @@ def grid_fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
 
 
 def settings(model: Path, rounding: str = "gptq", **changed: object) -> ProfileSettings:
-    given: dict[str, object] = {"formats": FORMATS, "sequences": 8, "length": 32} | changed
+    given = {"formats": FORMATS, "sequences": 8, "length": 32, "calibration": "builtin"} | changed
     return ProfileSettings(str(model), rounding=rounding, **given)  # type: ignore[arg-type]
 
 
@@ -244,6 +244,39 @@ def test_a_text_is_found_by_the_command_that_named_it(
     shutil.rmtree(tmp_path / "run" / "renderings")
     plan.model_copy(update={"command": None}).save(tmp_path / "run" / "plan.json")
     quantize(tmp_path / "run" / "plan.json", tmp_path / "packed")
+
+
+def test_several_texts_are_found_again_with_their_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    text = folder / "text, 2:1.txt"
+    text.write_text("The model stores a scale for every row of every weight. " * 300)
+    source = f"mixture:0.6,{text}:0.4"
+    search = SearchSettings(budget="3.9bpw", refine=0, eval_tokens=256, bootstrap=0)
+    plan = run_search(settings(tiny_folder, calibration=source), search, tmp_path / "run", QUIET)
+    assert plan.calibration["texts"][-1] == {"source": text.name, "weight": 0.4}
+    with pytest.raises(ValueError, match="not found"):
+        quantize(plan, tmp_path / "packed")
+    monkeypatch.chdir(folder)
+    quantize(plan, tmp_path / "packed")
+    other = [*plan.calibration["texts"][:-1], {"source": text.name, "weight": 0.2}]
+    wrong = plan.model_copy(update={"calibration": plan.calibration | {"texts": other}})
+    with pytest.raises(ValueError, match="is another text"):
+        quantize(wrong, tmp_path / "packed-2")
+
+
+def test_the_plan_of_a_search_knows_a_second_text(searched: tuple[Path, Plan]) -> None:
+    run, plan = searched
+    [also] = Plan.load(run / "plan.json").measured_also
+    assert plan.measured is not None
+    assert (plan.measured.text, plan.measured.tokens) == ("builtin", 256)
+    assert (also.text, also.tokens) == ("code", 64)
+    assert also.kl > 0 and also.text_sha256 != plan.measured.text_sha256
+    fitting = [b for b in plan.baselines if b.format and b.bytes <= plan.budget.bytes]
+    assert also.rival == (min(fitting, key=lambda b: b.kl).format if fitting else None)
+    assert RunFolder(run).measurements_also.is_file()
 
 
 def test_a_killed_run_rounds_nothing_twice(

@@ -160,3 +160,22 @@ def test_limits_of_a_saved_profile_are_those_of_a_search() -> None:
     )
     with pytest.raises(ValueError, match="needs --latency-device"):
         SolveSettings(batch=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "second"),
+    [
+        ({}, "code"),
+        ({"evaluation": "notes.txt"}, "code"),
+        ({"evaluation": "chat"}, "code"),
+        ({"evaluation": "code"}, "prose"),
+        ({"eval_also": "none"}, None),
+        ({"eval_also": "chat"}, "chat"),
+    ],
+)
+def test_the_second_text_is_of_another_kind(asked: dict[str, Any], second: str | None) -> None:
+    assert SearchSettings(budget="4bpw", **asked).second_text == second
+
+
+def test_the_default_calibration_is_a_mixture() -> None:
+    assert ProfileSettings().calibration == "mixture"

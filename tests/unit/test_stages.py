@@ -52,7 +52,9 @@ COARSE = ("int1-g64-asym", "int2-g64-asym", "int3-g64-asym")
 def search(
     model: Path, run: Path, formats: tuple[str, ...] = DEFAULT_FORMATS, **asked: object
 ) -> Plan:
-    profile = ProfileSettings(str(model), formats, sequences=16, length=32, device="cpu")
+    profile = ProfileSettings(
+        str(model), formats, calibration="builtin", sequences=16, length=32, device="cpu"
+    )
     shared = {"eval_tokens": 512, "bootstrap": 10, "guard": 16}
     settings = SearchSettings(**shared | asked)  # type: ignore[arg-type]
     return run_search(profile, settings, run, Reporter(quiet=True))

@@ -20,7 +20,7 @@ from bitplan.reports.terminal import (
     uniform_table,
 )
 from bitplan.reports.words import plain
-from bitplan.search.plan import BudgetRef, KVCache, Latency, Plan
+from bitplan.search.plan import BudgetRef, KVCache, Latency, MeasuredAlso, Plan
 from bitplan.search.solvers import SOLVERS
 from bitplan.sensitivity.metrics import METRICS
 from bitplan.tests.fakes import fake_run, transformer_units
@@ -256,3 +256,26 @@ def test_families_are_listed_with_their_whole_grammar(width: int) -> None:
     assert "…" not in capture.get()
     for family in families() if width == 300 else ():
         assert family.grammar in capture.get()
+
+
+def test_a_second_text_is_told_with_the_rival_there(plan: Plan) -> None:
+    assert plan.measured is not None
+    own = {"kl": 0.31, "kl_stderr": 0.02, "tokens": 4096, "text": "code", "text_sha256": "ab"}
+    also = MeasuredAlso(
+        **own,
+        length=128,
+        rival="int4-g128-asym",
+        rival_kl=0.4,
+        rival_kl_stderr=0.03,
+        difference=0.09,
+        difference_stderr=0.01,
+    )
+    assert "KL on another text" not in shown(plan, {})
+    text = " ".join(shown(plan.model_copy(update={"measured_also": [also]}), {}, 200).split())
+    assert (
+        "KL on another text 0.31 ± 0.02 nats per token on 4,096 held-out tokens of code; "
+        "int4-g128-asym there: KL 0.40 ± 0.03, paired difference +0.090 ± 0.010" in text
+    )
+    alone = MeasuredAlso(**own, length=128)
+    text = shown(plan.model_copy(update={"measured_also": [alone]}), {}, 200)
+    assert "tokens of code" in text and "there: KL" not in text

@@ -194,11 +194,12 @@ def test_the_oracle_measures_the_guard_and_remembers_it(tmp_path: Path) -> None:
 
 
 def test_the_guard_of_a_language_model_is_other_text_of_the_same_order(tiny: LoadedModel) -> None:
-    settings = ProfileSettings("tiny", sequences=12, length=16, seed=3)
-    inside = calibration_samples(tiny, sequences=12, length=16, seed=3)
+    texts = "prose:0.5,code:0.3,chat:0.2"
+    settings = ProfileSettings("tiny", calibration=texts, sequences=12, length=16, seed=3)
+    inside = calibration_samples(tiny, texts, sequences=12, length=16, seed=3)
     priced, apart = guarded(tiny, settings, inside, 8)
     assert priced is inside
-    longer = calibration_samples(tiny, sequences=20, length=16, seed=3)
+    longer = calibration_samples(tiny, texts, sequences=20, length=16, seed=3)
     rows = torch.cat(list(longer.batches))  # type: ignore[arg-type]
     assert torch.equal(torch.cat(list(apart.batches)), rows[12:])  # type: ignore[arg-type]
 
