@@ -191,11 +191,11 @@ class Family(ABC, Generic[F]):
         Args:
             weight: The weight, float32.
             fmt: The format.
-            importance: What the squared error of a weight costs, the diagonal of a curvature: [cols],
-                or [rows, cols], float32, not negative; it is looked at within groups of weights
-                that share a scale. None: large weights matter more, see ``methods/rtn.py``.
+            importance: What a squared error of each weight costs, float32 [cols] or [rows, cols],
+                not negative: the diagonal of a curvature. Only its proportions among weights that
+                share a scale count. None: large weights count more, see ``methods/rtn.py``.
 
-        A family without this parameter is fitted without importance: :func:`fit` asks any family.
+        A family without this last parameter is fitted without importance; :func:`fit` asks any.
         """
 
     def refit(self, weight: Tensor, fmt: Format, grid: F, codes: Tensor, hessian: Tensor) -> F:
@@ -278,7 +278,7 @@ def family_of(fmt: Format) -> Family[Any]:
 
 
 def fit(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Fitted | None:
-    """What its family keeps of a weight: ``Family.fit``, with importance where the family takes it."""
+    """What its family keeps of a weight; with importance, if ``Family.fit`` takes any there."""
     found: Fitted | None
     own = family_of(fmt).fit
     if importance is None or "importance" not in signature(own).parameters:

@@ -45,7 +45,9 @@ def _fit(weight: Tensor, fmt: Format, importance: Tensor | None, kind: type[_Int
     for rows in row_chunks(weight.shape):
         counts = weight if importance is None else importance
         for (block, groups), (count, _) in zip(
-            grouped(weight[rows], fmt.group_size), grouped(counts[rows], fmt.group_size), strict=True
+            grouped(weight[rows], fmt.group_size),
+            grouped(counts[rows], fmt.group_size),
+            strict=True,
         ):
             flat = block.reshape(-1, block.shape[2]).float()
             fit = kind(flat, fmt, None if importance is None else count.reshape(flat.shape))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .lines import CHUNK, grouped
+from .lines import CHUNK
 
 RIDGE = 1e-3  # of the diagonal: scales that the data hardly tell apart stay where they are
 SURE = 1e-5  # a gain below this share of its terms may be none
@@ -44,20 +44,20 @@ def refit_scales(
         >>> weight, levels = torch.tensor([[0.8, 1.2]]), torch.tensor([[1.0, 1.0]])
         >>> for hessian in (torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])):
         ...     print(refit_scales(weight, levels, torch.tensor([[0.8]]), hessian))
-        tensor([[1.0000]], dtype=torch.float16)
+        tensor([[1.]], dtype=torch.float16)
         tensor([[1.0996]], dtype=torch.float16)
     """
     size = group_size if group_size > 0 else levels.shape[1] // scale.shape[1]
     shared = len(scale) == 1
     found, sums = [], []
     for rows in equation_chunks(weight.shape, scale.shape[1]):
-        some, old = levels[rows], scale if shared else scale[rows]
-        error = weight[rows] - some * widen(old.float(), size, some.shape[1])
-        equations = normal_equations(error @ hessian, [some], hessian, size)
+        some, old = levels[rows].T.contiguous(), scale if shared else scale[rows]
+        error = weight[rows].T - some * widen(old.T.float(), size, len(some))
+        left, right = equations(some, hessian, size), right_sides(hessian @ error, some, size)
         if shared:
-            sums.append([part.sum(0, keepdim=True) for part in equations])
+            sums.append((left.sum(2, keepdim=True), right.sum(1, keepdim=True)))
         else:
-            found.append(improve(old, *equations))
+            found.append(improve(old, left, right))
     if shared:
         return improve(scale, *(torch.stack(part).sum(0) for part in zip(*sums, strict=True)))
     return torch.cat(found)
@@ -70,69 +70,76 @@ def equation_chunks(shape: Sequence[int], unknowns: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def normal_equations(
-    gradient: Tensor, bases: Sequence[Tensor], hessian: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """A and b of the changes of some scales of every group.
+def equations(levels: Tensor, hessian: Tensor, size: int, offsets: bool = False) -> Tensor:
+    """The A of the scales of all groups of some rows.
 
     Args:
-        gradient: E H [rows, cols].
-        bases: What the scales multiply, one tensor for each kind of scale: [rows, cols], or
-            [1, cols] if it is the same in all rows.
+        levels: What scales multiply [cols, rows]: transposed, as all here, so that rows, which
+            are many and independent, lie next to each other.
         hessian: H [cols, cols].
         size: Columns of a group, of which the last may have fewer.
+        offsets: Whether groups have offsets as well, which multiply 1.
 
     Returns:
-        A [rows, unknowns, unknowns] and b [rows, unknowns], of which there are one of the first
-        kind for every group, then those of the second kind.
+        A [unknowns, unknowns, rows]; unknowns are the scales of all groups, then their offsets.
     """
-    (rows, cols), kinds = gradient.shape, len(bases)
-    groups = math.ceil(cols / size)
-    right = torch.stack([group_sums(gradient * basis, size) for basis in bases], 1)
-    left = gradient.new_empty(rows, kinds, groups, kinds, groups)
+    (cols, rows), groups = levels.shape, math.ceil(len(levels) / size)
+    kinds = 2 if offsets else 1
+    left = levels.new_empty(kinds, groups, kinds, groups, rows)
+    summed = group_sums(hessian, size)
     for group, start in enumerate(range(0, cols, size)):
-        end, upto = min(start + size, cols), slice(0, group + 1)
-        for i, first in enumerate(bases):
-            product = first[:, start:end] @ hessian[start:end, :end]
-            for j, second in enumerate(bases):
-                sums = group_sums(product * second[:, :end], size)
-                left[:, i, group, j, upto] = sums
-                left[:, j, upto, i, group] = sums
-    return left.flatten(3).flatten(1, 2), right.flatten(1)
+        here, upto = slice(start, min(start + size, cols)), slice(0, min(start + size, cols))
+        sums = group_sums((hessian[upto, here] @ levels[here]).mul_(levels[upto]), size)
+        left[0, group, 0, : group + 1] = sums
+        left[0, : group + 1, 0, group] = sums
+        if offsets:
+            sums = summed[:, here] @ levels[here]
+            left[0, group, 1] = sums
+            left[1, :, 0, group] = sums
+    if offsets:
+        left[1, :, 1] = group_sums(summed.T.contiguous(), size).T[..., None]
+    return left.view(kinds * groups, kinds * groups, rows)
 
 
-def least_squares(left: Tensor, right: Tensor) -> Tensor:
-    """The x [rows, n] that make ``x A x^T - 2 x b`` least, next to it for scales of no account."""
+def right_sides(gradient: Tensor, levels: Tensor, size: int, offsets: bool = False) -> Tensor:
+    """The b [unknowns, rows] that go with ``equations``, for a gradient H E^T [cols, rows]."""
+    sums = [group_sums(gradient * levels, size)]
+    return torch.cat([*sums, group_sums(gradient, size)] if offsets else sums)
+
+
+def improve(scale: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The least-squares scales [rows, unknowns], float16, in rows that cost less with them.
+
+    A scale that would change its sign or leave float16 stays as it is.
+    """
+    left, right, old = left.movedim(2, 0).contiguous(), right.T.contiguous(), scale.float()
+    new = (old + _least_squares(left, right)).half().float()
+    new = torch.where(new.isfinite() & (new * old > 0), new, old)
+    change = new - old
+    quadratic, linear = (change * (left @ change[..., None])[..., 0]).sum(1), change * right
+    better = quadratic - 2 * linear.sum(1) < -SURE * linear.abs().sum(1)
+    return torch.where(better[:, None], new, old).half()
+
+
+def _least_squares(left: Tensor, right: Tensor) -> Tensor:
+    """The x [rows, n] that make ``x A x^T - 2 x b`` least, and near 0 where it hardly matters."""
     size = left.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     inverse = torch.where(size > 0, 1 / size, 0)
     unit = left * inverse[:, :, None] * inverse[:, None]
-    unit.diagonal(dim1=1, dim2=2).copy_(torch.full_like(size, 1 + RIDGE))
+    unit.diagonal(dim1=1, dim2=2).fill_(1 + RIDGE)
     factor, failed = torch.linalg.cholesky_ex(unit)
     found = torch.cholesky_solve((right * inverse)[..., None], factor)[..., 0] * inverse
     return torch.where((failed[:, None] == 0) & found.isfinite(), found, 0)
 
 
-def falls(change: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Whether a change x [rows, n] makes rows cost less, beyond the errors of float32: [rows]."""
-    quadratic = (change * (left @ change[..., None])[..., 0]).sum(1)
-    linear = change * right
-    return quadratic - 2 * linear.sum(1) < -SURE * linear.abs().sum(1)
-
-
-def improve(scale: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The least-squares scales [rows, n] of the equations, float16, where rows then cost less."""
-    old = scale.float()
-    new = (old + least_squares(left, right)).half().float()
-    new = torch.where(new.isfinite() & (new * old > 0), new, old)
-    better = falls(new - old, left, right)
-    return torch.where(better[:, None], new, old).half()
-
-
 def group_sums(values: Tensor, size: int) -> Tensor:
-    """Sums [rows, groups] over groups of ``size`` columns, of which the last may have fewer."""
-    return torch.cat([block.sum(2) for block, _ in grouped(values, size)], 1)
+    """Sums [groups, n] of [cols, n] over groups of ``size``, of which the last may have fewer."""
+    full = len(values) // size
+    sums = values[: full * size].view(full, size, values.shape[1]).sum(1)
+    rest = values[full * size :]
+    return torch.cat([sums, rest.sum(0, keepdim=True)]) if len(rest) else sums
 
 
 def widen(scale: Tensor, size: int, cols: int) -> Tensor:
-    """Scales [rows, groups] for every column of their groups: [rows, cols]."""
-    return scale.repeat_interleave(size, 1)[:, :cols]
+    """Scales [groups, rows] for every column of their groups: [cols, rows]."""
+    return scale.repeat_interleave(size, 0)[:cols]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..quantizers.format import FAMILIES, Family, Format, family
+from ..quantizers.format import FAMILIES, Family, Format, family, fit
 from ..quantizers.grid import Grid, decode, encode, render
 from ..quantizers.packed import PackedTensor
 from .contract import Contract
@@ -174,6 +174,37 @@ class FamilyContract(Contract):
         """The relative squared error of normal weights is at most 1.2 * 4^-(bits - 1)."""
         error = (packed.dequantize() - weight).square().sum() / weight.square().sum()
         assert error <= 1.2 * 4.0 ** -(min(fmt.bits, 9) - 1)
+
+    def test_importance_is_no_worse_than_none(self, fmt: Format) -> None:
+        """Of columns and of entries; families that take none are fitted as ever."""
+        weight = drawn((24, 300), 2) / 16
+        columns, rows = (1.5 * drawn((300,), 3)).exp(), (1.5 * drawn((24, 1), 4)).exp()
+        for importance in (columns, rows * columns):
+            errors = []
+            for known in (None, importance):
+                packed = PackedTensor.pack(weight, fmt, fit(weight, fmt, known))
+                error = (packed.dequantize() - weight).square() * importance
+                errors.append(float(error.sum()))
+            assert errors[1] <= 1.001 * errors[0]
+
+    def test_refitted_scales_cost_no_more(self, fmt: Format) -> None:
+        """For codes that were chosen otherwise, in rows of a curvature; they are stored exactly."""
+        if fmt.floating or fmt.base is not None:
+            return
+        weight, inputs = drawn((24, 300), 4) / 16, drawn((500, 300), 5).cumsum(1) / 8
+        hessian, grid = inputs.T @ inputs / 500, fit(weight, fmt)
+        assert isinstance(grid, Grid)
+        codes = encode(1.1 * weight, fmt, grid)
+        better = family(fmt.family).refit(weight, fmt, grid, codes, hessian)
+        costs = []
+        for scales in (grid, better):
+            error = (decode(codes, fmt, scales) - weight).double()
+            costs.append(((error @ hessian.double()) * error).sum(1))
+        if len(grid.scale) == 1:  # of all rows
+            costs = [cost.sum(0) for cost in costs]
+        assert (costs[1] <= costs[0] * (1 + 1e-5)).all()
+        packed = PackedTensor.of_codes(codes, fmt, better)
+        assert torch.equal(packed.dequantize(), decode(codes, fmt, better))
 
     def test_zeros_stay_zeros(self, fmt: Format) -> None:
         """A matrix that was pruned away."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..format import Family, Format, Tensors, family_of, fit
 from . import FAMILIES
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(.+)\+lr([1-9]\d{0,3})")
 _MORE = 8  # columns of the sketch beyond the rank
 _ITERATIONS = 4
-LEAST = 1e-4  # importance of a column beside the mean: errors there are not made up for at any price
+LEAST = 1e-4  # importance of a row or column, as a share of the mean, that a correction tells apart
 
 
 class Corrected(NamedTuple):
@@ -64,9 +64,9 @@ class LowRank(Family[Corrected]):
     int2-gc+lr2: 0.000
 
     References:
-        Zhang et al. (2024), "LQER: low-rank quantization error reconstruction for LLMs", without
-        the scaling by activations; Halko, Martinsson and Tropp (2011), "Finding structure with
-        randomness", algorithm 4.4, for the singular vectors.
+        Zhang et al. (2024), "LQER: low-rank quantization error reconstruction for LLMs", whose
+        scaling by activations takes importance; Halko, Martinsson and Tropp (2011), "Finding
+        structure with randomness", algorithm 4.4, for the singular vectors.
     """
 
     grammar = "{int...|nf4...}+lr{rank}"
@@ -112,25 +112,28 @@ class LowRank(Family[Corrected]):
         return family_of(_base(fmt)).reach(_base(fmt), low, high)
 
     def fit(self, weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Corrected:
-        """Round, and correct the error: where importance is known, in columns that have some.
+        """Round, and correct the error, in important rows and columns first.
 
-        Importance of every weight counts by its mean over the rows here: a low-rank matrix nearest
-        by errors that are weighted one by one is no singular value decomposition.
+        For the correction a weight's importance is that of its row times that of its column, both
+        means: the singular value decomposition of errors scaled so is the best one then.
         """
         import torch
 
         base = _base(fmt)
-        grid: Grid = fit(weight, base, importance)
+        grid = cast("Grid", fit(weight, base, importance))
         error = torch.empty_like(weight, dtype=torch.float32)
         family_of(base).render(weight, base, grid, error)
         torch.sub(weight, error, out=error)
         rank = min(fmt.rank, *weight.shape)
         if importance is None or not importance.any():
             return Corrected(grid, *factors(error, rank))
-        columns = importance.float().reshape(-1, weight.shape[1]).mean(0)
-        columns = (columns / columns.mean()).clamp_(min=LEAST).sqrt_()
-        left, right = factors(error * columns, rank)
-        return Corrected(grid, left, (right / columns).half())
+        entries = importance.float().reshape(-1, weight.shape[1])
+        rows, columns = (
+            (mean / mean.mean()).clamp_(min=LEAST).sqrt_()
+            for mean in (entries.mean(1, keepdim=True), entries.mean(0))
+        )
+        left, right = factors(error.mul_(rows).mul_(columns), rank)
+        return Corrected(grid, (left / rows).half(), (right / columns).half())
 
     def render(self, weight: Tensor, fmt: Format, fitted: Corrected, out: Tensor) -> None:
         """The nearest codes, decoded, plus L @ R."""

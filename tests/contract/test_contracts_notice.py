@@ -229,6 +229,10 @@ def decoded(packed: PackedTensor) -> tuple[Format, tuple[int, int], PackedTensor
     return packed.fmt, packed.shape, packed
 
 
+def odds(importance: Tensor | None) -> Tensor | None:
+    return None if importance is None else 1 / importance
+
+
 def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
     contract, weight, fmt = FamilyContract(), drawn((6, 70), 0) / 16, Format.parse("int4-g32-asym")
     packed = PackedTensor.pack(weight, fmt, family("integers").fit(weight, fmt))
@@ -254,6 +258,15 @@ def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(Integers, "parse", lambda _self, text: replace(fmt, name=text))
         patch.setattr(formats, "_parsed", formats._parsed.__wrapped__)  # what is parsed is not kept
         fails("test_names_read_back", "integers")
+    fit, refit = Integers.fit, Integers.refit
+    with monkeypatch.context() as patch:  # what is important is what is not
+        patch.setattr(
+            Integers, "fit", lambda s, w, f, importance=None: fit(s, w, f, odds(importance))
+        )
+        fails("test_importance_is_no_worse_than_none", fmt)
+    with monkeypatch.context() as patch:  # to another weight
+        patch.setattr(Integers, "refit", lambda s, w, f, g, c, h: refit(s, 2 * w, f, g, c, h))
+        fails("test_refitted_scales_cost_no_more", fmt)
     fails("test_traits_fit_together", replace(fmt, floating=True))
     fails("test_traits_fit_together", replace(fmt, levels=(0.0, 1.0)))
     wrong = PackedTensor.pack(3 * weight, fmt, family("integers").fit(3 * weight, fmt))
