@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import native_rounding
 from .feedback import Quadratic
 from .format import Format
 from .group_fit import REFINEMENTS, fit_group
-from .refit import group_sums, improve, normal_equations
+from .refit import equations, improve
 from .sweep import Cells, Lattice, Levels, Sweep
 
 BLOCK = 64  # columns between two products with all errors so far
@@ -121,19 +122,14 @@ def refit(scale: Tensor, basis: Tensor, slopes: Tensor, quadratic: Quadratic, si
         The scales, float32 [rows, spans] but exact in float16, none with another sign.
     """
     spans = scale.shape[1]
+    right = _summed(basis * slopes, spans, size)
     loaded = native_rounding.library(basis)
     if loaded is not None:
-        right = group_sums(basis * slopes, size)
-        left = native_rounding.normal(loaded, basis, quadratic, spans, size)
-        return improve(scale, left, right).float()
-    parts = zip(
-        *(t.view(len(quadratic.matrix), -1, t.shape[1]) for t in (scale, slopes, basis)),
-        quadratic.matrix,
-        strict=True,
-    )
-    return torch.cat(
-        [improve(old, *normal_equations(s, [b], h, size)).float() for old, s, b, h in parts]
-    ).view(-1, spans)
+        left = native_rounding.normal(loaded, basis, quadratic, spans, size).movedim(0, 2)
+    else:
+        parts = zip(basis.chunk(len(quadratic.matrix)), quadratic.matrix, strict=True)
+        left = torch.cat([equations(b.T.contiguous(), h, size) for b, h in parts], 2)
+    return improve(scale, left, right.T).float()
 
 
 def descend(
@@ -178,3 +174,9 @@ def descend(
             code = torch.where(change == 0, before, levels.codes[rank])
         falling -= change[..., None] * quadratic.matrix[:, None, column]
         blocks[:, :, column] = code.to(torch.uint8)
+
+
+def _summed(values: Tensor, spans: int, size: int) -> Tensor:
+    """Sums [rows, spans] over spans of ``size`` columns of ``values`` [rows, cols]."""
+    padded = pad(values, (0, spans * size - values.shape[1]))
+    return padded.view(len(values), spans, size).sum(2)
