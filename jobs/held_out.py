@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .._base.progress import Reporter
 from ..models.kv_cache import kv_runner
 from ..models.load import check_model, load_model
-from ..models.measure import Measurement, Run, measure, plan_runner
+from ..models.measure import Chooser, Measurement, Run, measure, plan_runner, standard_error
 from ..models.rendering import Renderer
 from ..models.samples import Samples, evaluation_samples
 from ..models.texts import check_text
@@ -24,6 +26,9 @@ from .materialize import assignment_formats, is_packed, load_packed, planned_uni
 from .measurements import Figures, Measurements
 from .renderings import plan_renderer
 from .tuned import tuned_renderer
+
+BEHIND = 5.0  # paired standard errors: further behind, a plan is not measured on
+ENOUGH = 8  # sequences to say so
 
 
 class HeldOut:
@@ -58,10 +63,18 @@ class HeldOut:
         """Perplexity of the original; None before a measurement or without text."""
         return self._known.ppl_original
 
-    def measure(self, plans: Mapping[str, Plan]) -> dict[str, Measurement]:
-        """Measure the plans that were not measured before; the figures of all of them."""
+    def measure(
+        self, plans: Mapping[str, Plan], keep: Chooser | None = None
+    ) -> dict[str, Measurement]:
+        """Measure the plans that were not measured before; the figures of all of them.
+
+        Args:
+            plans: The plans by name.
+            keep: Says which to go on with while they are measured, see :func:`.measure.measure`;
+                by default all are measured on all sequences.
+        """
         keys = {name: plan_key(plan) for name, plan in plans.items()}
-        todo = {name: plans[name] for name, key in keys.items() if key not in self._known.plans}
+        todo = {name: plans[name] for name, key in keys.items() if not self._knows(key, keep)}
         if todo:
             runs = {
                 name: plan_run(self._model, self._renderer_of(plan), plan)
@@ -70,9 +83,16 @@ class HeldOut:
             steps = len(self.samples.batches) * (1 + len(runs))
             what = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} plans"
             with self._reporter.bar(f"Validating {what}", steps) as advance:
+                passes = count()  # forward passes so far
+
+                def step() -> None:
+                    next(passes)
+                    advance(1)
+
                 fresh, self._known.ppl_original = measure(
-                    self._model, runs, self.samples, lambda: advance(1)
+                    self._model, runs, self.samples, step, keep=keep
                 )
+                advance(steps - next(passes))  # what was left out
             for name, m in fresh.items():
                 self._known.plans[keys[name]] = Figures(
                     kl=m.kl.tolist(),
@@ -81,6 +101,22 @@ class HeldOut:
                 )
             self._known.write(self._file)
         return {name: _measurement(self._known.plans[key]) for name, key in keys.items()}
+
+    def _knows(self, key: str, keep: Chooser | None) -> bool:
+        """Whether a plan was measured before, on all sequences where that is asked for."""
+        known = self._known.plans.get(key)
+        return known is not None and (keep is not None or len(known.kl) == self.samples.count)
+
+    def _contest(self, plans: Mapping[str, Plan]) -> dict[str, Measurement]:
+        """Measure plans of which the best is wanted: those far behind on some sequences only."""
+        measured = self.measure(plans, keep=in_the_running)
+        while True:
+            shortest = min(len(m.kl) for m in measured.values())
+            running = in_the_running({name: m.kl[:shortest] for name, m in measured.items()})
+            short = [n for n in running if len(measured[n].kl) < self.samples.count]
+            if not short:  # the best by all sequences is one of those that have them
+                return measured
+            measured |= self.measure({name: plans[name] for name in short})
 
     def best(
         self, plans: Mapping[str, Plan], goal: Goal, uniform: Mapping[str, str] | None = None
@@ -97,7 +133,7 @@ class HeldOut:
             a quality, the smallest (or fastest) one that reaches it. With ``measured`` filled in
             and all others as ``baselines``.
         """
-        measured = self.measure(plans)
+        measured = self.measure(plans) if goal.is_target else self._contest(plans)
         kl = {n: float(np.nan_to_num(m.mean_kl, nan=np.inf)) for n, m in measured.items()}
         answers = [name for name, plan in plans.items() if goal.accepts(plan, kl[name])]
         if goal.is_target and answers:
@@ -222,10 +258,28 @@ def _measurement(figures: Figures) -> Measurement:
     return Measurement(np.array(figures.kl), nll, figures.tokens)
 
 
+def in_the_running(kl: Mapping[str, NDArray[np.float64]]) -> list[str]:
+    """Plans that may still turn out the best, by their KL on the same sequences so far.
+
+    Out of the running is who is behind by :data:`BEHIND` standard errors, paired over at least
+    :data:`ENOUGH` sequences.
+
+    >>> kl = {"a": np.linspace(0, 1, 16), "b": np.linspace(0.01, 1, 16), "c": np.linspace(2, 3, 16)}
+    >>> in_the_running(kl)
+    ['a', 'b']
+    """
+    best = kl[min(kl, key=lambda name: float(np.nan_to_num(kl[name].mean(), nan=np.inf)))]
+    if len(best) < ENOUGH:
+        return list(kl)
+    behind = {name: values - best for name, values in kl.items()}
+    return [n for n, d in behind.items() if not d.mean() > BEHIND * standard_error(d)]
+
+
 def _baseline(
     name: str, plan: Plan, measured: Measurement, shipped: Measurement, uniform: str | None
 ) -> Baseline:
     difference, stderr = measured.minus(shipped)
+    short = measured.tokens < shipped.tokens
     return Baseline(
         name=name,
         format=uniform,
@@ -233,7 +287,8 @@ def _baseline(
         predicted_kl=plan.predicted_kl,
         kl=measured.mean_kl,
         kl_stderr=measured.kl_stderr,
-        ppl=measured.perplexity,
+        ppl=None if short else measured.perplexity,  # of other text
+        tokens=measured.tokens if short else None,
         ms=plan.latency.ms if plan.latency else None,
         difference=difference,
         difference_stderr=stderr,

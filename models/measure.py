@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from .samples import Samples
 from .workload import Batch, LoadedModel
 
 Run = Callable[[Batch], Tensor]  # batch -> logits [samples, positions, classes]
+# KL per sequence so far, of all candidates on the same sequences -> those to go on with.
+Chooser = Callable[[Mapping[str, NDArray[np.float64]]], Collection[str]]
 
 _ROWS = 256  # positions compared at a time, so that temporaries stay small
 
@@ -50,8 +52,9 @@ class Measurement:
         return None if self.nll is None else float(np.exp(self.nll.mean()))
 
     def minus(self, other: Measurement) -> tuple[float, float]:
-        """Difference of mean KL and its standard error, paired over the same sequences."""
-        difference = self.kl - other.kl
+        """Difference of mean KL and its standard error, paired over the sequences both have."""
+        shared = min(len(self.kl), len(other.kl))
+        difference = self.kl[:shared] - other.kl[:shared]
         return float(difference.mean()), standard_error(difference)
 
 
@@ -66,6 +69,7 @@ def measure(
     samples: Samples,
     advance: Callable[[], None] = lambda: None,
     reference: Run | None = None,
+    keep: Chooser | None = None,
 ) -> tuple[dict[str, Measurement], float | None]:
     """Run the original and all candidates batch by batch and compare their distributions.
 
@@ -79,29 +83,35 @@ def measure(
         advance: Called after every forward pass, (1 + candidates) times per batch.
         reference: Runs the original, for a caller that keeps something of that pass for the
             candidates, which run on the same batch right after it.
+        keep: Asked after every batch which candidates to go on with; the others are left with what
+            was measured of them.
 
     Returns:
         Measurements by name, and the perplexity of the original (None without text).
     """
     kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
     nll: dict[str, list[Tensor]] = {name: [] for name in (*candidates, "")}
-    tokens = 0
+    tokens = dict.fromkeys(candidates, 0)
+    left = dict(candidates)
     with torch.no_grad():
         for batch in samples.batches:
             log_p = (reference or original.logits)(batch).log_softmax(-1)
-            tokens += log_p.shape[0] * log_p.shape[1]
             labels = batch if original.is_language_model and isinstance(batch, Tensor) else None
             if labels is not None:
                 nll[""].append(_negative_log_likelihood(log_p, labels))
             advance()
-            for name, run in candidates.items():
+            for name, run in left.items():
                 logits = run(batch)
+                tokens[name] += log_p.shape[0] * log_p.shape[1]
                 kl[name].append(_divergence(log_p, logits))
                 if labels is not None:
                     nll[name].append(_negative_log_likelihood(logits, labels))
                 advance()
+            if keep is not None:
+                chosen = keep({name: _join(kl[name]) for name in left})
+                left = {name: run for name, run in left.items() if name in chosen}
     measured = {
-        name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens)
+        name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens[name])
         for name in candidates
     }
     perplexity = float(np.exp(_join(nll[""]).mean())) if nll[""] else None

@@ -23,7 +23,8 @@ class Comparison(NamedTuple):
     ``bpw`` is of the weights alone, NaN where those are not known apart; ``ms`` is the time where
     one was asked for.  ``misfit`` says in words why a plan is no choice (``over budget``), nothing
     if it is one; ``format`` is the one format of every unit, None for a mixed plan;
-    ``difference`` is its measured KL minus that of the plan in question, paired over samples.
+    ``difference`` is its measured KL minus that of the plan in question, paired over samples;
+    ``tokens`` how many it was measured on, where it was so far behind that these were enough.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Comparison(NamedTuple):
     ppl: float | None = None
     difference: float | None = None
     difference_stderr: float | None = None
+    tokens: int | None = None
 
     @property
     def label(self) -> str:
@@ -89,6 +91,7 @@ def baselines(plan: Plan) -> list[Comparison]:
             ppl=b.ppl,
             difference=b.difference,
             difference_stderr=b.difference_stderr,
+            tokens=b.tokens,
         )
         for b in plan.baselines
     ]

@@ -91,8 +91,9 @@ def uniform_table(plan: Plan) -> Table:
             else with_error(row.difference, row.difference_stderr, sign=True),
             "ppl": "" if row.ppl is None else number(row.ppl),
         }
+        notes = (row.misfit, f"on {row.tokens:,} {words.many}" if row.tokens else "")
         table.add_row(
-            Text(row.label + (f"\n({row.misfit})" if row.misfit else "")),
+            Text("\n".join([row.label, *(f"({note})" for note in notes if note)])),
             *(cells[header] for header in headers),
             style="bold green" if row is own else "" if row.fits else "dim",
         )

@@ -89,7 +89,8 @@ class Baseline(Strict):
 
     ``format`` is the one format that every unit has, such as ``int4-g64``, and with KV caches
     ``int4-g64 + kv8``; None for a mixed plan. ``difference`` is its KL minus the shipped plan's,
-    paired over sequences; ``ms`` its predicted time where that was asked for.
+    paired over sequences; ``ms`` its predicted time where that was asked for. ``tokens`` is how
+    many it was measured on where it was so far behind on these that it was not measured on all.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Baseline(Strict):
     difference: float
     difference_stderr: float
     ms: float | None = None
+    tokens: int | None = None
 
 
 class Latency(Strict):

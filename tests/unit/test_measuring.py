@@ -198,3 +198,37 @@ def test_the_plan_and_its_best_rival_are_measured_on_a_second_text(
     assert len(json.loads(file.read_text())["plans"]) == 2, "not all of them"
     alone = second.beside(shipped.model_copy(update={"baselines": []}), plans)
     assert (alone.kl, alone.rival, alone.rival_kl) == (also.kl, None, None)
+
+
+def test_a_plan_far_behind_is_not_measured_on_everything(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], tmp_path: Path
+) -> None:
+    samples = evaluation_samples(tiny, tokens=1024, length=32, batch_tokens=128)
+    plans = {fmt: plan(units, fmt, size) for size, fmt in enumerate(FORMATS, 998)}
+    apart = held_out(tiny, units, samples, tmp_path / "all").measure(plans)
+    contest = held_out(tiny, units, samples, tmp_path)
+    shipped = contest.best(plans, WITHIN, {fmt: fmt for fmt in FORMATS})
+    assert shipped.measured is not None and shipped.measured.tokens == 1024
+    assert shipped.assignments == plans["int8-g32-asym"].assignments
+    found = {b.format: b for b in shipped.baselines}
+    last = found["int2-g32-asym"]
+    sequences = 8  # the first batches with enough of them to say so
+    assert last.tokens == sequences * 32 and last.ppl is None
+    behind = apart["int2-g32-asym"].kl[:sequences] - apart["int8-g32-asym"].kl[:sequences]
+    assert last.difference == pytest.approx(behind.mean(), rel=1e-5)
+    assert last.kl == pytest.approx(apart["int2-g32-asym"].kl[:sequences].mean(), rel=1e-5)
+    assert len(contest.measure({"int2": plans["int2-g32-asym"]})["int2"].kl) == samples.count
+
+
+def test_whoever_was_dropped_is_measured_on_when_the_leader_is_no_better(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], tmp_path: Path
+) -> None:
+    samples = evaluation_samples(tiny, tokens=1024, length=32, batch_tokens=128)
+    some = {fmt: plan(units, fmt, 999) for fmt in FORMATS[:2]}
+    held_out(tiny, units, samples, tmp_path).best(
+        some | {"int8": plan(units, FORMATS[2], 999)}, WITHIN
+    )
+    later = held_out(tiny, units, samples, tmp_path).best(some, WITHIN)  # int4 leads now
+    assert later.measured is not None
+    assert later.measured.tokens == samples.count * 32
+    assert later.assignments == some[FORMATS[1]].assignments
