@@ -93,6 +93,17 @@ def test_groups_of_no_importance_are_fitted_as_if_nothing_were_known(spec: str) 
         )
 
 
+@pytest.mark.parametrize("spec", ["int3-g64", "nf4-g64", "iq4_nl", "q3_k"])
+def test_an_outlier_of_no_importance_is_cut_off(spec: str) -> None:
+    fmt, (weight, _) = Format.parse(spec), drawn(4, cols=512)
+    weight.clamp_(-0.15, 0.15)
+    importance = torch.ones(512)
+    importance[:: fmt.group_size] = 0
+    alone = (error(weight, fmt, importance) * importance).sum()
+    weight[:, :: fmt.group_size] = 0.375  # clipped to as little as 0.35 of them
+    assert (error(weight, fmt, importance) * importance).sum() < 1.25 * alone
+
+
 def test_without_importance_magnitudes_count() -> None:
     weight, importance = torch.tensor([[3.0, -4.0], [0.0, 1.0]]), torch.tensor([[1.0, 3], [0, 0]])
     own = torch.tensor([[3 + 12.5**0.5, 4 + 12.5**0.5], [0.5**0.5, 1 + 0.5**0.5]])

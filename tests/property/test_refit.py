@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.quantizers import block_refit, refit
+from bitplan.quantizers.blocks import layouts
 from bitplan.quantizers.format import Format, families, family_of
 from bitplan.quantizers.grid import Grid, decode, encode
 from bitplan.quantizers.methods.rtn import fit_grid
 from bitplan.quantizers.packed import PackedTensor
-from bitplan.quantizers.refit import refit_scales
+from bitplan.quantizers.refit import equations, refit_scales, right_sides
 
 NAMES = [
     *("int1-g32", "int2-g64-asym", "int3-g64", "int4-gc-asym", "int8-gt-asym", "nf4-g64", "nf4-gc"),
@@ -65,6 +66,9 @@ def test_no_row_costs_more_and_all_is_stored(
     if len(grid.scale) == 1:
         before, after = before.sum(0), after.sum(0)
     assert (after <= before * (1 + 1e-5) + 1e-12 * before.sum()).all()
+    for old, new in zip(grid[:2], better[:2], strict=True):
+        if old is not None and new is not None and old.is_floating_point():
+            assert torch.equal(old.sign(), new.sign())  # what a tool may take for granted
     packed = PackedTensor.of_codes(codes, fmt, better)
     assert torch.equal(packed.dequantize(), decode(codes, fmt, better))
     kept = weight, codes, hessian, *(part for part in grid if part is not None)
@@ -111,6 +115,51 @@ def test_scales_solve_the_normal_equations() -> None:
     inputs = torch.randn(300, 70, generator=generator)
     found = refit_scales(weight, levels, start, inputs.T @ inputs / 300, 32)
     assert (found.float() / scale - 1).abs().max() < 2e-3  # the ridge, and float16
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_equations_are_those_of_the_quadratic(offsets: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    levels, error = (torch.randn(70, 5, generator=generator) for _ in range(2))
+    inputs = torch.randn(80, 70, generator=generator)
+    hessian = inputs.T @ inputs / 80
+    left = equations(levels, hessian, 32, offsets)
+    right = right_sides(hessian @ error, levels, 32, offsets)
+    place = torch.arange(70) // 32 == torch.arange(3)[:, None]
+    for row in range(5):
+        bases = [place * levels[:, row], 1.0 * place][: 1 + offsets]
+        basis = torch.cat(bases)
+        assert torch.allclose(left[:, :, row], basis @ hessian @ basis.T, atol=1e-4)
+        assert torch.allclose(right[:, row], basis @ hessian @ error[:, row], atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
+def test_no_neighbours_of_the_integers_of_a_group_cost_less(spec: str) -> None:
+    """Once nothing changes any more: the best scale for each of three minimums was tried."""
+    fmt = Format.parse(spec)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(6, 256, generator=generator) / 16 + 0.03
+    inputs = torch.randn(400, 256, generator=generator)
+    inputs = inputs.cumsum(1) / 16 + inputs
+    hessian = inputs.T @ inputs / 400
+    grid, codes = coded(weight, fmt)
+    for _ in range(20):
+        grid = family_of(fmt).refit(weight, fmt, grid, codes, hessian)
+    least = costs(weight, decode(codes, fmt, grid), hessian)
+    assert grid.scales is not None
+    low, high = layouts()[spec].scale_range or (0, 0)
+    bias = layouts()[spec].bias
+    for group in range(grid.scales.shape[1]):
+        for step in (-1, 0, 1):
+            for shift in (-1, 0, 1) if grid.mins is not None else (0,):
+                scales, mins = grid.scales.int(), grid.mins
+                scales[:, group] = (scales[:, group] + step).clamp(low + bias, high + bias)
+                if mins is not None:
+                    mins = mins.int()
+                    mins[:, group] = (mins[:, group] + shift).clamp(0, high)
+                    mins = mins.to(torch.uint8)
+                other = grid._replace(scales=scales.to(torch.uint8), mins=mins)
+                assert (costs(weight, decode(codes, fmt, other), hessian) > 0.9999 * least).all()
 
 
 def test_families_without_a_refit_keep_their_grids() -> None:
