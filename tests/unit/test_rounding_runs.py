@@ -69,7 +69,13 @@ def grid_fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
 
 
 def settings(model: Path, rounding: str = "gptq", **changed: object) -> ProfileSettings:
-    given: dict[str, object] = {"formats": FORMATS, "sequences": 8, "length": 32} | changed
+    given: dict[str, object] = {
+        "formats": FORMATS,
+        "sequences": 8,
+        "length": 32,
+        "rounding_sequences": 8,
+    }
+    given |= changed
     return ProfileSettings(str(model), rounding=rounding, **given)  # type: ignore[arg-type]
 
 
@@ -273,7 +279,7 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     batches = [torch.randn(16, 64) @ torch.randn(64, 64) for _ in range(3)]
     table = profile(net, batches, FORMATS, rounding="gptq")
     plan = solve(table, "3.5bpw")
-    with pytest.raises(ValueError, match="'gptq' on 48 sequences of 'batches'"):
+    with pytest.raises(ValueError, match="'gptq' on 16 sequences of 'batches'"):
         apply(net, plan)
     with pytest.raises(ValueError, match="those given are others"):
         apply(net, plan, batches[:1])
