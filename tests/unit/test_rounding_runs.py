@@ -227,7 +227,8 @@ def test_without_the_calibration_text_nothing_is_rounded_again(
         ValueError, match=r"rounded by 'gptq' on 8 sequences of 'gone.txt'.*not found"
     ):
         quantize(lost, tmp_path / "packed")
-    other = plan.model_copy(update={"calibration": plan.calibration | {"sha256": "0" * 64}})
+    unlike = plan.calibration | {"rounding_sha256": "0" * 64}
+    other = plan.model_copy(update={"calibration": unlike})
     with pytest.raises(ValueError, match="is another text"):
         quantize(other, tmp_path / "packed")
 
@@ -282,7 +283,7 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gptq' on 16 sequences of 'batches'"):
         apply(net, plan)
     with pytest.raises(ValueError, match="those given are others"):
-        apply(net, plan, batches[:1])
+        apply(net, plan, batches[1:2])
     before = net(batches[0])
     apply(net, plan, batches)
     assert not torch.equal(net(batches[0]), before)
