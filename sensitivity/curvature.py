@@ -14,12 +14,63 @@ from torch import Tensor
 
 from .factors import DenseGradient, Factors
 
-BLOCK = 128  # columns: no smaller blocks of a symmetric sum are left out
+BLOCK = 128  # rows at least: smaller products take more time than what they leave out
+
+
+class Triangle:
+    """The lower triangle of symmetric sums [parts, cols, cols], in blocks of rows.
+
+    Args:
+        parts: Number of matrices.
+        cols: Their size.
+        device: Where they are.
+    """
+
+    def __init__(self, parts: int, cols: int, device: torch.device) -> None:
+        self.shape = (parts, cols, cols)
+        self._blocks = {
+            start: torch.zeros(parts, stop - start, stop, device=device)
+            for start, stop in _rows(cols)
+        }
+
+    def add(self, left: Tensor, right: Tensor, first: int = 0) -> None:
+        """Add left^T right, known to be symmetric.
+
+        Args:
+            left: [some parts, count, cols].
+            right: The same.
+            first: The first part that they are for.
+        """
+        for start, block in self._blocks.items():
+            stop = block.shape[2]
+            some = block[first : first + len(left)]
+            ours, theirs = left[:, :, start:stop].mT, right[:, :, :stop]
+            if len(some) == 1:
+                some[0].addmm_(ours[0], theirs[0])
+            else:
+                some.baddbmm_(ours, theirs)
+
+    def square(self) -> Tensor:
+        """[parts, cols, cols], of which the lower triangle counts."""
+        whole = next(iter(self._blocks.values())).new_zeros(self.shape)
+        for start, block in self._blocks.items():
+            whole[:, start : block.shape[2], : block.shape[2]] = block
+        return whole
+
+
+def entries(cols: int) -> int:
+    """Numbers that a :class:`Triangle` has for a matrix."""
+    return sum((stop - start) * stop for start, stop in _rows(cols))
+
+
+def _rows(cols: int) -> list[tuple[int, int]]:
+    step = max(BLOCK, -(-cols // 4))
+    return [(start, min(start + step, cols)) for start in range(0, cols, step)]
 
 
 @dataclass
 class Sums:
-    """Sums over sequences of one matrix; of those that are symmetric only the lower triangle.
+    """Sums over sequences of one matrix.
 
     Attributes:
         forms: ``sequence``, sum_sequences G^T G; ``token``, sum_t |d_t|^2 x_t x_t^T; ``plain``,
@@ -30,22 +81,18 @@ class Sums:
         vectors: How many inputs x_t there were.
     """
 
-    forms: dict[str, Tensor]
+    forms: dict[str, Triangle]
     rows: Tensor
     vectors: int = 0
 
     @classmethod
     def zeros(
-        cls, rows: int, parts: int, cols: int, device: torch.device, plain: Tensor | None = None
+        cls, rows: int, parts: int, cols: int, device: torch.device, plain: Triangle | None = None
     ) -> Sums:
         """Nothing summed yet; ``plain`` is None for gradients without factors."""
-
-        def square() -> Tensor:
-            return torch.zeros(parts, cols, cols, device=device)
-
-        forms = {"sequence": square()}
+        forms = {"sequence": Triangle(parts, cols, device)}
         if plain is not None:
-            forms |= {"token": square(), "plain": plain}
+            forms |= {"token": Triangle(parts, cols, device), "plain": plain}
         return cls(forms, torch.zeros(rows, device=device))
 
     def add(self, source: Factors, first: int = 0, step: int = 1, *, plain: bool = True) -> None:
@@ -66,14 +113,14 @@ class Sums:
         if x.shape[2] <= delta.shape[3]:
             products = delta @ delta.mT
             power = products.diagonal(dim1=-2, dim2=-1)
-            _add(self.forms["sequence"], flat, (products @ x).flatten(1, 2))
+            self.forms["sequence"].add(flat, (products @ x).flatten(1, 2))
         else:
             gradient = (delta.mT @ x).flatten(1, 2)
             power = torch.linalg.vector_norm(delta, dim=-1).square()
-            _add(self.forms["sequence"], gradient, gradient)
-        _add(self.forms["token"], flat, flat * power.flatten(1)[:, :, None])
+            self.forms["sequence"].add(gradient, gradient)
+        self.forms["token"].add(flat, flat * power.flatten(1)[:, :, None])
         if plain:
-            _add(self.forms["plain"], flat, flat)
+            self.forms["plain"].add(flat, flat)
         self.rows += torch.linalg.vector_norm(delta, dim=(1, 2)).square().flatten()
         self.vectors += flat.shape[1]
 
@@ -81,24 +128,5 @@ class Sums:
         """Add the gradient of one sequence."""
         blocks = source.matrix.float().unflatten(0, (source.blocks, -1))
         for i in source.reached().nonzero()[:, 0].tolist():
-            _add(self.forms["sequence"][i : i + 1], blocks[i : i + 1], blocks[i : i + 1])
+            self.forms["sequence"].add(blocks[i : i + 1], blocks[i : i + 1], i)
         self.rows += torch.linalg.vector_norm(source.matrix, dim=1).square()
-
-
-def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right, known to be symmetric, to the lower blocks of ``total``.
-
-    Args:
-        total: [parts, cols, cols].
-        left: [parts, count, cols].
-        right: [parts, count, cols].
-    """
-    cols = total.shape[-1]
-    step = max(BLOCK, -(-cols // 4))
-    if cols <= step:
-        total.baddbmm_(left.mT, right)
-        return
-    for one, some, other in zip(total, left, right, strict=True):
-        for start in range(0, cols, step):
-            stop = min(start + step, cols)
-            one[start:stop, :stop].addmm_(some[:, start:stop].T, other[:, :stop])

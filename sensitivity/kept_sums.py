@@ -127,8 +127,8 @@ class Kept:
         tensors = {}
         for i, sums in enumerate(folds):
             tensors[f"{i}.rows"] = sums.rows
-            for form, square in sums.forms.items():
-                tensors[f"{i}.{form}"] = half = halved(square)
+            for form, triangle in sums.forms.items():
+                tensors[f"{i}.{form}"] = half = halved(triangle.square())
                 if not half.isfinite().all():
                     raise ValueError(
                         f"The gradient of {name!r} has NaN or Inf on the calibration data, or "

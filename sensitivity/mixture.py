@@ -20,7 +20,7 @@ WIDTHS = ("int2-g64-asym", "int4-g64-asym")
 ROWS = 64  # of a matrix, enough to tell mixtures apart
 SHARES = ((0.0, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0))  # token and plain
 DENSE_SHARES = ((0.0, 0.0), (0.0, 0.1), (0.0, 0.3))  # without a token form
-DAMPING = (0.01, 0.03, 0.07, 0.15, 0.3)
+DAMPING = (0.01, 0.03, 0.07, 0.15, 0.3, 0.6)
 # What a choice depends on besides the sums.
 GRID = f"{WIDTHS} {ROWS} {SHARES} {DENSE_SHARES} {DAMPING}"
 
@@ -112,7 +112,7 @@ def choose(trials: Sequence[Trial], rounding: str) -> Mixture:
         return UNTESTED
     with_factors = any("token" in trial.folds[0].forms for trial in trials)
     shares = SHARES if with_factors else DENSE_SHARES
-    middle = DAMPING[len(DAMPING) // 2]
+    middle = DAMPING[2]
     mixtures = [Mixture(token, plain, middle) for token, plain in shares]
     best = mixtures[int(_costs(trials, rounding, formats, mixtures).argmin())]
     damped = [replace(best, damping=value) for value in DAMPING]

@@ -21,7 +21,7 @@ from ..models.sites import Place
 from ..models.units import UnitInfo, module_kinds
 from ..models.workload import Batch, LoadedModel, samples_in, take
 from ..quantizers.methods import METHODS, Evidence
-from .curvature import Sums
+from .curvature import Sums, Triangle, entries
 from .factors import DenseGradient, Factors, Gradient
 from .kept_sums import Kept
 from .mixture import GRID, UNTESTED, Mixture, Trial, choose
@@ -29,7 +29,7 @@ from .probes import label_upstream, positions_in, stream
 from .shared_inputs import cut_again, in_rounds, shared_inputs
 from .uses import Uses, uses_of
 
-LIMIT = 7 << 28  # bytes of sums at a time
+LIMIT = 5 << 28  # bytes of sums at a time
 TOKENS = 256  # per pass of a language model, whatever --batch-tokens
 TRIALS = 2  # matrices of a kind to choose its mixture on, spread over the model
 
@@ -55,14 +55,14 @@ class _Shared:
         """Bytes of all sums."""
         parts, cols = self.shape
         squares = 2 * len(self.rows) + 1 if self.factors else len(self.rows)
-        return 4 * self.folds * squares * parts * cols * cols
+        return 4 * self.folds * squares * parts * entries(cols)
 
     def zeros(self, device: torch.device) -> dict[str, list[Sums]]:
         """By name, nothing summed yet for every fold."""
         found: dict[str, list[Sums]] = {name: [] for name in self.rows}
         for _ in range(self.folds):
             parts, cols = self.shape
-            plain = torch.zeros(parts, cols, cols, device=device) if self.factors else None
+            plain = Triangle(parts, cols, device) if self.factors else None
             for name, rows in self.rows.items():
                 found[name].append(Sums.zeros(rows, parts, cols, device, plain))
         return found

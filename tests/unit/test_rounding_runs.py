@@ -69,7 +69,14 @@ def grid_fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
 
 
 def settings(model: Path, rounding: str = "gptq", **changed: object) -> ProfileSettings:
-    given = {"formats": FORMATS, "sequences": 8, "length": 32, "calibration": "builtin"} | changed
+    given: dict[str, object] = {
+        "formats": FORMATS,
+        "sequences": 8,
+        "length": 32,
+        "rounding_sequences": 8,
+        "calibration": "builtin",
+    }
+    given |= changed
     return ProfileSettings(str(model), rounding=rounding, **given)  # type: ignore[arg-type]
 
 
@@ -221,7 +228,8 @@ def test_without_the_calibration_text_nothing_is_rounded_again(
         ValueError, match=r"rounded by 'gptq' on 8 sequences of 'gone.txt'.*not found"
     ):
         quantize(lost, tmp_path / "packed")
-    other = plan.model_copy(update={"calibration": plan.calibration | {"sha256": "0" * 64}})
+    unlike = plan.calibration | {"rounding_sha256": "0" * 64}
+    other = plan.model_copy(update={"calibration": unlike})
     with pytest.raises(ValueError, match="is another text"):
         quantize(other, tmp_path / "packed")
 
@@ -306,10 +314,10 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     batches = [torch.randn(16, 64) @ torch.randn(64, 64) for _ in range(3)]
     table = profile(net, batches, FORMATS, rounding="gptq")
     plan = solve(table, "3.5bpw")
-    with pytest.raises(ValueError, match="'gptq' on 48 sequences of 'batches'"):
+    with pytest.raises(ValueError, match="'gptq' on 16 sequences of 'batches'"):
         apply(net, plan)
     with pytest.raises(ValueError, match="those given are others"):
-        apply(net, plan, batches[:1])
+        apply(net, plan, batches[1:2])
     before = net(batches[0])
     apply(net, plan, batches)
     assert not torch.equal(net(batches[0]), before)
