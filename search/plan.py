@@ -8,7 +8,14 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from .._base.records import Record, Strict
 from ..models.coverage import Coverage
@@ -18,6 +25,7 @@ from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
 
 SCHEMA = 2
+_LATER = ("measured_also",)  # left out where there is nothing: earlier versions do not know them
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -222,6 +230,11 @@ class Plan(Record):
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
         """A plan of schema 1 as one of schema 2; it says nothing of the rest of the model."""
         return plan_schema1.upgraded(data) if data.get("schema") == 1 else data
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = write(self)
+        return {name: value for name, value in data.items() if value or name not in _LATER}
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:
