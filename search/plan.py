@@ -25,6 +25,7 @@ from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
 
 SCHEMA = 2
+_LATER = ("evidence", "measured_also", "tuning")  # left out where there is nothing: earlier versions do not know them
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -259,11 +260,12 @@ class Plan(Record):
         return plan_schema1.upgraded(data) if data.get("schema") == 1 else data
 
     @model_serializer(mode="wrap")
-    def _without_no_evidence(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = write(self)
-        if self.evidence is None:
-            del found["evidence"]
-        return found
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = write(self)
+        for baseline in data["baselines"]:
+            if baseline["tokens"] is None:
+                del baseline["tokens"]
+        return {name: value for name, value in data.items() if value or name not in _LATER}
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,8 @@ def test_every_text_has_one_part_to_play(
         file.write_text(f"{word} four five six " * 2000)
     texts = f"{files[0]}:0.6,{files[1]}:0.2,code:0.2"
     profile = ProfileSettings(str(tiny_folder), calibration=texts, sequences=10, length=32)
-    search = SearchSettings(budget="4bpw", **{k: v.format(*files) for k, v in asked.items()})
+    given = {name: text.format(*files) for name, text in asked.items()}
+    search = replace(SearchSettings(budget="4bpw"), **given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=re.escape(message.format(*files))):
         run_search(profile, search, tmp_path / "run", Reporter(quiet=True))
 

@@ -338,6 +338,7 @@ def test_a_whole_search(wide_one: tuple[LoadedModel, Path], tmp_path: Path, upda
         bootstrap=20,
         evaluation=str(tmp_path / "evaluation.txt"),
         eval_tokens=512,
+        eval_also="none",
     )
     run = tmp_path / "run"
     plan = run_search(settings, search, run, Reporter(quiet=True))

@@ -177,7 +177,7 @@ def test_a_model_without_a_cache_writes_the_same(tiny: LoadedModel) -> None:
     def plain(input_ids: torch.Tensor, use_cache: bool = False) -> object:
         return forward(input_ids=input_ids, use_cache=False)
 
-    tiny.module.forward = plain  # type: ignore[method-assign]
+    tiny.module.forward = plain
     sampling._kept.clear()
     without = rows(calibration_samples(tiny, "self,languages", sequences=4, length=20))
     assert torch.equal(with_cache, without)

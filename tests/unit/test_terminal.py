@@ -260,22 +260,17 @@ def test_families_are_listed_with_their_whole_grammar(width: int) -> None:
 
 def test_a_second_text_is_told_with_the_rival_there(plan: Plan) -> None:
     assert plan.measured is not None
-    own = {"kl": 0.31, "kl_stderr": 0.02, "tokens": 4096, "text": "code", "text_sha256": "ab"}
-    also = MeasuredAlso(
-        **own,
-        length=128,
-        rival="int4-g128-asym",
-        rival_kl=0.4,
-        rival_kl_stderr=0.03,
-        difference=0.09,
-        difference_stderr=0.01,
+    alone = MeasuredAlso(
+        kl=0.31, kl_stderr=0.02, tokens=4096, length=128, text="code", text_sha256="ab"
     )
+    rival = {"rival": "int4-g128-asym", "rival_kl": 0.4, "rival_kl_stderr": 0.03}
+    paired = {"difference": 0.09, "difference_stderr": 0.01}
+    also = alone.model_copy(update=rival | paired)
     assert "KL on another text" not in shown(plan, {})
     text = " ".join(shown(plan.model_copy(update={"measured_also": [also]}), {}, 200).split())
     assert (
         "KL on another text 0.31 ± 0.02 nats per token on 4,096 held-out tokens of code; "
         "int4-g128-asym there: KL 0.40 ± 0.03, paired difference +0.090 ± 0.010" in text
     )
-    alone = MeasuredAlso(**own, length=128)
     text = shown(plan.model_copy(update={"measured_also": [alone]}), {}, 200)
     assert "tokens of code" in text and "there: KL" not in text
