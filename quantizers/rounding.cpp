@@ -343,24 +343,45 @@ void normal_tile(const Problem& p, int64_t spans, int64_t size, const float* bas
 
 // ---------------------------------------------------------------- coordinate descent
 
-// Whether any of the integer codes of LANES columns is not the best, all others as they are.
-INLINE bool any_moves(const uint8_t* codes, const float* slope, const float* pull, float inverse,
-                      float top) {
-  int32_t moves = 0;
-  for (int i = 0; i < LANES; i++) {
-    const float from = codes[i];
-    const float position = from + slope[i] * pull[i] * inverse;
-    const float inside = position < 0 ? 0 : position > top ? top : position;
-    const float off = inside - from;
-    moves |= (off > 0.5f) | (off < -0.5f);
+// How far a code's level may move, in units of the scale, before another level is nearer.
+struct Room {
+  float down[256], up[256];
+  int32_t ranks[256];  // of a code's level among the ascending ones
+};
+
+Room room_of(const Lines& l) {
+  Room room = {};
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (int32_t i = l.most; i >= 0; i--) {
+    const int code = l.levels ? l.names[i] : i;
+    room.ranks[code] = i;
+    room.down[code] = i == 0 ? -infinity : l.levels ? l.borders[i - 1] - l.levels[i] : -0.5f;
+    room.up[code] = i == l.most ? infinity : l.levels ? l.borders[i] - l.levels[i] : 0.5f;
   }
+  return room;
+}
+
+// Whether any of LANES codes is not the best, all others as they are.
+INLINE bool any_moves(const uint8_t* codes, const float* slope, const float* pull, float inverse,
+                      const Room& room, bool integers, float top) {
+  int32_t moves = 0;
+  if (integers)
+    for (int i = 0; i < LANES; i++) {
+      const float from = codes[i], move = slope[i] * pull[i] * inverse;
+      moves |= ((move > 0.5f) & (from < top)) | ((move < -0.5f) & (from > 0));
+    }
+  else
+    for (int i = 0; i < LANES; i++) {
+      const float move = slope[i] * pull[i] * inverse;
+      moves |= (move > room.up[codes[i]]) | (move < room.down[codes[i]]);
+    }
   return moves != 0;
 }
 
 // matrix: H; pivots: 1 / diag H [parts, cols].  Moves every code of a row to the best value while
 // all others stay.
 void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, uint8_t* codes,
-                 float* slope, const int32_t* ranks) {
+                 float* slope, const Room& room) {
   const int64_t cols = p.cols, part = row / p.rows;
   const float* h = p.matrix + part * cols * cols;
   const float* pull = p.pivots + part * cols;
@@ -375,32 +396,29 @@ void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, 
       const float s = scales[g];
       if (s == 0) continue;
       const float inverse = 1 / s;
-      if (!l.levels && k % LANES == 0 && k + LANES <= cols && (k + LANES - 1) / l.size == g &&
-          !any_moves(codes + k, slope + k, pull + k, inverse, top)) {
+      if (k % LANES == 0 && k + LANES <= cols && (k + LANES - 1) / l.size == g &&
+          !any_moves(codes + k, slope + k, pull + k, inverse, room, !l.levels, top)) {
         k += LANES - 1;
         continue;
       }
       const float move = slope[k] * pull[k] * inverse;  // in units of the scale
+      if (!(move > room.up[codes[k]] || move < room.down[codes[k]])) continue;
       float from, to;
       uint8_t code;
       if (l.levels) {
-        const int32_t rank = ranks[codes[k]];
-        from = l.levels[rank];
-        int32_t best = rank;
+        int32_t best = room.ranks[codes[k]];
+        from = l.levels[best];
         while (best < l.most && from + move > l.borders[best]) best++;
         while (best > 0 && from + move < l.borders[best - 1]) best--;
         to = l.levels[best];
-        if (to == from) continue;
         code = l.names[best];
       } else {
         from = codes[k];
         const float position = from + move;
-        const float inside = position < 0 ? 0 : position > top ? top : position;
-        const float off = inside - from;
-        if (!(off > 0.5f || off < -0.5f)) continue;
-        to = __builtin_rintf(inside);
+        to = __builtin_rintf(position < 0 ? 0 : position > top ? top : position);
         code = uint8_t(to);
       }
+      if (to == from) continue;
       const float change = (to - from) * s;
       const float* column = h + k * cols;
       for (int64_t i = 0; i < cols; i++) slope[i] -= change * column[i];
@@ -455,13 +473,11 @@ void bitplan_normal(const Problem* p, int64_t spans, int64_t size, const float* 
 
 void bitplan_descend(const Problem* p, const Lines* l, int sweeps, uint8_t* codes, float* slope,
                      int threads) {
-  int32_t ranks[256] = {};
-  if (l->levels)
-    for (int32_t i = l->most; i >= 0; i--) ranks[l->names[i]] = i;
+  const Room room = room_of(*l);
   const int64_t count = p->parts * p->rows;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 16) if (threads > 1)
   for (int64_t row = 0; row < count; row++)
-    descend_row(*p, *l, row, sweeps, codes, slope, ranks);
+    descend_row(*p, *l, row, sweeps, codes, slope, room);
 }
 
 int bitplan_abi() { return 1; }

@@ -91,7 +91,8 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
 def _corrected(weight: Tensor, fmt: Format, base: Format, evidence: Evidence) -> PackedTensor:
     """Codes, and the low-rank matrix that makes up for most of what their errors cost; twice.
 
-    With C C^T the curvature, that is the one nearest to E C, times the inverse of C.
+    With C C^T the mean curvature, the right factor is that of the matrix nearest to E C, times the
+    inverse of C; the left one is the best of every row for that.
     """
     quadratic = _quadratic(evidence, base)
     factors = factor(quadratic.matrix.mean(0), 0)
@@ -99,10 +100,16 @@ def _corrected(weight: Tensor, fmt: Format, base: Format, evidence: Evidence) ->
     rank, added = min(fmt.rank, *weight.shape), torch.zeros_like(weight)
     for _ in range(ROUNDS):
         codes = _round(weight - added, base, evidence)
-        left, right = nearest_factors((weight - codes.dequantize()) @ root, rank)
-        right = torch.linalg.solve_triangular(root, right.float(), upper=True, left=False).half()
-        added = left.float() @ right.float()
-    parts = {**codes.tensors, "left": left, "right": right.contiguous()}
+        error = weight - codes.dequantize()
+        right = nearest_factors(error @ root, rank)[1].float()
+        right = torch.linalg.solve_triangular(root, right, upper=True, left=False)
+        right = right.half().float()
+        blocks = error.view(len(quadratic.matrix), -1, error.shape[1])
+        seen = right @ quadratic.matrix  # R H [parts, rank, cols]
+        gram = torch.linalg.pinv((seen @ right.T).double(), hermitian=True).float()
+        left = (blocks @ seen.mT @ gram).view(-1, rank).half()
+        added = left.float() @ right
+    parts = {**codes.tensors, "left": left, "right": right.half()}
     return PackedTensor(fmt, codes.shape, parts)
 
 
