@@ -25,7 +25,8 @@ from ..sensitivity.provenance import ModelRef
 from . import plan_schema1
 
 SCHEMA = 2
-_LATER = ("evidence", "measured_also", "tuning")  # left out where there is nothing: earlier versions do not know them
+# Left out where there is nothing: earlier versions do not know them.
+_LATER = ("evidence", "measured_also", "tuning")
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
