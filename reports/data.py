@@ -302,7 +302,10 @@ def format_shares(run: RunData) -> list[FormatShare]:
 
 
 class UnitRow(NamedTuple):
-    """One line of the allocation table; KL in nats per token, None without a price."""
+    """One line of the allocation table; KL in nats per token, None without a price.
+
+    ``nearest`` is what the format would cost with weights rounded to nearest.
+    """
 
     name: str
     shape: str
@@ -311,6 +314,7 @@ class UnitRow(NamedTuple):
     bytes: int
     kl: float | None
     kl_stderr: float | None
+    nearest: float | None = None
 
 
 def unit_rows(run: RunData) -> list[UnitRow]:
@@ -324,5 +328,6 @@ def unit_rows(run: RunData) -> list[UnitRow]:
             kl, stderr = float(run.table.kl[index, column]), float(run.table.stderr[index, column])
         shape = " + ".join(f"{out} × {inputs}" for out, inputs in unit.shapes)
         bpw = 8 * nbytes / unit.weights
-        rows.append(UnitRow(unit.name, shape, name, bpw, nbytes, kl, stderr))
+        nearest = run.plan.nearest_kl.get(unit.name)
+        rows.append(UnitRow(unit.name, shape, name, bpw, nbytes, kl, stderr, nearest))
     return rows

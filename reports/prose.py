@@ -12,7 +12,7 @@ from ..search.coverage import bits_per
 from ..search.plan import Plan
 from ..search.solvers import is_exact
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
-from .summary import Comparison, best_uniform, describe_rival, facts, only_format, size_of
+from .summary import Comparison, best_uniform, describe_rival, facts, only_format, rounding, size_of
 from .words import number, with_error
 
 TOLD = (
@@ -110,6 +110,11 @@ def _unbroken(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
+def measured_on(row: Comparison) -> str:
+    """On how little a plan was measured that was far behind; empty for all others."""
+    return f"measured on {row.tokens:,} tokens, far behind" if row.tokens else ""
+
+
 def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str, Any]:
     """One line of the comparison table as text.
 
@@ -126,6 +131,7 @@ def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str,
         "name": row.label,
         "own": own,
         "misfit": row.misfit,
+        "note": measured_on(row),
         "predicted": [
             format_bytes(row.bytes),
             "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",
@@ -141,9 +147,11 @@ def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str,
 
 
 def unit_cells(row: UnitRow) -> tuple[str, ...]:
-    """One line of the table of units as text."""
+    """One line of the table of units as text; the last cell is empty without another rounding."""
     kl = "" if row.kl is None else with_error(row.kl, row.kl_stderr)
-    return (row.name, row.shape, row.format, f"{row.bpw:.3f}", format_bytes(row.bytes), kl)
+    nearest = "" if row.nearest is None else number(row.nearest)
+    size = f"{row.bpw:.3f}", format_bytes(row.bytes)
+    return (row.name, row.shape, row.format, *size, kl, nearest)
 
 
 def provenance(plan: Plan) -> dict[str, str]:
@@ -153,7 +161,7 @@ def provenance(plan: Plan) -> dict[str, str]:
         "Model revision": plan.model.revision,
         "Model SHA-256": plan.model.sha256,
         "Metric": plan.metric,
-        "Rounding": plan.rounding,
+        "Rounding": rounding(plan),
         "Solver": plan.solver,
         "Calibration": _pairs(_said(plan.calibration)),
         "Versions": _pairs(plan.versions),

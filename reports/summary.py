@@ -140,6 +140,7 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
         *_memory(plan),
         *_time(plan),
         *_quality(plan),
+        ("rounding", rounding(plan)),
         ("optimality", optimality(plan)),
     ]
     if same:
@@ -253,6 +254,16 @@ def describe_also(also: MeasuredAlso, words: Words) -> str:
     if also.difference is not None:
         text += f", paired difference {with_error(also.difference, also.difference_stderr, True)}"
     return text
+
+
+def rounding(plan: Plan) -> str:
+    """The rounding method in words, and what it bought."""
+    if plan.rounding == "rtn":
+        return "to nearest (rtn)"
+    if not plan.nearest_kl:
+        return plan.rounding
+    nearest = number(sum(plan.nearest_kl.values()))
+    return f"{plan.rounding}; the same formats rounded to nearest: KL {nearest} predicted"
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from . import plan_schema1
 
 SCHEMA = 2
 # Left out where there is nothing: earlier versions do not know them.
-_LATER = ("evidence", "measured_also", "tuning")
+_LATER = ("evidence", "measured_also", "nearest_kl", "tuning")
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -208,6 +208,8 @@ class Plan(Record):
             than the solver's first plan, and measure better.
         evidence: What the rounding method looked at besides weights, and how sums over data were
             mixed and damped; None, and not in the file, if it looked at nothing.
+        nearest_kl: By unit, what its format would cost with weights rounded to nearest, in nats
+            per token; of the units that a method with an eye on that cost has rounded.
         tuning: Set when the plan's scales were tuned: they are in the run folder, and both that
             and the plan are needed to have the weights.
         measured_also: Measurements on further held-out texts, of other kinds than the first.
@@ -249,6 +251,7 @@ class Plan(Record):
     runtime: str | None = None
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
+    nearest_kl: dict[str, float] = Field(default_factory=dict)
     tuning: Tuning | None = None
     codes_sha256: str | None = None
     note: str | None = None

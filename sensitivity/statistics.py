@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._base.files import write_json
 from .._base.progress import Advance, Reporter
@@ -156,6 +157,17 @@ class Statistics:
                 + (f", {rest[1]}, ..." if len(rest) > 2 else "")
             )
         yield _Made({name: name in reached for name in names}, self._made)
+
+    def knows(self, name: str) -> bool:
+        """Whether the sums of a matrix are there, and any gradient reached it."""
+        return self._products.get(name, False) and self._kept.reached(name)
+
+    def cost(self, name: str, error: Tensor) -> float:
+        """What an error of a matrix [rows, cols] costs by its sums, in nats per token."""
+        fold = self._kept.read(name, error.device)
+        blocks = error.unflatten(0, (len(fold.forms["sequence"]), -1))
+        rows = ((blocks @ fold.fisher()) * blocks).sum(-1).flatten()
+        return float(rows.double() @ fold.relative_rows().double()) / 2
 
     def _made(self, name: str) -> Evidence:
         """The evidence on a matrix, from its file."""

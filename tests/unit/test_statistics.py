@@ -23,6 +23,7 @@ from bitplan.sensitivity.factors import Factors, Gradient
 from bitplan.sensitivity.kept_sums import Fold, halved, restored
 from bitplan.sensitivity.metrics import METRICS, Task
 from bitplan.sensitivity.mixture import DAMPING, Mixture, Trial, choose
+from bitplan.sensitivity.nearest import nearest_prices
 from bitplan.sensitivity.probes import label_upstream, stream
 from bitplan.sensitivity.statistics import Statistics
 from bitplan.sensitivity.uses import uses_of
@@ -349,3 +350,26 @@ def test_damping_grows_with_the_noise_of_the_sums() -> None:
     assert little[0] == little[1] and much[0] == much[1]
     assert much[0].damping == DAMPING[0]
     assert little[0].damping is not None and little[0].damping > DAMPING[0]
+
+
+def test_what_rounding_to_nearest_would_cost() -> None:
+    model, samples = vectors(OneRow())
+    statistics, renderer = made(model, samples)
+    fmt = Format.parse("int2-gc")
+    units = find_units(model.module)
+    (evidences,) = statistics.gather(renderer.names)
+    renderer.store.complete(((name, fmt) for name in renderer.names), None)
+    found = nearest_prices(renderer, units, dict.fromkeys(renderer.names, fmt))
+    assert set(found) == {unit.name for unit in units}
+    gradients = seen(model, samples)
+    for unit in units:
+        (name,) = unit.modules
+        weight = renderer.weight(name)
+        error = METHODS.get("rtn")(weight, fmt, Evidence()).dequantize() - weight
+        tokens = 7 * 9
+        per_row = torch.stack([(g * error).sum(1).square() for g in gradients[name]]).sum(0)
+        if len(weight) == 1:  # then every row has its own curvature, and the price is exact
+            assert found[unit.name] == pytest.approx(float(per_row.sum()) / 2 / tokens, rel=1e-4)
+        assert found[unit.name] > 0
+    assert evidences[units[0].modules[0]].fisher is not None
+    assert not nearest_prices(Renderer(model.module, units), units, dict.fromkeys(found, fmt))
