@@ -8,7 +8,14 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from .._base.records import Record, Strict
 from ..models.coverage import Coverage
@@ -229,6 +236,14 @@ class Plan(Record):
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
         """A plan of schema 1 as one of schema 2; it says nothing of the rest of the model."""
         return plan_schema1.upgraded(data) if data.get("schema") == 1 else data
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without tuning, a plan is the very file that versions without tuning read and write."""
+        data: dict[str, Any] = write(self)
+        if self.tuning is None:
+            data.pop("tuning", None)
+        return data
 
     @model_validator(mode="after")
     def _check_rows(self) -> Self:
