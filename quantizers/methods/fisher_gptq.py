@@ -148,7 +148,7 @@ def _round_rows(
 ) -> tuple[Tensor, Grid]:
     """Codes and grid of some rows; a grid that is given is only refitted."""
     if grid is None:
-        lattice = Lattice.empty(fmt, *weight.shape, weight.device)
+        lattice = Lattice.empty(fmt, weight)
         codes = rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
         grid = lattice.grid(fmt)
     else:
