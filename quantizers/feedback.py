@@ -44,7 +44,7 @@ def factor(matrix: Tensor, damping: float, dead: float | None = None) -> Factors
     """
     matrix = matrix.reshape(-1, *matrix.shape[-2:])
     if not matrix.isfinite().all():
-        raise ValueError("The second moments of a weight's inputs have NaN or Inf.")
+        raise ValueError(f"What errors of a weight cost, {list(matrix.shape)}, has NaN or Inf.")
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     idle = diagonal == 0  # no input: any value leaves the other columns alone
     live = (~idle).sum(-1).clamp_(min=1)
@@ -66,7 +66,7 @@ def factor(matrix: Tensor, damping: float, dead: float | None = None) -> Factors
         if attempt:
             added = torch.where(failed > 0, 10 * added, added)
     raise ValueError(
-        f"The second moments {list(matrix.shape)} of a weight's inputs have no Cholesky factor, "
+        f"What errors of a weight cost, {list(matrix.shape)}, has no Cholesky factor, "
         f"even with {float((added / mean).max()) / 10:g} of their mean diagonal added. Calibrate "
         "on more data."
     )

@@ -48,8 +48,9 @@ class Lattice(NamedTuple):
         return Lattice(scale, zero, offset, line.levels, size, fmt.bits)
 
     @staticmethod
-    def empty(fmt: Format, rows: int, cols: int, device: torch.device) -> Lattice:
-        """Of an integer format whose scales and zero points are not known yet."""
+    def empty(fmt: Format, weight: Tensor) -> Lattice:
+        """For a weight in an integer format whose scales and zero points are not known yet."""
+        (rows, cols), device = weight.shape, weight.device
         scale = torch.zeros(rows, fmt.groups(cols), device=device)
         size = fmt.group_size if fmt.group_size > 0 else cols
         zero = torch.full_like(scale, fmt.zero_point)
@@ -137,11 +138,13 @@ class Sweep:
         )
         return weight + made_up
 
-    def round(self, target: Tensor, start: int, cells: Callable[[int], Cells]) -> None:
-        """Round the columns from ``start`` on; ``cells`` are those of a column."""
+    def round(self, target: Tensor, start: int, cells: Cells | Callable[[int], Cells]) -> None:
+        """Round the columns from ``start`` on; ``cells`` are those of all, or give a column's."""
         end = start + target.shape[1]
         for column in range(start, end):
-            value, code = self._nearest(target[:, column - start], cells(column))
+            value, code = self._nearest(
+                target[:, column - start], cells(column) if callable(cells) else cells
+            )
             self.code[:, column] = code
             self.value[:, column] = value
             error = torch.sub(self.weight[:, column], value, out=self.error[:, column])

@@ -42,10 +42,12 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
        as they then are: the squared error of column j weighs ``D_j``, what is left of it after
        feedback.  Other grids (of rows, the tensor, nf4, llama.cpp's blocks) are those of the
        family for the importance ``diag H``, before the first column.
-    3. The float16 scales of each row are solved for jointly, codes as they are.
-    4. Coordinate descent on the codes; and scales once more.
+    3. Twice: coordinate descent on the codes, then all scales of a row by least squares, float16.
+       Blocks have theirs refitted once; those of the tensor stay.
+    4. A low-rank correction makes up for what the codes then cost, they are rounded again without
+       it, and it is made again.
 
-    Neither 3 nor 4 raises the cost of a row.  Rows are independent, and what becomes of one depends
+    No step of 3 raises the cost of a row.  Rows are independent, and what becomes of one depends
     neither on the number of threads nor on which others come with it.  Where nothing is known of
     the curvature weights are rounded to nearest, and so are floats.
 
@@ -148,7 +150,7 @@ def _round_rows(
 ) -> tuple[Tensor, Grid]:
     """Codes and grid of some rows; a grid that is given is only refitted."""
     if grid is None:
-        lattice = Lattice.empty(fmt, *weight.shape, weight.device)
+        lattice = Lattice.empty(fmt, weight)
         codes = rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
         grid = lattice.grid(fmt)
     else:

@@ -73,20 +73,18 @@ def gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
             f"A weight {list(weight.shape)} does not go with the second moments "
             f"{list(evidence.hessian.shape)} of its inputs: [cols, cols] or [parts, cols, cols]."
         )
-    return PackedTensor.of_codes(*_round(weight, fmt, feedback))
+    codes, grid = _round(weight, fmt, feedback)
+    return PackedTensor.of_codes(codes, fmt, grid)
 
 
-def _round(weight: Tensor, fmt: Format, feedback: Tensor) -> tuple[Tensor, Format, Grid]:
-    """Codes [rows, cols], their format and their grid."""
+def _round(weight: Tensor, fmt: Format, feedback: Tensor) -> tuple[Tensor, Grid]:
+    """Codes, uint8 [rows, cols], and their grid."""
     parts, cols = feedback.shape[:2]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     grouped = fmt.group_size > 0
     grid = None if grouped else fit_grid(weight, fmt)
-    if grouped:
-        lattice = Lattice.empty(fmt, *weight.shape, weight.device)
-    else:
-        assert isinstance(grid, Grid)
-        lattice = Lattice.of(fmt, grid, *weight.shape)
+    assert grid is None or isinstance(grid, Grid)
+    lattice = Lattice.empty(fmt, weight) if grid is None else Lattice.of(fmt, grid, *weight.shape)
     for some, rows in chunks(parts, len(weight) // parts, cols):
         shape = (some.stop - some.start, -1, cols)
         sweep = Sweep(weight[rows].view(shape), feedback[some], fmt.bits)
@@ -97,10 +95,9 @@ def _round(weight: Tensor, fmt: Format, feedback: Tensor) -> tuple[Tensor, Forma
             target = sweep.target(start, min(start + size, cols))
             if grouped:
                 _fit(sweep.expected(target, start), fmt, scale[:, :, group], zero[:, :, group])
-            cells = Cells.of(scale[:, :, group], zero[:, :, group])
-            sweep.round(target, start, lambda _, cells=cells: cells)
+            sweep.round(target, start, Cells.of(scale[:, :, group], zero[:, :, group]))
         codes[rows] = sweep.code.transpose(1, 2).reshape(-1, cols)
-    return codes, fmt, lattice.grid(fmt) if grid is None else grid
+    return codes, lattice.grid(fmt) if grid is None else grid
 
 
 def _fit(weight: Tensor, fmt: Format, scale: Tensor, zero: Tensor) -> None:

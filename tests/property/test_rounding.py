@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +55,7 @@ def swept(weight: Tensor, fmt: Format, hessian: Tensor) -> tuple[Quadratic, Latt
     size = fmt.group_size if 0 < fmt.group_size < cols else cols
     quadratic = Quadratic.of(hessian, DAMPING, size)
     if fmt.integer and fmt.group_size > 0:
-        lattice = Lattice.empty(fmt, *weight.shape, weight.device)
+        lattice = Lattice.empty(fmt, weight)
         return quadratic, lattice, rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
     lattice = Lattice.of(fmt, METHODS.trait("rtn", "grid")(weight, fmt), *weight.shape)
     return quadratic, lattice, rounding.sweep(weight, fmt, quadratic, lattice)
@@ -65,9 +67,8 @@ def test_neither_descent_nor_new_scales_raise_the_cost_of_a_row(
     problem: tuple[Tensor, Format, Tensor], compiled: bool
 ) -> None:
     weight, fmt, hessian = problem
-    library = native_rounding.library
-    native_rounding.library = library if compiled else lambda _: None
-    try:
+    library = native_rounding.library if compiled else lambda _: None
+    with patch.object(native_rounding, "library", library):
         quadratic, lattice, codes = swept(weight, fmt, hessian)
         before = costs(weight, lattice.values(codes), quadratic.matrix)
         for _ in range(2):
@@ -88,8 +89,6 @@ def test_neither_descent_nor_new_scales_raise_the_cost_of_a_row(
                 after = costs(weight, lattice.values(codes), quadratic.matrix)
                 assert (after <= before * (1 + 1e-5) + 1e-12 * float(before.max())).all()
             before = after
-    finally:
-        native_rounding.library = library
 
 
 @settings(max_examples=60, deadline=None)

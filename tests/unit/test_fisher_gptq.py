@@ -121,7 +121,7 @@ def test_the_sweep_is_that_of_inverses_in_float64(
     size = fmt.group_size if fmt.group_size > 0 else 80
     quadratic = Quadratic.of(hessian, DAMPING, size)
     if fmt.integer and fmt.group_size > 0:
-        lattice = Lattice.empty(fmt, 12, 80, weight.device)
+        lattice = Lattice.empty(fmt, weight)
         codes = rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
     else:
         grid = METHODS.trait("rtn", "grid")(weight, fmt, hessian.diagonal())
@@ -135,9 +135,9 @@ def test_the_sweep_is_that_of_inverses_in_float64(
 @pytest.mark.parametrize("spec", ["int3-g32-asym", "int4-g64"])
 def test_grids_are_fitted_to_what_is_left_of_errors(spec: str) -> None:
     """By brute force over scales: none does clearly better on the first group of the sweep."""
-    fmt, weight, hessian = Format.parse(spec), weight_of(6, fmt_cols := 128), curvature(128)
+    fmt, weight, hessian = Format.parse(spec), weight_of(6, 128), curvature(128)
     quadratic = Quadratic.of(hessian, DAMPING, fmt.group_size)
-    lattice = Lattice.empty(fmt, 6, fmt_cols, weight.device)
+    lattice = Lattice.empty(fmt, weight)
     rounding.sweep(weight, fmt, quadratic, lattice, RATIOS[fmt.bits])
     first = quadratic.order[0, : fmt.group_size]
     block, group = weight[:, first], int(first[0]) // fmt.group_size
