@@ -25,7 +25,7 @@ from bitplan.sensitivity.metrics import METRICS, Task
 from bitplan.sensitivity.mixture import DAMPING, Mixture, Trial, choose
 from bitplan.sensitivity.nearest import nearest_prices
 from bitplan.sensitivity.probes import label_upstream, stream
-from bitplan.sensitivity.statistics import Statistics
+from bitplan.sensitivity.statistics import LIMIT, Statistics
 from bitplan.sensitivity.uses import uses_of
 from bitplan.testing import toy_task
 from bitplan.testing.toys import drawn, toy_of
@@ -50,19 +50,19 @@ def method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(
-    model: LoadedModel, samples: Samples, folder: Path | None = None, **options: int
+    model: LoadedModel, samples: Samples, folder: Path | None = None, limit: int = LIMIT
 ) -> tuple[Statistics, Renderer]:
     units = find_units(model.module)
     renderer = Renderer(model.module, units, "curved")
     found = Statistics(
-        model, units, renderer, lambda: samples, samples.sha256, folder=folder, **options
+        model, units, renderer, lambda: samples, samples.sha256, folder=folder, limit=limit
     )
     renderer.store.evidence = found
     return found, renderer
 
 
-def sums(model: LoadedModel, samples: Samples, **options: int) -> dict[str, Fold]:
-    statistics, renderer = made(model, samples, **options)
+def sums(model: LoadedModel, samples: Samples) -> dict[str, Fold]:
+    statistics, renderer = made(model, samples)
     (evidences,) = statistics.gather(renderer.names)
     reached = [n for n in renderer.names if evidences[n].fisher is not None]
     return {name: statistics._kept.read(name, CPU) for name in reached}
