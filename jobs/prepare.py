@@ -49,6 +49,7 @@ class Work:
         samples: Calibration sequences.
         provenance: What the profile will say of itself.
         renderer: The one source of renderings of the run: what was priced is what is measured.
+        seen: Further sequences that the weights are rounded by, if the method needs data.
     """
 
     model: LoadedModel
@@ -57,6 +58,7 @@ class Work:
     samples: Samples
     provenance: Provenance
     renderer: Renderer
+    seen: Samples | None = None
 
     def blank_table(self) -> SensitivityTable:
         """The table with exact bytes and no prices."""
@@ -122,7 +124,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         statistics=folder.statistics if folder else None,
         reporter=reporter,
     )
-    return Work(model, units, formats, samples, origin, renderer)
+    return Work(model, units, formats, samples, origin, renderer, seen)
 
 
 def _sequences(

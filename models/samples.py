@@ -102,6 +102,11 @@ class Samples:
             parts = list(torch.cat(tensors).split(max(map(samples_in, self.batches))))
         return replace(self, batches=tuple(parts), sha256=_hash(parts))
 
+    def joined(self, others: Samples) -> Samples:
+        """These samples, and then others."""
+        batches = (*self.batches, *others.batches)
+        return replace(self, batches=batches, sha256=_hash(batches))
+
     def describe(self) -> dict[str, Any]:
         """Provenance for plan.json and the profile."""
         texts = [{"source": text.source, "weight": text.weight} for text in self.texts]

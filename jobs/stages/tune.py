@@ -19,6 +19,8 @@ def tune(context: Context) -> None:
     """
     plan = list(context.plans.values())[-1]
     inside, guard = context.inside_and_apart
+    if context.work.seen is not None:
+        inside = inside.joined(context.work.seen)
     steps, seed = context.search.tune, context.settings.seed
     definition = str(context.table.provenance.definition_sha256)
     key = key_of(plan, definition, inside, guard, steps, seed, TOP_K)
