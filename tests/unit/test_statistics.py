@@ -22,7 +22,7 @@ from bitplan.sensitivity import statistics as module
 from bitplan.sensitivity.factors import Factors, Gradient
 from bitplan.sensitivity.kept_sums import Fold, halved, restored
 from bitplan.sensitivity.metrics import METRICS, Task
-from bitplan.sensitivity.mixture import DAMPING, Mixture, Trial, choose
+from bitplan.sensitivity.mixture import UNTESTED, Trial, choose
 from bitplan.sensitivity.nearest import nearest_prices
 from bitplan.sensitivity.probes import label_upstream, stream
 from bitplan.sensitivity.statistics import LIMIT, Statistics
@@ -124,7 +124,7 @@ class OneRow(nn.Module):
 
 def vectors(net: nn.Module, positions: int = 9) -> tuple[LoadedModel, Samples]:
     model = toy_of(net, std=0.5)
-    batches = [drawn((n, positions, 6), i) for i, n in enumerate((4, 3))]
+    batches = [drawn((n, positions, 6), i) for i, n in enumerate((3, 4))]
     return model, samples_from_batches(batches, model, "x", 0)
 
 
@@ -212,24 +212,25 @@ def test_many_rows_cost_what_the_metric_says_in_expectation() -> None:
     assert float(quadratic) == pytest.approx(float(probe), rel=0.05)
 
 
-def test_folds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = toy()
+@pytest.mark.parametrize(("net", "name"), [(OneRow, "narrow"), (Recurrent, "lstm.weight_ih_l0")])
+def test_folds_add_up(net: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = vectors(net())
     in_two = sums(model, samples)
     statistics, renderer = made(model, samples)
     list(statistics.gather(renderer.names))
-    gradients = torch.stack(seen(model, samples)["down"])
+    gradients = torch.stack(seen(model, samples)[name])
     for i in (0, 1):
-        fold, g = statistics._kept.read("down", CPU, i), gradients[i::2]
-        assert fold.tokens == len(g) * 12
+        fold, g = statistics._kept.read(name, CPU, i), gradients[i::2]
+        assert fold.tokens == len(g) * 9
         expected = torch.einsum("nrc,nrd->cd", g, g) / (fold.tokens * g.shape[1])
         torch.testing.assert_close(fold.fisher()[0], expected, rtol=1e-4, atol=1e-9)
     monkeypatch.setattr(module, "TRIALS", 0)
     in_one = sums(model, samples)
-    for name, fold in in_two.items():
-        assert (fold.tokens, fold.vectors) == (in_one[name].tokens, in_one[name].vectors)
-        torch.testing.assert_close(fold.rows, in_one[name].rows)
+    for other, fold in in_two.items():
+        assert (fold.tokens, fold.vectors) == (in_one[other].tokens, in_one[other].vectors)
+        torch.testing.assert_close(fold.rows, in_one[other].rows)
         for form, half in fold.forms.items():
-            torch.testing.assert_close(half, in_one[name].forms[form], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(half, in_one[other].forms[form], rtol=1e-4, atol=1e-5)
 
 
 def test_few_at_a_time_and_other_batches_give_the_same(tiny: LoadedModel) -> None:
@@ -336,20 +337,34 @@ def fold_of(vectors: Tensor) -> Fold:
 
 
 def test_damping_grows_with_the_noise_of_the_sums() -> None:
-    weight, together = drawn((16, 48), 0), drawn((12, 48), 3)
-
-    def chosen(count: int) -> list[Mixture]:
+    def trial(count: int, seed: int, halves: tuple[int, int]) -> Trial:
+        together = drawn((12, 48), 200 + seed)
         draws = [
-            drawn((count, 12), seed) @ together + drawn((count, 48), 5 + seed) for seed in (1, 2)
+            drawn((count, 12), 10 * seed + i) @ together + 2 * drawn((count, 48), 10 * seed + 5 + i)
+            for i in halves
         ]
-        trial = Trial.of(weight, (fold_of(draws[0]), fold_of(draws[1])))
-        assert trial is not None
-        return [choose([trial], "curved") for _ in range(2)]
+        found = Trial.of(drawn((16, 48), 100 + seed), (fold_of(draws[0]), fold_of(draws[1])))
+        assert found is not None
+        return found
 
-    little, much = chosen(40), chosen(20000)
-    assert little[0] == little[1] and much[0] == much[1]
-    assert much[0].damping == DAMPING[0]
-    assert little[0].damping is not None and little[0].damping > DAMPING[0]
+    def chosen(count: int, halves: tuple[int, int] = (1, 2)) -> float:
+        trials = [trial(count, seed, halves) for seed in range(4)]
+        mixture = choose(trials, "curved")
+        assert mixture == choose(trials, "curved")
+        assert mixture.damping is not None
+        return mixture.damping
+
+    assert chosen(24) >= 0.3  # fewer vectors than columns
+    assert chosen(5000) <= 0.03
+    assert chosen(24, (1, 1)) <= 0.03  # who is judged by what it saw finds nothing to distrust
+
+
+def test_mixtures_are_untested_where_nothing_was_held_out() -> None:
+    weight, vectors = drawn((16, 48), 0), drawn((24, 48), 1)
+    whole = fold_of(vectors)
+    nothing = Fold(0, 0, torch.zeros(16), {n: torch.zeros_like(f) for n, f in whole.forms.items()})
+    assert Trial.of(weight, (whole, nothing)) is None
+    assert choose([], "curved") == UNTESTED
 
 
 def test_what_rounding_to_nearest_would_cost() -> None:
