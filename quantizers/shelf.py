@@ -15,7 +15,8 @@ from .._base.files import atomic_path
 from .format import Format
 from .packed import PackedTensor
 
-MEMORY = 1 << 29  # bytes of packed tensors at hand at a time
+# Bytes of packed tensors at hand at a time: a plan's are used again soon, those of all formats not.
+MEMORY = 1 << 27
 
 
 class Shelf:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._base.memory import give_back
 from .._base.progress import Reporter
 from .._base.threads import parallel_map
 from .format import Fitted, Format
@@ -140,6 +141,7 @@ class Renderings:
         for evidences in self._gather(list(missing)):
             self._round_all(evidences, missing, reporter)
             del evidences  # before the next are gathered
+            give_back()
 
     def prepare(self, name: str, fmt: Format) -> None:
         """Make one rendering, unless it is there."""

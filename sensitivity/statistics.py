@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._base.files import write_json
+from .._base.memory import give_back
 from .._base.progress import Advance, Reporter
 from ..models.rendering import Renderer
 from ..models.samples import Samples
@@ -256,10 +257,13 @@ class Statistics:
             for _ in range(samples_in(batch)):
                 tokens[start % 2] += positions
                 start += 1
+            give_back()
             advance(samples_in(batch))
         for name in list(sums):
             folds = sums.pop(name)
             self._kept.write(name, tokens if len(folds) > 1 else [sum(tokens)], folds)
+            del folds
+        give_back()
 
     def _choose(self, kinds: Sequence[str]) -> None:
         """Choose and keep the mixtures of kinds of matrices."""
