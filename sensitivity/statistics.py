@@ -31,7 +31,7 @@ from .uses import Uses, uses_of
 
 LIMIT = 5 << 28  # bytes of sums at a time
 TOKENS = 256  # per pass of a language model, whatever --batch-tokens
-TRIALS = 2  # matrices of a kind to choose its mixture on, spread over the model
+TRIALS = 3  # matrices of a kind to choose its mixture on, spread over the model
 
 
 @dataclass(frozen=True, slots=True)
