@@ -17,10 +17,10 @@ from ..quantizers.methods import METHODS, Evidence, Method
 from .kept_sums import Fold, restored
 
 WIDTHS = ("int2-g64-asym", "int4-g64-asym")
-ROWS = 64  # of a matrix, enough to tell mixtures apart
-SHARES = ((0.0, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0))  # token and plain
+ROWS = 48  # of a matrix, enough to tell mixtures apart
+SHARES = ((0.0, 0.0), (1.0, 0.1), (1.0, 0.3), (1.0, 1.0))  # token and plain
 DENSE_SHARES = ((0.0, 0.0), (0.0, 0.1), (0.0, 0.3))  # without a token form
-DAMPING = (0.01, 0.03, 0.07, 0.15, 0.3, 0.6)
+DAMPING = (0.1, 0.01, 0.03, 0.3, 1.0)  # the first while shares are chosen
 # What a choice depends on besides the sums.
 GRID = f"{WIDTHS} {ROWS} {SHARES} {DENSE_SHARES} {DAMPING}"
 
@@ -79,26 +79,34 @@ class Trial:
         return None
 
     def costs(
-        self, method: Method, formats: Sequence[Format], mixtures: Sequence[Mixture]
+        self, method: Method, formats: Sequence[Format], mixtures: Sequence[Mixture], half: int
     ) -> NDArray[np.float64]:
-        """Cost by the sums of the other half: [mixtures, 2 * formats]."""
-        found = np.zeros((len(mixtures), 2, len(formats)))
-        for half, (given, other) in enumerate((self.folds, self.folds[::-1])):
-            judge, rows = restored(other.forms["sequence"])[0], other.relative_rows()
-            for m, mixture in enumerate(mixtures):
-                evidence = mixture.evidence(given)
-                for f, fmt in enumerate(formats):
-                    error = method(self.weight, fmt, evidence).dequantize() - self.weight
-                    found[m, half, f] = float(((error @ judge) * error).sum(1) @ rows)
-        return found.reshape(len(mixtures), -1)
+        """Costs by one half of the sequences, rounded by the other: [mixtures, formats].
+
+        Args:
+            method: The rounding method.
+            formats: The formats.
+            mixtures: The mixtures.
+            half: Which half to round by, 0 or 1.
+        """
+        found = np.zeros((len(mixtures), len(formats)))
+        given, other = self.folds if half == 0 else self.folds[::-1]
+        judge, rows = restored(other.forms["sequence"])[0], other.relative_rows()
+        for m, mixture in enumerate(mixtures):
+            evidence = mixture.evidence(given)
+            for f, fmt in enumerate(formats):
+                error = method(self.weight, fmt, evidence).dequantize() - self.weight
+                found[m, f] = float(((error @ judge) * error).sum(1) @ rows)
+        return found
 
 
 def choose(trials: Sequence[Trial], rounding: str) -> Mixture:
     """The mixture, and then the damping, with the least cost on sequences it was not made from.
 
-    Matrices are rounded with sums over one half of the sequences and their errors priced with the
-    per-sequence sums over the other half, and the other way round; costs are compared by their
-    geometric mean over matrices, halves and widths, so that none outweighs the others.
+    Matrices are rounded with sums over one half of the sequences, the next matrix with those over
+    the other, and their errors priced with the per-sequence sums over the half that was left; costs
+    are compared by their geometric mean over matrices and widths, so that none outweighs the
+    others. A single matrix is rounded with either.
 
     Args:
         trials: Matrices of one kind.
@@ -112,13 +120,14 @@ def choose(trials: Sequence[Trial], rounding: str) -> Mixture:
         return UNTESTED
     with_factors = any("token" in trial.folds[0].forms for trial in trials)
     shares = SHARES if with_factors else DENSE_SHARES
-    middle = DAMPING[2]
-    mixtures = [Mixture(token, plain, middle) for token, plain in shares]
-    best = mixtures[int(_costs(trials, rounding, formats, mixtures).argmin())]
-    damped = [replace(best, damping=value) for value in DAMPING]
-    logs, at = _costs(trials, rounding, formats, damped), np.log(DAMPING)
-    smooth = np.polyval(np.polyfit(at, logs, 2), at)  # single costs jump by some percent
-    return damped[int(smooth.argmin())]
+    mixtures = [Mixture(token, plain, DAMPING[0]) for token, plain in shares]
+    mixed = _costs(trials, rounding, formats, mixtures)
+    best = mixtures[int(mixed.argmin())]
+    others = [replace(best, damping=value) for value in DAMPING[1:]]
+    damped = [mixed.min(), *_costs(trials, rounding, formats, others)]
+    curve = np.polynomial.Polynomial.fit(np.log(DAMPING), damped, 2)  # single costs jump
+    tried = np.geomspace(min(DAMPING), max(DAMPING), 41)
+    return replace(best, damping=round(float(tried[curve(np.log(tried)).argmin()]), 4))
 
 
 def formats_for(rounding: str) -> list[Format]:
@@ -133,10 +142,11 @@ def _costs(
     """Logarithms of mean costs [mixtures]."""
     method = METHODS.get(rounding)
 
-    def work(trial: Trial) -> NDArray[np.float64]:
-        return trial.costs(method, formats, mixtures)
+    def work(one: tuple[int, Trial]) -> NDArray[np.float64]:
+        return one[1].costs(method, formats, mixtures, one[0] % 2)
 
-    found = np.stack(list(parallel_map(work, trials, trials[0].weight.device)))
+    each = list(enumerate(trials if len(trials) > 1 else [*trials, *trials]))
+    found = np.stack(list(parallel_map(work, each, trials[0].weight.device)))
     logs = np.log(np.maximum(found, np.finfo(np.float64).tiny))
     means: NDArray[np.float64] = logs.mean(axis=(0, 2))
     return means

@@ -33,7 +33,7 @@ from .uses import Uses, uses_of
 
 LIMIT = 5 << 28  # bytes of sums at a time
 TOKENS = 256  # per pass of a language model, whatever --batch-tokens
-TRIALS = 2  # matrices of a kind to choose its mixture on, spread over the model
+TRIALS = 3  # matrices of a kind to choose its mixture on, spread over the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +212,10 @@ class Statistics:
                 self._sum(some, uses, batches, advance)
 
     def _shared(self, names: Sequence[str], uses: Uses, batches: Sequence[Batch]) -> list[_Shared]:
-        places: dict[str, list[Place]] = {}
+        wanted, places = set(names), dict[str, list[Place]]()
         for use in uses.by_factors:
             for part in self._renderer.parts_of(use.matrix):
-                if part.name in names and not use.place.site.lookups:
+                if part.name in wanted and not use.place.site.lookups:
                     places.setdefault(part.name, []).append(use.place)
         rows = {name: self._renderer.parts[name].shape[0] for name in names}
         found = [

@@ -355,8 +355,8 @@ def test_damping_grows_with_the_noise_of_the_sums() -> None:
         return mixture.damping
 
     assert chosen(24) >= 0.3  # fewer vectors than columns
-    assert chosen(5000) <= 0.03
-    assert chosen(24, (1, 1)) <= 0.03  # who is judged by what it saw finds nothing to distrust
+    assert chosen(5000) <= 0.06
+    assert chosen(24, (1, 1)) <= 0.06  # who is judged by what it saw finds nothing to distrust
 
 
 def test_mixtures_are_untested_where_nothing_was_held_out() -> None:
