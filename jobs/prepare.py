@@ -16,6 +16,7 @@ from ..models.find import find_units
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
 from ..models.mixture import parse_shares
+from ..models.names import BUILTIN, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
@@ -247,7 +248,8 @@ def second_evaluation(
             reporter.say(f"No second held-out text: {error}")
             return None
     _check_held_out(text, "--eval-also", settings)
-    if text == search.evaluation or _is_same_text(text, search.evaluation):
+    first = BUILTIN if search.evaluation == PROSE else search.evaluation
+    if (BUILTIN if text == PROSE else text) == first or _is_same_text(text, first):
         raise ValueError(
             f"{text} is both --eval and --eval-also, which is there to measure on another kind of "
             f"text. Give it another one, or {NO_TEXT!r}."

@@ -215,6 +215,7 @@ def test_measuring_on_the_calibration_text_is_refused(tiny_folder: Path, tmp_pat
         ({"evaluation": "{0}"}, "{0} is both --calibration and --eval: a plan"),
         ({"eval_also": "{1}"}, "{1} is both --calibration and --eval-also: a plan"),
         ({"evaluation": "code", "eval_also": "code"}, "code is both --eval and --eval-also"),
+        ({"eval_also": "prose"}, "prose is both --eval and --eval-also"),
         ({"evaluation": "{2}", "eval_also": "{3}"}, "{3} is both --eval and --eval-also"),
     ],
 )
