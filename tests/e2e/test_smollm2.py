@@ -27,9 +27,12 @@ MODEL_BYTES = 4 * 134_515_008
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
+TO_NEAREST = ("--rounding", "rtn", "--sequences", "48")
+
+
 def search_arguments(wikitext: Path) -> list[str | Path]:
     return [
-        *("smollm2", "--include", "model.layers.*", "--sequences", "48", "--eval-tokens", "2048"),
+        *("smollm2", "--include", "model.layers.*", "--eval-tokens", "2048"),
         *("--calibration", wikitext / "valid.txt", "--eval", wikitext / "test.txt"),
     ]
 
@@ -38,7 +41,7 @@ def search_arguments(wikitext: Path) -> list[str | Path]:
 def job(tmp_path_factory: pytest.TempPathFactory, wikitext: Path) -> tuple[Path, int]:
     """A run folder and the peak memory of the process that made it, in bytes."""
     folder = tmp_path_factory.mktemp("smollm2") / "run"
-    arguments = [*search_arguments(wikitext), "--budget", "4.3bpw", "--out", folder]
+    arguments = [*search_arguments(wikitext), *TO_NEAREST, "--budget", "4.3bpw", "--out", folder]
     code = (
         "import resource, sys; from bitplan.__main__ import app; "
         "app(sys.argv[1:], standalone_mode=False); "
@@ -85,7 +88,8 @@ def test_refinement_lowers_the_measured_kl(job: tuple[Path, int], wikitext: Path
     for name in ("profile.safetensors", "profile.json"):
         shutil.copy(job[0] / name, folder)
     goal = ["--budget", "3.28bpw", "--refine", "1", "--guard", "16", "--out", folder]
-    command = [sys.executable, "-m", "bitplan", "search", *search_arguments(wikitext), *goal]
+    asked = [*search_arguments(wikitext), *TO_NEAREST, *goal]
+    command = [sys.executable, "-m", "bitplan", "search", *asked]
     subprocess.run([str(part) for part in command], check=True, env=ENVIRONMENT)
     plan = Plan.load(folder / "plan.json")
     assert plan.measured is not None and plan.refinement is not None
@@ -114,3 +118,19 @@ def test_packed_folder_measures_like_the_plan(job: tuple[Path, int], wikitext: P
     assert plan.measured is not None
     assert measured == pytest.approx(plan.measured.kl, rel=1e-3)
     assert "Paris" in done.stdout
+
+
+def test_rounding_in_the_loop(wikitext: Path, tmp_path: Path) -> None:
+    """On fewer sequences than by default; to nearest, the uniform format has a KL of 1.2 there."""
+    folder = tmp_path / "run"
+    formats = "int2-g64-asym,int3-g64-asym,int4-g64-asym,int5-g64-asym"
+    asked = ["--formats", formats, "--sequences", "24", "--rounding-sequences", "48"]
+    asked += ["--budget", "3.28bpw", "--refine", "0", "--eval-also", "none", "--out", str(folder)]
+    command = [sys.executable, "-m", "bitplan", "search", *search_arguments(wikitext), *asked]
+    subprocess.run([str(part) for part in command], check=True, env=ENVIRONMENT)
+    plan = Plan.load(folder / "plan.json")
+    assert plan.measured is not None and plan.rounding == "fisher_gptq"
+    uniform = {b.format: b.kl for b in plan.baselines}["int3-g64-asym"]
+    assert plan.measured.kl < uniform < 0.5
+    assert 0.6 < plan.predicted_kl / plan.measured.kl < 1.6
+    assert sum(plan.nearest_kl.values()) > 2 * plan.predicted_kl

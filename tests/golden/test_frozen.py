@@ -326,6 +326,7 @@ def test_a_whole_search(wide_one: tuple[LoadedModel, Path], tmp_path: Path, upda
     settings = ProfileSettings(
         model=str(wide_one[1]),
         formats=("int2-g64-asym", "int3-g64-asym", "int4-g64-asym", "bf16"),
+        rounding="rtn",
         calibration=str(tmp_path / "calibration.txt"),
         sequences=16,
         length=32,

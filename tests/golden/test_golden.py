@@ -73,7 +73,12 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
         text.write_text(words(2500, seed))
     model = save_toy_llama(folder / "model", hidden=64, tied=True)
     settings = ProfileSettings(
-        str(model), calibration=str(texts[0]), sequences=64, length=64, device="cpu"
+        str(model),
+        rounding="rtn",
+        calibration=str(texts[0]),
+        sequences=64,
+        length=64,
+        device="cpu",
     )
     return {
         budget: run_search(

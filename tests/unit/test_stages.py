@@ -53,7 +53,13 @@ def search(
     model: Path, run: Path, formats: tuple[str, ...] = DEFAULT_FORMATS, **asked: object
 ) -> Plan:
     profile = ProfileSettings(
-        str(model), formats, calibration="builtin", sequences=16, length=32, device="cpu"
+        str(model),
+        formats,
+        rounding="rtn",
+        calibration="builtin",
+        sequences=16,
+        length=32,
+        device="cpu",
     )
     shared = {"eval_tokens": 512, "bootstrap": 10, "guard": 16}
     settings = SearchSettings(**shared | asked)  # type: ignore[arg-type]
