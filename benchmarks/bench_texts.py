@@ -47,8 +47,7 @@ def main() -> None:
             model,
             units,
             given.rounding,
-            lambda samples=samples: samples,  # type: ignore[misc]
-            samples.sha256,
+            samples,
             model_sha256="",
         )
         renderer.store.complete(formats.items())
@@ -56,7 +55,7 @@ def main() -> None:
     rows: list[Row] = []
     for text, held_out in kinds(model, given.data, given.tokens).items():
         found, _ = measure(model, runs, held_out)
-        row = {"measured on": text}
+        row: dict[str, str | float] = {"measured on": text}
         for name, result in found.items():
             row[name] = result.mean_kl
             change = result.kl - found["prose"].kl
