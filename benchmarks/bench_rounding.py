@@ -81,12 +81,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-rounding"))
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
-    parser.add_argument("--only", action="append", help="part of a variant's name; repeatable")
+    parser.add_argument("--only", action="append", help="a variant; repeatable")
     parser.add_argument("--budget", action="append", choices=BUDGETS, help="repeatable")
     parser.add_argument("--tokens", type=int, default=16384, help="test tokens")
     parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chosen = [v for v in VARIANTS if not options.only or any(o in v.name for o in options.only)]
+    chosen = [v for v in VARIANTS if not options.only or v.name in options.only]
     for seed in range(options.seeds):
         for variant in chosen:
             for budget in options.budget or BUDGETS:
