@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,12 @@ class HeldOut:
 
     def _contest(self, plans: Mapping[str, Plan]) -> dict[str, Measurement]:
         """Measure plans of which the best is wanted: those far behind on some sequences only."""
-        measured = self.measure(plans, keep=in_the_running)
+        fitting = {name for name, plan in plans.items() if plan.total_bytes <= plan.budget.bytes}
+        measured = self.measure(plans, keep=lambda kl: in_the_running(kl, fitting))
         while True:
             shortest = min(len(m.kl) for m in measured.values())
-            running = in_the_running({name: m.kl[:shortest] for name, m in measured.items()})
+            seen = {name: m.kl[:shortest] for name, m in measured.items()}
+            running = in_the_running(seen, fitting)
             short = [n for n in running if len(measured[n].kl) < self.samples.count]
             if not short:  # the best by all sequences is one of those that have them
                 return measured
@@ -258,17 +260,18 @@ def _measurement(figures: Figures) -> Measurement:
     return Measurement(np.array(figures.kl), nll, figures.tokens)
 
 
-def in_the_running(kl: Mapping[str, NDArray[np.float64]]) -> list[str]:
+def in_the_running(kl: Mapping[str, NDArray[np.float64]], fitting: Collection[str]) -> list[str]:
     """Plans that may still turn out the best, by their KL on the same sequences so far.
 
-    Out of the running is who is behind by :data:`BEHIND` standard errors, paired over at least
-    :data:`ENOUGH` sequences.
+    Out of the running is who is behind the best of those that fit by :data:`BEHIND` standard
+    errors, paired over at least :data:`ENOUGH` sequences.
 
     >>> kl = {"a": np.linspace(0, 1, 16), "b": np.linspace(0.01, 1, 16), "c": np.linspace(2, 3, 16)}
-    >>> in_the_running(kl)
-    ['a', 'b']
+    >>> in_the_running(kl, "abc"), in_the_running(kl, "c")
+    (['a', 'b'], ['a', 'b', 'c'])
     """
-    best = kl[min(kl, key=lambda name: float(np.nan_to_num(kl[name].mean(), nan=np.inf)))]
+    able = [name for name in kl if name in fitting] or list(kl)
+    best = kl[min(able, key=lambda name: float(np.nan_to_num(kl[name].mean(), nan=np.inf)))]
     if len(best) < ENOUGH:
         return list(kl)
     behind = {name: values - best for name, values in kl.items()}

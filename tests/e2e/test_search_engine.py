@@ -389,7 +389,7 @@ def test_a_search_shared_with_a_worker(tiny_folder: Path, tmp_path: Path) -> Non
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
         tokens = ["--search-tokens", str(trials * 16 * 64)]
-        goal = ["--solver", "tpe", "--budget", "3.2bpw", "--refine", "0"]
+        goal = ["--solver", "tpe", "--budget", "3.2bpw", "--refine", "0", "--rounding", "rtn"]
         plan = search(tiny_folder, tmp_path / "run", *goal, *tokens, *shared)
         told, _ = worker.communicate(timeout=PATIENCE)
     finally:

@@ -232,3 +232,16 @@ def test_whoever_was_dropped_is_measured_on_when_the_leader_is_no_better(
     assert later.measured is not None
     assert later.measured.tokens == samples.count * 32
     assert later.assignments == some[FORMATS[1]].assignments
+
+
+def test_a_better_plan_over_the_budget_takes_no_one_out_of_the_running(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], tmp_path: Path
+) -> None:
+    samples = evaluation_samples(tiny, tokens=1024, length=32, batch_tokens=128)
+    sizes = {"int2-g32-asym": 500, "int4-g32-asym": 1000, "int8-g32-asym": 1001}
+    plans = {fmt: plan(units, fmt, size) for fmt, size in sizes.items()}
+    shipped = held_out(tiny, units, samples, tmp_path).best(plans, WITHIN)
+    assert shipped.assignments == plans["int4-g32-asym"].assignments
+    assert shipped.measured is not None and shipped.measured.tokens == 1024
+    tokens = {b.name: b.tokens for b in shipped.baselines}
+    assert tokens == {"int2-g32-asym": 256, "int8-g32-asym": None}
