@@ -169,7 +169,10 @@ def test_packed_weights_equal_the_plan(job: Path, tiny_folder: Path, tmp_path: P
         (["--device", "gpu"], "Unknown device"),
         (["--calibration", "nowhere.txt"], "No text file at nowhere.txt"),
         (["--eval", "nowhere.txt"], "No text file at nowhere.txt"),
-        (["--sequences", "100000"], "sequences of 32 tokens, 100000 are needed"),
+        (
+            ["--sequences", "100000", "--calibration", "builtin"],
+            "sequences of 32 tokens, 100000 are needed",
+        ),
     ],
 )
 def test_bad_input_is_explained_and_found_out_before_the_slow_profile(

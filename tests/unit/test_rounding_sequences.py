@@ -38,7 +38,7 @@ FORMATS = ("int2-g64", "int4-g64", "bf16")
 
 def settings(model: Path, rounding: str, **changed: object) -> ProfileSettings:
     given: dict[str, object] = {"sequences": 8, "rounding_sequences": 6, "length": 32}
-    given |= {"formats": FORMATS, "rounding": rounding} | changed
+    given |= {"formats": FORMATS, "rounding": rounding, "calibration": "builtin"} | changed
     return ProfileSettings(str(model), **given)  # type: ignore[arg-type]
 
 
@@ -124,7 +124,7 @@ def test_batches_of_ones_own_are_halved() -> None:
 
 def test_a_profile_from_python(tiny: LoadedModel) -> None:
     table = profile(tiny, None, FORMATS, rounding="curved", rounding_sequences=5)
-    expected = rounding_samples(tiny, sequences=5, priced=96)
+    expected = rounding_samples(tiny, "mixture", sequences=5, priced=96)
     assert table.provenance.calibration["rounding_sha256"] == expected.sha256
     nearest = profile(tiny, None, FORMATS)
     assert nearest.provenance.evidence is None
