@@ -103,20 +103,21 @@ def render_report(run: RunData, pictures: Mapping[str, Picture]) -> str:
     plan, found, frontier = run.plan, economy(run), frontier_data(run)
     rows = comparison(plan, run.frontier.uniform)
     text = plan.measured is None or plan.measured.ppl is not None
+    words = words_of(plan.calibration)
     units = unit_rows(run) if len(run.table.units) <= MOST_ROWS else []
     return render(
         "report.html",
         data=page_data(run, frontier, found),
         scripts=SCRIPTS,
         plan=plan,
-        words=words_of(plan.calibration),
+        words=words,
         headline=headline(plan),
         bits_per=bits_per(plan.coverage),
         verdict=verdict(plan, rows),
         tiles=tiles(plan, rows),
         pictures=pictures,
         embedded=len(run.table.units) <= MOST_WITH_PICTURES,
-        comparison=[comparison_cells(row, row is rows[0], text) for row in rows],
+        comparison=[comparison_cells(row, row is rows[0], text, words.many) for row in rows],
         limits=limit_rows(run, found, size_unit(plan.total_bytes / 1e6)),
         limits_note=found.note,
         shares=[

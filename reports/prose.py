@@ -110,18 +110,21 @@ def _unbroken(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def measured_on(row: Comparison) -> str:
+def measured_on(row: Comparison, many: str) -> str:
     """On how little a plan was measured that was far behind; empty for all others."""
-    return f"measured on {row.tokens:,} tokens, far behind" if row.tokens else ""
+    return f"measured on {row.tokens:,} {many}, far behind" if row.tokens else ""
 
 
-def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str, Any]:
+def comparison_cells(
+    row: Comparison, own: bool, text: bool = True, many: str = "tokens"
+) -> dict[str, Any]:
     """One line of the comparison table as text.
 
     Args:
         row: The line.
         own: Whether it is the plan in question.
         text: Whether the model reads text, and so has a perplexity.
+        many: What a KL is a mean over, several of them.
     """
     ratio = "" if not row.kl else f"{row.predicted_kl / row.kl:.2f}"
     difference = ""
@@ -131,7 +134,7 @@ def comparison_cells(row: Comparison, own: bool, text: bool = True) -> dict[str,
         "name": row.label,
         "own": own,
         "misfit": row.misfit,
-        "note": measured_on(row),
+        "note": measured_on(row, many),
         "predicted": [
             format_bytes(row.bytes),
             "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",
