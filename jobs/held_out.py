@@ -266,7 +266,7 @@ def in_the_running(kl: Mapping[str, NDArray[np.float64]], fitting: Collection[st
     Out of the running is who is behind the best of those that fit by :data:`BEHIND` standard
     errors, paired over at least :data:`ENOUGH` sequences.
 
-    >>> kl = {"a": np.linspace(0, 1, 16), "b": np.linspace(0.01, 1, 16), "c": np.linspace(2, 3, 16)}
+    >>> kl = {"a": np.linspace(0, 1, 16), "b": np.linspace(1, 0.01, 16), "c": np.linspace(2, 3, 16)}
     >>> in_the_running(kl, "abc"), in_the_running(kl, "c")
     (['a', 'b'], ['a', 'b', 'c'])
     """
