@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .format import PER_TENSOR, Format
+from .group_fit import Candidates
 from .lines import Grid, grouped, row_chunks, salience, spread
 
 # Where to clip, relative to the largest weights of a group: with few levels, far inside.
 LEAST_RATIO = {1: 0.2, 2: 0.5, 3: 0.8, 4: 0.88, 5: 0.95, 6: 0.975, 7: 0.985, 8: 0.994}
 RATIOS = {bits: torch.linspace(1, least, 4).tolist() for bits, least in LEAST_RATIO.items()}
 FURTHER = (0.8, 0.6, 0.4)  # times the least: where large weights may be of no account
-REFINEMENTS = 2
 CELLS = 1 << 12  # in which a level is looked up while scales are compared
 
 
@@ -56,69 +56,16 @@ def _fit(weight: Tensor, fmt: Format, importance: Tensor | None, kind: type[_Int
     return Grid(scale, None if fmt.symmetric else zero)
 
 
-class _Integers:
+class _Integers(Candidates):
     """The best scale and zero point of every group of ``weight`` [groups, size]."""
 
     def __init__(self, weight: Tensor, fmt: Format, importance: Tensor | None) -> None:
-        self.weight = weight
-        self.salience = salience(weight, importance)
-        self.max_code = 2**fmt.bits - 1
-        self.error = torch.full_like(weight[:, 0], torch.inf)
-        self.scale = torch.zeros_like(self.error)
-        self.zero = torch.full_like(self.error, fmt.zero_point)
-        self._position = torch.empty_like(weight)
-        self._codes = torch.empty_like(weight)
-        for scale, zero in self.unclipped(fmt):
+        counts = salience(weight, importance)
+        super().__init__(weight, counts, 2**fmt.bits - 1, fmt.zero_point)
+        for scale, zero in self.unclipped(fmt.zero_point if fmt.symmetric else None):
             for ratio in clip_ratios(fmt.bits, importance is not None):
                 self.offer(scale * ratio, zero)
-        for _ in range(REFINEMENTS):
-            if not fmt.symmetric:
-                self.shift_zero()
-            self.refit_scale()
-
-    def unclipped(self, fmt: Format) -> list[tuple[Tensor, Tensor]]:
-        """Scales and zero points [groups] whose grids reach the largest weights."""
-        low = self.weight.amin(1).clamp_(max=0)
-        high = self.weight.amax(1).clamp_(min=0)
-        if fmt.symmetric:  # the grid reaches further on one side; the sign of the scale says which
-            largest = torch.where(high > -low, high, low)
-            ends = -fmt.zero_point, self.max_code - fmt.zero_point
-            return [(largest / end, self.zero) for end in ends]
-        width = high - low
-        zero = torch.where(width == 0, 0, -low / width * self.max_code).round_()
-        return [(width / self.max_code, zero)]
-
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        """Take the scale and zero point, both [groups], wherever they lower the error."""
-        scale = scale.half().float()
-        error = self._round(scale, zero)
-        error = error.mul_(error).mul_(self.salience).sum(1).mul_(scale).mul_(scale)
-        better = (error < self.error) & (scale != 0)  # float16 may round a scale to 0
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
-
-    def shift_zero(self) -> None:
-        """Offer the two neighbouring zero points."""
-        scale, zero = self.scale, self.zero
-        self.offer(scale, (zero + 1).clamp_(max=self.max_code))
-        self.offer(scale, (zero - 1).clamp_(min=0))
-
-    def refit_scale(self) -> None:
-        """Offer the scale with the least error for the present codes."""
-        self._round(self.scale, self.zero)
-        steps = self._codes.sub_(self.zero[:, None])
-        salient = torch.mul(steps, self.salience, out=self._position)
-        norm = steps.mul_(salient).sum(1)
-        scale = salient.mul_(self.weight).sum(1).div_(norm)
-        self.offer(torch.where(norm > 0, scale, self.scale), self.zero)
-
-    def _round(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Set the codes; return the rounding errors [groups, size] in units of the scale."""
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        torch.mul(self.weight, inverse[:, None], out=self._position).add_(zero[:, None])
-        torch.round(self._position, out=self._codes).clamp_(0, self.max_code)
-        return self._position.sub_(self._codes)
+        self.refine(fmt.symmetric)
 
 
 class _Levels(_Integers):
@@ -136,7 +83,7 @@ class _Levels(_Integers):
     def _cell(self) -> float:
         return (self.high - self.low) / CELLS
 
-    def unclipped(self, fmt: Format) -> list[tuple[Tensor, Tensor]]:
+    def unclipped(self, middle: float | None) -> list[tuple[Tensor, Tensor]]:
         """Scales whose levels reach the largest weights on both sides; they are positive."""
         self.zero.zero_()
         low, high = self.weight.amin(1) / self.low, self.weight.amax(1) / self.high
