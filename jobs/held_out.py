@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +82,9 @@ class HeldOut:
             steps = len(self.samples.batches) * (1 + len(runs))
             what = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} plans"
             with self._reporter.bar(f"Validating {what}", steps) as advance:
-                passes = count()  # forward passes so far
-
-                def step() -> None:
-                    next(passes)
-                    advance(1)
-
                 fresh, self._known.ppl_original = measure(
-                    self._model, runs, self.samples, step, keep=keep
+                    self._model, runs, self.samples, lambda: advance(1), keep=keep
                 )
-                advance(steps - next(passes))  # what was left out
             for name, m in fresh.items():
                 self._known.plans[keys[name]] = Figures(
                     kl=m.kl.tolist(),

@@ -80,7 +80,8 @@ def measure(
         original: The reference model.
         candidates: Name -> function from a batch to logits.
         samples: Held-out batches.
-        advance: Called after every forward pass, (1 + candidates) times per batch.
+        advance: Called (1 + candidates) times per batch, for every forward pass and for those that
+            are left out.
         reference: Runs the original, for a caller that keeps something of that pass for the
             candidates, which run on the same batch right after it.
         keep: Asked after every batch which candidates to go on with; the others are left with what
@@ -92,7 +93,7 @@ def measure(
     kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
     nll: dict[str, list[Tensor]] = {name: [] for name in (*candidates, "")}
     tokens = dict.fromkeys(candidates, 0)
-    left = dict(candidates)
+    left: Collection[str] = candidates
     with torch.no_grad():
         for batch in samples.batches:
             log_p = (reference or original.logits)(batch).log_softmax(-1)
@@ -100,16 +101,16 @@ def measure(
             if labels is not None:
                 nll[""].append(_negative_log_likelihood(log_p, labels))
             advance()
-            for name, run in left.items():
-                logits = run(batch)
-                tokens[name] += log_p.shape[0] * log_p.shape[1]
-                kl[name].append(_divergence(log_p, logits))
-                if labels is not None:
-                    nll[name].append(_negative_log_likelihood(logits, labels))
+            for name, run in candidates.items():
+                if name in left:
+                    logits = run(batch)
+                    tokens[name] += log_p.shape[0] * log_p.shape[1]
+                    kl[name].append(_divergence(log_p, logits))
+                    if labels is not None:
+                        nll[name].append(_negative_log_likelihood(logits, labels))
                 advance()
             if keep is not None:
-                chosen = keep({name: _join(kl[name]) for name in left})
-                left = {name: run for name, run in left.items() if name in chosen}
+                left = keep({name: _join(kl[name]) for name in candidates if name in left})
     measured = {
         name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens[name])
         for name in candidates
