@@ -41,8 +41,6 @@ class Context:
         folder: The run folder.
         job: Its state and log.
         reporter: Where progress is shown.
-        apart: Calibration sequences to price changes on and others to measure them on, where a
-            search on measured KL was asked for; else they are chosen when they are needed.
         table: What every unit costs, as the plan's runtime has it.
         problem: The problem to solve.
         budget: What was asked for, in bytes.
@@ -62,7 +60,6 @@ class Context:
     job: Job
     reporter: Reporter
     also: Samples | None = None
-    apart: tuple[Samples, Samples] | None = None
     table: SensitivityTable = field(init=False)
     problem: Problem = field(init=False)
     budget: BudgetRef = field(init=False)
@@ -120,7 +117,7 @@ class Context:
             ValueError: If too few are left to measure on.
         """
         work = self.work
-        return self.apart or guarded(work.model, self.settings, work.samples, self.search.guard)
+        return guarded(work.model, self.settings, work.samples, self.search.guard)
 
     @cached_property
     def truth(self) -> Truth:

@@ -20,7 +20,6 @@ from .job import Job
 from .prepare import check, evaluation, goal_of, prepare, profiled, second_evaluation
 from .settings import ProfileSettings, SearchSettings
 from .stages import cache, confidence, profile, refine, save, solve, tune, validate
-from .truth import guarded
 
 STAGES = (
     profile.STAGE,
@@ -91,9 +90,8 @@ def _begun(
     samples = evaluation(work.model, settings, search)
     context = Context(settings, search, goal, work, samples, folder, job, reporter)
     context.also = second_evaluation(work.model, settings, search, reporter)
-    apart = search.refine or search.tune or abilities(search.solver).needs_oracle
-    if apart:  # is there enough text for that?
-        context.apart = guarded(work.model, settings, work.samples, search.guard)
+    if search.refine or search.tune or abilities(search.solver).needs_oracle:
+        _ = context.inside_and_apart  # is there enough text for that?
     return context
 
 
