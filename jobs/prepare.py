@@ -147,7 +147,7 @@ def _sequences(
     if not METHODS.trait(settings.rounding, "needs"):
         return samples, None
     if not model.is_language_model:
-        return in_halves(model, samples, reporter)
+        return in_halves(samples, reporter)
     seen = rounding_samples(
         model,
         settings.calibration,

@@ -105,7 +105,7 @@ def recorded_samples(
     else:
         found = list(_candidates(plan, model, beside))
     for samples in found:
-        for some in (samples, in_halves(model, samples)[1]):
+        for some in (samples, in_halves(samples)[1]):
             if some.sha256 == _seen_sha256(plan):
                 return some
     count = wanted.get("rounding_sequences", wanted.get("sequences"))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from .._base.progress import Reporter
 from .names import BUILTIN
-from .samples import Samples, calibration_samples, samples_from_batches
-from .workload import Batch, LoadedModel
+from .samples import Samples, calibration_samples
+from .workload import LoadedModel
 
 SEQUENCES = 128  # by default
 
@@ -46,9 +46,7 @@ def rounding_samples(
         ) from error
 
 
-def in_halves(
-    model: LoadedModel, samples: Samples, reporter: Reporter | None = None
-) -> tuple[Samples, Samples]:
+def in_halves(samples: Samples, reporter: Reporter | None = None) -> tuple[Samples, Samples]:
     """Batches to price on and batches to round by: the second half of some, and the first.
 
     A single batch is both, which is said.
@@ -61,9 +59,5 @@ def in_halves(
                 "or more"
             )
         return samples, samples
-
-    def some(batches: tuple[Batch, ...]) -> Samples:
-        found = samples_from_batches(batches, model, samples.source, samples.seed)
-        return Samples(found.batches, samples.source, samples.length, samples.seed, found.sha256)
-
-    return some(samples.batches[middle:]), some(samples.batches[:middle])
+    first, second = samples.batches[:middle], samples.batches[middle:]
+    return samples.of_batches(second), samples.of_batches(first)

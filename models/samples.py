@@ -100,12 +100,15 @@ class Samples:
         tensors = [part for part in parts if isinstance(part, Tensor)]
         if len(tensors) == len(parts) and len({(x.shape[1:], x.dtype) for x in tensors}) == 1:
             parts = list(torch.cat(tensors).split(max(map(samples_in, self.batches))))
-        return replace(self, batches=tuple(parts), sha256=_hash(parts))
+        return self.of_batches(parts)
 
     def joined(self, others: Samples) -> Samples:
         """These samples, and then others."""
-        batches = (*self.batches, *others.batches)
-        return replace(self, batches=batches, sha256=_hash(batches))
+        return self.of_batches((*self.batches, *others.batches))
+
+    def of_batches(self, batches: Sequence[Batch]) -> Samples:
+        """Other batches of the same origin, such as some of these."""
+        return replace(self, batches=tuple(batches), sha256=_hash(batches))
 
     def describe(self) -> dict[str, Any]:
         """Provenance for plan.json and the profile."""

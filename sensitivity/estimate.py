@@ -91,7 +91,7 @@ def profile(
                 loaded, MIXTURE, sequences=rounding_sequences, seed=seed, priced=samples.count
             )
         else:
-            samples, seen = in_halves(loaded, samples, show)
+            samples, seen = in_halves(samples, show)
     selected = bool(include or exclude)
     origin = provenance(loaded, units, candidates, samples, metric, rounding, seed, selected, seen)
     renderer = calibrated(

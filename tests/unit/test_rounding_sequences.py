@@ -114,12 +114,12 @@ def test_batches_of_ones_own_are_halved() -> None:
     model = toy_of(nn.Linear(4, 3))
     batches = [torch.full((2, 4), float(i)) for i in range(5)]
     samples = samples_from_batches(batches, model, "x", 7)
-    priced, seen = in_halves(model, samples)
+    priced, seen = in_halves(samples)
     assert all(a is b for a, b in zip(seen.batches, batches[:2], strict=True))
     assert all(a is b for a, b in zip(priced.batches, batches[2:], strict=True))
     assert len({samples.sha256, priced.sha256, seen.sha256}) == 3
     single = samples_from_batches(batches[:1], model, "x", 7)
-    assert in_halves(model, single) == (single, single)
+    assert in_halves(single) == (single, single)
 
 
 def test_a_profile_from_python(tiny: LoadedModel) -> None:
