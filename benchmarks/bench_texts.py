@@ -43,13 +43,7 @@ def main() -> None:
     runs = {}
     for name, text in TEXTS.items():
         samples = calibration_samples(model, text, given.sequences, LENGTH)
-        renderer = calibrated(
-            model,
-            units,
-            given.rounding,
-            samples,
-            model_sha256="",
-        )
+        renderer = calibrated(model, units, given.rounding, samples, model_sha256="")
         renderer.store.complete(formats.items())
         runs[name] = plan_runner(model, renderer, formats)
     rows: list[Row] = []

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._base.files import atomic_path
+from .._base.tensors import bytes_of
 from ..models.rendering import Assignment, Renderer
 from ..quantizers.format import Format
 from ..quantizers.scales import rescaled
@@ -105,9 +105,8 @@ def _damaged(path: Path) -> str:
 def _sha256(scales: Mapping[str, Tensor], formats: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for key, part in sorted(scales.items()):
-        plain = part.detach().cpu().contiguous()
-        digest.update(f"{key} {formats[key]} {tuple(plain.shape)} {plain.dtype}\n".encode())
-        digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(f"{key} {formats[key]} {tuple(part.shape)} {part.dtype}\n".encode())
+        digest.update(bytes_of(part))
     return digest.hexdigest()
 
 

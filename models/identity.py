@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from .._base.tensors import bytes_of
 from .workload import LoadedModel
 
 
@@ -26,7 +26,7 @@ def state_sha256(module: nn.Module) -> str:
         seen.add(tensor.data_ptr())
         plain = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(bytes_of(plain))
     return digest.hexdigest()
 
 

@@ -40,13 +40,9 @@ def fit_blocks(weight: Tensor, fmt: Format, importance: Tensor | None = None) ->
             grid = fit.nested()
         rest = (None if part is None else part.view(len(chunk), -1) for part in grid[1:])
         parts.append(Grid(grid.scale.view(len(chunk), -1), *rest))
-    joined = [
-        None if column[0] is None else torch.cat([part for part in column if part is not None])
-        for column in zip(*parts, strict=True)
-    ]
-    scale = joined[0]
-    assert scale is not None and len(scale) == len(weight)
-    return Grid(scale, *joined[1:])
+    joined = Grid.joined(parts)
+    assert len(joined.scale) == len(weight)
+    return joined
 
 
 def _blocks(matrix: Tensor, fmt: Format) -> Tensor:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._base.tensors import bytes_of
 from .format import Format
 from .packed import PackedTensor
 
@@ -147,9 +147,8 @@ def stored_rows(folder: Path) -> dict[str, Ranges]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor."""
-    plain = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
-    return zlib.crc32(plain)  # type: ignore[arg-type]
+    """CRC-32 of the bytes of a tensor."""
+    return zlib.crc32(bytes_of(tensor))
 
 
 def _file_checksums(path: Path) -> dict[str, int]:

@@ -39,6 +39,16 @@ class Grid(NamedTuple):
         rest = (None if part is None else part[rows] for part in self[1:])
         return Grid(self.scale[rows], *rest)
 
+    @staticmethod
+    def joined(grids: Sequence[Grid]) -> Grid:
+        """The grid of the rows of all, one after the other."""
+        columns = [
+            [part for part in column if part is not None] for column in zip(*grids, strict=True)
+        ]
+        scale, *rest = (torch.cat(column) if column else None for column in columns)
+        assert scale is not None
+        return Grid(scale, *rest)
+
 
 class Line(NamedTuple):
     """How codes of a group become weights: scale * (c - zero) + offset.

@@ -8,11 +8,11 @@ from copy import copy
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .._base.memory import give_back
 from .._base.progress import Reporter
+from .._base.tensors import bytes_of
 from .._base.threads import parallel_map
 from .format import Fitted, Format
 from .grid import grid_rows, render
@@ -188,7 +188,7 @@ class Renderings:
         for name, fmt in pairs:
             digest.update(f"{name} {fmt.name}\n".encode())
             for _, part in sorted(self.packed(name, fmt).tensors.items()):
-                digest.update(_bytes(part))
+                digest.update(bytes_of(part))
         return digest.hexdigest()
 
     def _grid(self, name: str, fmt: Format) -> Fitted | None:
@@ -243,7 +243,7 @@ class Renderings:
     def _key(self, name: str, fmt: Format) -> str:
         """What the codes of a matrix in a format depend on, as a hash."""
         if name not in self._hashes:
-            self._hashes[name] = hashlib.sha256(_bytes(self.weight(name))).hexdigest()
+            self._hashes[name] = hashlib.sha256(bytes_of(self.weight(name))).hexdigest()
         parts = (
             self.rounding,
             str(METHODS.trait(self.rounding, "revision", 1)),
@@ -252,8 +252,3 @@ class Renderings:
             *((name, self.evidence.key) if self.evidence else ()),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy())  # type: ignore[arg-type]

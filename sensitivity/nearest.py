@@ -36,8 +36,7 @@ def nearest_prices(
         costs = []
         for name in unit.modules:
             fmt = assignment[name]
-            known = renderer.store.keeps(fmt) and statistics.knows(name)
-            if not known:
+            if not (renderer.store.keeps(fmt) and statistics.knows(name)):
                 return None
             error = nearest.rows(name, fmt) - renderer.weight(name)
             costs.append(statistics.cost(name, error))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -141,7 +139,7 @@ def _round(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
         part = None if grid is None else grid.rows(rows)
         codes[rows], part = _round_rows(weight[rows], fmt, part, quadratic.of_parts(some))
         grids.append(part)
-    whole = grids[0] if fmt.group_size == PER_TENSOR else _joined(grids)
+    whole = grids[0] if fmt.group_size == PER_TENSOR else Grid.joined(grids)
     return PackedTensor.of_codes(codes, fmt, whole)
 
 
@@ -191,12 +189,4 @@ def _refit(weight: Tensor, fmt: Format, grid: Grid, codes: Tensor, quadratic: Qu
     for part, matrix in enumerate(quadratic.matrix):
         rows = slice(part * size, (part + 1) * size)
         found.append(family_of(fmt).refit(weight[rows], fmt, grid.rows(rows), codes[rows], matrix))
-    return _joined(found)
-
-
-def _joined(grids: Sequence[Grid]) -> Grid:
-    """The grid of the rows of all."""
-    columns = [[part for part in column if part is not None] for column in zip(*grids, strict=True)]
-    scale, *rest = (torch.cat(column) if column else None for column in columns)
-    assert scale is not None
-    return Grid(scale, *rest)
+    return Grid.joined(found)
