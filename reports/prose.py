@@ -12,7 +12,16 @@ from ..search.coverage import bits_per
 from ..search.plan import Plan
 from ..search.solvers import is_exact
 from .data import FrontierData, PredictionData, SensitivityData, UnitGrid, UnitRow
-from .summary import Comparison, best_uniform, describe_rival, facts, only_format, rounding, size_of
+from .summary import (
+    Comparison,
+    best_uniform,
+    describe_rival,
+    facts,
+    measured_on,
+    only_format,
+    rounding,
+    size_of,
+)
 from .words import number, with_error
 
 TOLD = (
@@ -49,7 +58,8 @@ def verdict(plan: Plan, rows: Sequence[Comparison]) -> list[str]:
         sentences.append(f"Every unit is stored in the same format, {same}.")
     if rival := best_uniform(rows):
         which = "other uniform" if same else "uniform"
-        sentences.append(f"Best {which} format within the budget: {describe_rival(rival)}.")
+        told = describe_rival(rival, words_of(plan.calibration).many)
+        sentences.append(f"Best {which} format within the budget: {told}.")
     elif not same:
         sentences.append("No uniform format fits the budget.")
     for name, phrase in facts(plan, rows):
@@ -80,7 +90,8 @@ def tiles(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     if rival is not None:
         ours, theirs, kind = plan.predicted_kl, rival.predicted_kl, ", predicted"
         if measured is not None and rival.kl is not None:
-            ours, theirs, kind = measured.kl, rival.kl, ""
+            # On the same samples, of which a rival far behind has fewer.
+            ours, theirs, kind = rival.kl - (rival.difference or 0.0), rival.kl, ""
         if ours > 0:
             tiles.append((f"{theirs / ours:.2f} ×", f"this KL in the best uniform format{kind}"))
     if measured is not None and measured.ppl is not None:
@@ -110,11 +121,6 @@ def _unbroken(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def measured_on(row: Comparison, many: str) -> str:
-    """On how little a plan was measured that was far behind; empty for all others."""
-    return f"measured on {row.tokens:,} {many}, far behind" if row.tokens else ""
-
-
 def comparison_cells(
     row: Comparison, own: bool, text: bool = True, many: str = "tokens"
 ) -> dict[str, Any]:
@@ -126,6 +132,7 @@ def comparison_cells(
         text: Whether the model reads text, and so has a perplexity.
         many: What a KL is a mean over, several of them.
     """
+    few = measured_on(row, many)
     ratio = "" if not row.kl else f"{row.predicted_kl / row.kl:.2f}"
     difference = ""
     if row.difference is not None:
@@ -134,7 +141,7 @@ def comparison_cells(
         "name": row.label,
         "own": own,
         "misfit": row.misfit,
-        "note": measured_on(row, many),
+        "note": f"measured {few}, far behind" if few else "",
         "predicted": [
             format_bytes(row.bytes),
             "" if math.isnan(row.bpw) else f"{row.bpw:.3f}",

@@ -146,7 +146,8 @@ def facts(plan: Plan, rows: Sequence[Comparison]) -> list[tuple[str, str]]:
     if same:
         lines.append(("format", f"{same} for every unit"))
     if rival := best_uniform(rows):
-        lines.append(("other uniform" if same else "best uniform", describe_rival(rival)))
+        told = describe_rival(rival, words_of(plan.calibration).many)
+        lines.append(("other uniform" if same else "best uniform", told))
     if (measured := plan.measured) is not None and measured.ppl is not None:
         original = measured.ppl_original
         before_text = f" (original {number(original)})" if original is not None else ""
@@ -315,14 +316,21 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def describe_rival(rival: Comparison) -> str:
-    """A rival in words: format, size, KL, and how much worse it is."""
+def measured_on(row: Comparison, many: str) -> str:
+    """``on 1,024 tokens``, of a plan that was so far behind there; empty for all others."""
+    return f"on {row.tokens:,} {many}" if row.tokens else ""
+
+
+def describe_rival(rival: Comparison, many: str) -> str:
+    """A rival in words: format, size, KL, how much worse it is; ``many`` is what a KL is over."""
     name = f"{rival.label}, {format_bytes(rival.bytes)}"
     if rival.ms is not None:
         name += f", {milliseconds(rival.ms)}"
     if rival.kl is None:
         return f"{name}: KL {number(rival.predicted_kl)} predicted"
     text = f"{name}: KL {with_error(rival.kl, rival.kl_stderr)} measured"
+    if few := measured_on(rival, many):
+        text += f" {few}"
     if rival.difference is not None:
         text += f", paired difference {with_error(rival.difference, rival.difference_stderr, True)}"
     return text

@@ -21,7 +21,7 @@ from ..quantizers.candidates import DEFAULT_FORMATS
 from ..quantizers.format import FAMILIES, Format
 from ..search.budget import format_bytes
 from ..search.plan import Plan
-from .summary import comparison, facts
+from .summary import comparison, facts, measured_on
 from .words import number, plain, with_error
 
 
@@ -91,7 +91,7 @@ def uniform_table(plan: Plan) -> Table:
             else with_error(row.difference, row.difference_stderr, sign=True),
             "ppl": "" if row.ppl is None else number(row.ppl),
         }
-        notes = (row.misfit, f"on {row.tokens:,} {words.many}" if row.tokens else "")
+        notes = (row.misfit, measured_on(row, words.many))
         table.add_row(
             Text("\n".join([row.label, *(f"({note})" for note in notes if note)])),
             *(cells[header] for header in headers),
