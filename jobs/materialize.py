@@ -15,7 +15,7 @@ from .._base.hints import did_you_mean
 from .._base.progress import Reporter
 from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
-from ..models.load import check_model, find_device, load_model
+from ..models.load import check_model, find_device, load_model, load_tokenizer
 from ..models.packed_modules import PackedLinear
 from ..models.packed_rows import PackedRowsLinear
 from ..models.packing import compute_in, replace
@@ -52,7 +52,10 @@ def apply(
     Args:
         model: The very model the plan was made for (its weights are compared by hash).
         plan: The plan or its path, which may be in the folder of its run.
-        batches: Calibration batches of the profile, for rounding methods that need data.
+        batches: Calibration batches of the profile, for rounding methods that need data. Not
+            needed with the path of a plan in the folder of its run, nor by a language model whose
+            calibration text and tokenizer are found again by their names, which takes the time of
+            rounding once more.
 
     Returns:
         ``model``.
@@ -64,6 +67,10 @@ def apply(
     units = planned_units(model, plan)
     if METHODS.trait(plan.rounding, "needs"):
         loaded = as_loaded_model(model)
+        if batches is None:
+            tokenizer = load_tokenizer(plan.original())
+            workload = Workload(model, tokenizer=tokenizer)
+            loaded = LoadedModel(loaded.id, model, loaded.source_dtype, workload)
         renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
     else:
         renderer = tuned_renderer(Renderer(model, units, plan.rounding), plan, beside)

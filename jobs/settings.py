@@ -53,9 +53,9 @@ class ProfileSettings:
     )
     metric: str = setting("fisher", "Sensitivity metric; see `bitplan metrics`.", panel=PRICES)
     rounding: str = setting(
-        "rtn",
-        "Rounding method whose errors are priced and shipped: rtn, to nearest, a quick look that "
-        "needs no data; fisher_gptq rounds so that the KL grows least.",
+        "fisher_gptq",
+        "Rounding method whose errors are priced and shipped: fisher_gptq rounds so that the KL "
+        "grows least; rtn, to nearest, is a quick look that needs no data.",
         panel=PRICES,
     )
     calibration: str = setting(

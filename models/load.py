@@ -79,6 +79,23 @@ def load_structure(name: str) -> LoadedModel:
     return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module))
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model's name, or None: of what has none, or is not found here."""
+    if function_reference(name) is not None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
+        gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
+        if gguf.suffix == ".gguf":
+            with redirect_stderr(io.StringIO()):
+                return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
 def check_model(name: str, device: str = "auto") -> None:
     """Find out without loading anything whether a model's name and the device are known.
 

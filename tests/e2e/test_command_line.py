@@ -41,8 +41,11 @@ FILES = {
     "job.json",
     "job.log",
     "job.lock",
+    "renderings",
+    "statistics",
 }
-SMALL = ["--sequences", "24", "--length", "32", "--eval-tokens", "1024", "--quiet"]
+SMALL = ["--sequences", "24", "--rounding-sequences", "24", "--length", "32"]
+SMALL += ["--eval-tokens", "1024", "--quiet"]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -262,6 +265,7 @@ def test_an_interrupted_profile_leaves_nothing_and_says_so(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     arguments = ["search", str(tiny_folder), "--out", str(tmp_path / "run"), "--sequences", "4000"]
+    arguments += ["--rounding", "rtn"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bitplan", *arguments, "--length", "16"],
         stderr=subprocess.PIPE,

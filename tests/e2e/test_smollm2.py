@@ -124,16 +124,7 @@ def test_rounding_in_the_loop(wikitext: Path, tmp_path: Path) -> None:
     """On fewer sequences than by default; to nearest, the uniform format has a KL of 1.2 there."""
     folder = tmp_path / "run"
     formats = "int2-g64-asym,int3-g64-asym,int4-g64-asym,int5-g64-asym"
-    asked = [
-        "--rounding",
-        "fisher_gptq",
-        "--formats",
-        formats,
-        "--sequences",
-        "24",
-        "--rounding-sequences",
-        "48",
-    ]
+    asked = ["--formats", formats, "--sequences", "24", "--rounding-sequences", "48"]
     asked += ["--budget", "3.28bpw", "--refine", "0", "--eval-also", "none", "--out", str(folder)]
     command = [sys.executable, "-m", "bitplan", "search", *search_arguments(wikitext), *asked]
     subprocess.run([str(part) for part in command], check=True, env=ENVIRONMENT)

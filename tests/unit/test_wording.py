@@ -24,12 +24,12 @@ def images():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(32, 10))
-    return Workload(model, calibration=list(torch.randn(12, 4, 3, 6, 6)))
+    return Workload(model, calibration=list(torch.randn(24, 4, 3, 6, 6)))
 
 def pixels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 5, 1))
-    batches = list(torch.randn(12, 4, 3, 6, 6))
+    batches = list(torch.randn(24, 4, 3, 6, 6))
     return Workload(model, calibration=batches, logits=lambda output: output.permute(0, 2, 3, 1))
 """
 SMALL = ["--formats", "int2-g32,int4-g32,int8-g32", "--device", "cpu", "--bootstrap", "20"]
@@ -53,10 +53,11 @@ def test_images_are_samples_everywhere(tmp_path: Path, monkeypatch: pytest.Monke
     model, folder = "net.py:images", tmp_path / "a"
     said = run("search", model, "--budget", "5bpw", "--refine", "1", "--out", folder, *SMALL)
     plan = Plan.load(folder / "plan.json")
-    assert plan.measured is not None and plan.measured.tokens == 12
+    assert plan.measured is not None and plan.measured.tokens == 24
     assert plan.calibration["per"] == "sample"
     assert "36 calibration samples" in said
-    assert "nats per sample on 12 held-out samples" in said
+    assert "36 further samples to round by" in said
+    assert "nats per sample on 24 held-out samples" in said
     assert "Measured on the same samples" in said
     said += run("eval", folder)
     said += run("profile", model, "--out", tmp_path / "p", *SMALL[:4])
@@ -77,7 +78,7 @@ def test_several_predictions_of_a_sample_are_positions(
     (tmp_path / "net.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     said = run("search", "net.py:pixels", "--budget", "5bpw", "--out", "a", *SMALL)
-    assert "nats per position on 192 held-out positions" in said  # 12 samples of 4 x 4
+    assert "nats per position on 384 held-out positions" in said  # 24 samples of 4 x 4
     assert "36 calibration samples" in said
 
 
