@@ -112,7 +112,7 @@ def _class(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "sums_stride", "excess_at", "splits"))
 def plane_gemm(
     x,
     sums,
@@ -236,7 +236,7 @@ def plane_gemm(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(token < M) & (rows < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "excess_at"))
 def plane_sums(
     x,
     sums,
@@ -265,7 +265,7 @@ def plane_sums(
     tl.store(at + excess_at, excess, mask=token < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "splits"))
 def plane_finish(
     parts,
     out,
@@ -354,6 +354,63 @@ def plane_finish(
 
 
 @triton.jit
+def _dequantize_class(
+    words,
+    scales,
+    zeros,
+    cells,
+    entry,
+    pairs,
+    magic,
+    out,
+    row,
+    to,
+    written,
+    K,
+    slices,
+    BITS: tl.constexpr,
+    SUB: tl.constexpr,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AMD: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """Write the weights of one class in a row block, whose places are at ``entry``."""
+    WORDS: tl.constexpr = ROWS * COLS // 32
+    FORM: tl.constexpr = (BITS, 10, 1 if ZERO == 3 else 0, AMD, False)
+    ZERO_BYTES: tl.constexpr = ROWS * BITS // 8 if ZERO == 1 else 2 * ROWS
+    begin = tl.load(entry)
+    pointers = words + tl.load(entry + 1).to(tl.int64) * 128
+    pointers = tl.multiple_of(pointers, 32) + tl.arange(0, WORDS)
+    for i in tl.range(begin + tl.program_id(1), tl.load(entry + 4), slices):
+        cell = tl.load(cells + i)
+        scale_row = (cell >> 16) & 0xFFFF
+        planes = ()
+        for plane in tl.static_range(BITS):
+            at = pointers + ((i - begin) * BITS + plane) * WORDS
+            planes = planes + (load_plane(at, ROWS, COLS, AMD),)
+        planes = gather_digits(planes, BITS)
+        for group in tl.static_range(COLS // SUB):
+            scale = tl.load(scales + (tl.load(entry + 2) + scale_row + group) * ROWS + row)
+            scale = scale.to(tl.float32)[:, None]
+            if ZERO == 0:
+                zero = tl.full((ROWS,), 1.25 if BITS == 1 else 1.5, tl.float32)
+            elif ZERO == 3:
+                zero = tl.zeros((ROWS,), tl.float32)
+            else:
+                byte = tl.load(entry + 3) * 8 + (scale_row + group) * ZERO_BYTES
+                zero = load_zero(zeros, row, byte, BITS, ZERO, ROWS)
+            for u in tl.static_range(group * SUB // 32, (group + 1) * SUB // 32):
+                weights = tile(planes, magic, pairs, u, FORM, ROWS, COLS)
+                weights = weights.to(NUMBER, bitcast=True).to(tl.float32)
+                weights = (weights - zero[:, None]) * scale
+                column = (cell & 0xFFFF) * COLS + u * 32 + tl.arange(0, 32)[None, :]
+                weights = weights.to(out.dtype.element_ty)
+                tl.store(out + to + column, weights, mask=written & (column < K))
+
+
+@triton.jit(do_not_specialize=("first_block", "N", "slices"))
 def plane_dequantize(
     words,
     scales,
@@ -381,50 +438,31 @@ def plane_dequantize(
     tiles: float16, or that of the output for a table.  The others are those of ``plane_gemm``.
     """
     CLASSES: tl.constexpr = len(BITS)
-    WORDS: tl.constexpr = ROWS * COLS // 32
     block = tl.program_id(0)
     magic = (tl.load(constants), tl.load(constants + 1), tl.load(constants + 2))
     row = tl.arange(0, ROWS)
     to = (block * ROWS + row).to(tl.int64)[:, None] * K
     written = ((first_block + block) * ROWS + row < N)[:, None]
     for index in tl.static_range(CLASSES):
-        entry = table + ((first_block + block) * (CLASSES + 1) + index) * 4
-        begin = tl.load(entry)
-        pointers = words + tl.load(entry + 1).to(tl.int64) * 128
-        pointers = tl.multiple_of(pointers, 32) + tl.arange(0, WORDS)
-        for i in tl.range(begin + tl.program_id(1), tl.load(entry + 4), slices):
-            cell = tl.load(cells + i)
-            scale_row = (cell >> 16) & 0xFFFF
-            planes = ()
-            for plane in tl.static_range(BITS[index]):
-                at = pointers + ((i - begin) * BITS[index] + plane) * WORDS
-                planes = planes + (load_plane(at, ROWS, COLS, AMD),)
-            planes = gather_digits(planes, BITS[index])
-            for group in tl.static_range(COLS // SUBS[index]):
-                scale = tl.load(scales + (tl.load(entry + 2) + scale_row + group) * ROWS + row)
-                scale = scale.to(tl.float32)[:, None]
-                if ZEROS[index] == 0:
-                    zero = tl.full((ROWS,), 1.25 if BITS[index] == 1 else 1.5, tl.float32)
-                elif ZEROS[index] == 3:
-                    zero = tl.zeros((ROWS,), tl.float32)
-                else:
-                    size = ROWS * BITS[index] // 8 if ZEROS[index] == 1 else 2 * ROWS
-                    byte = tl.load(entry + 3) * 8 + (scale_row + group) * size
-                    zero = load_zero(zeros, row, byte, BITS[index], ZEROS[index], ROWS)
-                for u in tl.static_range(
-                    group * SUBS[index] // 32, (group + 1) * SUBS[index] // 32
-                ):
-                    weights = tile(
-                        planes,
-                        magic,
-                        pairs,
-                        u,
-                        (BITS[index], 10, 1 if ZEROS[index] == 3 else 0, AMD, False),
-                        ROWS,
-                        COLS,
-                    )
-                    weights = weights.to(NUMBER, bitcast=True).to(tl.float32)
-                    weights = (weights - zero[:, None]) * scale
-                    column = (cell & 0xFFFF) * COLS + u * 32 + tl.arange(0, 32)[None, :]
-                    weights = weights.to(out.dtype.element_ty)
-                    tl.store(out + to + column, weights, mask=written & (column < K))
+        _dequantize_class(
+            words,
+            scales,
+            zeros,
+            cells,
+            table + ((first_block + block) * (CLASSES + 1) + index) * 4,
+            pairs,
+            magic,
+            out,
+            row,
+            to,
+            written,
+            K,
+            slices,
+            BITS[index],
+            SUBS[index],
+            ZEROS[index],
+            ROWS,
+            COLS,
+            AMD,
+            NUMBER,
+        )
