@@ -55,6 +55,7 @@ def compile_all(
         left: Seconds until no further product is begun.
     """
     distinct = list({compiled_by(case): case for case in cases}.values())
+    distinct.sort(key=lambda case: -len(case.weight.specs))  # those that take longest come first
     with _compiling():
         pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), _start, (capability,)
