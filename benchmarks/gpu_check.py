@@ -104,7 +104,8 @@ class Check:
 
     def run(self, name: str, section: Callable[[Check], None], seconds: float) -> None:
         """Run a section, whatever it does."""
-        self.section = self.found["sections"][name] = {"status": "running"}
+        self.section = {"status": "running"}
+        self.found["sections"][name] = self.section
         start = time.monotonic()
         self.section_end = start + seconds
         print(f"{name} ...", flush=True)
@@ -185,7 +186,7 @@ def correctness(check: Check) -> None:
                     check.note(f"WRONG {row}")
     finally:
         torch.use_deterministic_algorithms(False)
-    by = {}
+    by: dict[float, float] = {}
     for row in rows:
         if "error" in row:
             by[row["bound"]] = max(by.get(row["bound"], 0.0), row["error"])

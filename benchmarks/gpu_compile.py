@@ -96,7 +96,7 @@ def _start(capability: int) -> None:
     from triton.runtime.jit import JITFunction
 
     torch.set_num_threads(1)
-    driver.set_active(_Elsewhere(capability))  # type: ignore[arg-type]
+    driver.set_active(_Elsewhere(capability))
     run = JITFunction.run
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -105,7 +105,7 @@ def _start(capability: int) -> None:
         _SHARED.append(kernel.metadata.shared)
         return kernel
 
-    JITFunction.run = only_compile  # type: ignore[method-assign]
+    JITFunction.run = only_compile
 
 
 class _Elsewhere:

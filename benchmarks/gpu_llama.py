@@ -84,7 +84,8 @@ class Block(nn.Module):
         normed = self.input_norm(x)
 
         def heads(layer: nn.Module, count: int) -> Tensor:
-            return layer(normed).view(some, positions, count, self.config.head).transpose(1, 2)
+            out: Tensor = layer(normed)
+            return out.view(some, positions, count, self.config.head).transpose(1, 2)
 
         kv = self.config.kv_heads
         q = _turned(heads(self.q_proj, self.config.heads), turn)
