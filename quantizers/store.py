@@ -16,7 +16,7 @@ from .._base.tensors import bytes_of
 from .._base.threads import parallel_map
 from .format import Fitted, Format
 from .grid import grid_rows, render
-from .methods import METHODS, Evidence
+from .methods import METHODS, Evidence, rounding_device
 from .packed import PackedTensor
 from .shelf import MEMORY, Shelf
 
@@ -218,16 +218,19 @@ class Renderings:
         formats: Mapping[str, Sequence[Format]],
         reporter: Reporter,
     ) -> None:
+        device = self.weight(next(iter(evidences))).device
+        place = rounding_device(self.rounding, device)
+
         def work(name: str) -> None:
-            weight, evidence = self.weight(name), evidences[name]
+            weight, evidence = self.weight(name).to(place), evidences[name].to(place)
             for fmt in formats[name]:
-                self._shelf.put(self._key(name, fmt), self._method(weight, fmt, evidence))
+                packed = self._method(weight, fmt, evidence).to(device)
+                self._shelf.put(self._key(name, fmt), packed)
                 self._ready.add((name, fmt.name))
 
         sizes = [self.weight(name).numel() for name in evidences]
-        device = self.weight(next(iter(evidences))).device
         with reporter.bar(f"Rounding ({self.rounding})", len(sizes), sizes) as advance:
-            for _ in parallel_map(work, list(evidences), device):
+            for _ in parallel_map(work, list(evidences), place):
                 advance(1)
 
     def _has(self, name: str, fmt: Format) -> bool:
