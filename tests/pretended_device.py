@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretended"
+MEMORY = 1 << 32  # bytes
 ELSEWHERE = 1 << 62  # added to addresses
 # Tensors of two devices may come together in these.
 _COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}
@@ -118,7 +120,9 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "_to_copy" and target == "cpu":
         # a copy, also where the numbers are there already
         return out.clone() if any(out is t.held for t in here) else out
-    if name in {"copy_", "_copy_from"} and not isinstance(args[0 if name == "copy_" else 1], Pretended):
+    if name in {"copy_", "_copy_from"} and not isinstance(
+        args[0 if name == "copy_" else 1], Pretended
+    ):
         return args[0]
     changed = [
         kwargs[a.name] if a.name in kwargs else args[i]
@@ -170,6 +174,10 @@ class _Module:
         return 0
 
     @staticmethod
+    def get_device_properties(device: Any = None) -> Any:
+        return SimpleNamespace(name=NAME, total_memory=MEMORY)
+
+    @staticmethod
     def is_initialized() -> bool:
         return True
 
@@ -203,7 +211,9 @@ def register() -> torch.device:
     library.fallback(fallback, "PrivateUse1")
     # While ``torch.tensor`` sends over what it made, subclasses are not asked, nor is a fallback.
     copying = torch.library.Library("aten", "IMPL")
-    copying.impl("copy_", lambda *args: _computed(torch.ops.aten.copy_.default, args, {}), "PrivateUse1")
+    copying.impl(
+        "copy_", lambda *args: _computed(torch.ops.aten.copy_.default, args, {}), "PrivateUse1"
+    )
     _LIBRARIES.extend((library, copying))
     return torch.device(NAME, 0)
 
