@@ -6,16 +6,16 @@ Tensors on it are held in the memory of the CPU and computed there, but say that
 Autograd, views, modules and threads work as on any device.  So a whole job can be run with
 ``--device pretended`` to find out whether it would run on a GPU.
 
+Modules that share a parameter no longer do after ``.to``, unlike on a GPU.
 The test process keeps the device once :func:`register` was called.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class Pretended(Tensor):
 
     held: Tensor
     # What was asked of the device: operations, and those that a GPU would have to be awaited for.
-    asked: Counter[str] = Counter()
-    awaited: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
+    awaited: ClassVar[Counter[str]] = Counter()
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Pretended:
@@ -216,8 +216,3 @@ def register() -> torch.device:
     )
     _LIBRARIES.extend((library, copying))
     return torch.device(NAME, 0)
-
-
-def on_device(tensors: Iterator[Tensor]) -> bool:
-    """Whether all tensors are on it."""
-    return all(isinstance(t, Pretended) for t in tensors)
