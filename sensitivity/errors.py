@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -46,8 +47,11 @@ def map_errors(
     """
     weight = renderer.weight(name)
     count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
-    chunk = chunk or (1 << 18 if weight.device.type == "cpu" else 1 << 23)
-    step = max(1, chunk // cols)
+    on_cpu = weight.device.type == "cpu"
+    blocks = math.ceil(count * cols / (chunk or (1 << 17 if on_cpu else 1 << 23)))
+    if on_cpu:
+        blocks += blocks % 2  # small matrices have few, which are to keep two cores busy
+    step = math.ceil(count / max(1, blocks)) or 1
     for fmt in formats:
         renderer.prepare(name, fmt)  # fitted here, once, rather than by several workers
 
