@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ def map_errors(
     name: str,
     formats: Sequence[Format],
     rows: Tensor | None = None,
-    chunk: int = 1 << 18,
+    chunk: int = 1 << 17,
 ) -> Iterator[T]:
     """Apply ``work`` to the rendering errors of all formats, a block of rows at a time.
 
@@ -45,7 +46,8 @@ def map_errors(
     """
     weight = renderer.weight(name)
     count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
-    step = max(1, chunk // cols)
+    blocks = math.ceil(count * cols / chunk / 2) * 2  # two at least: small matrices have few
+    step = math.ceil(count / blocks) if count else 1
     for fmt in formats:
         renderer.prepare(name, fmt)  # fitted here, once, rather than by several workers
 
