@@ -8,7 +8,7 @@ Constexpr arguments that describe a pack are tuples with an entry per class: ``B
 import triton
 import triton.language as tl
 
-from .triton_tiles import gather_digits, load_plane, load_zero, tile
+from .triton_tiles import gather_digits, load_plane, load_zero, tile, wide_place
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _class(
     SUM: tl.constexpr,
     AMD: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Add the product with the cells ``first`` ... ``end`` - 1 of one class to ``acc``."""
@@ -57,8 +58,8 @@ def _class(
     TWICE: tl.constexpr = BITS == 8 and not HALF and ZERO != 3
     PAIRED: tl.constexpr = BITS + 4 <= TOP and ZERO != 3
     KIND: tl.constexpr = 1 if ZERO == 3 else (2 if TWICE else 0)
-    FORM: tl.constexpr = (BITS, TOP, KIND, AMD, PAIRED)
-    LOW: tl.constexpr = (BITS, TOP, 3, AMD, False)
+    FORM: tl.constexpr = (BITS, TOP, KIND, AMD, PAIRED, WIDE)
+    LOW: tl.constexpr = (BITS, TOP, 3, AMD, False, WIDE)
     WORDS: tl.constexpr = ROWS * COLS // 32
     ZERO_BYTES: tl.constexpr = ROWS * BITS // 8 if ZERO == 1 else 2 * ROWS
     pointers = words + begin_word.to(tl.int64) * 128 + (first - begin_cell) * (BITS * WORDS)
@@ -143,6 +144,7 @@ def plane_gemm(
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``x @ W.T + bias``, or its parts over K in float32.
@@ -181,6 +183,7 @@ def plane_gemm(
         STAGES: Cells in flight.
         BIAS: Whether to add ``bias``.
         SCATTERED: Whether the rows of the weight lie in another order, given by ``targets``.
+        WIDE: Whether the columns of x lie in the order of ``wide_place``.
         UPCAST: Whether the interpreter runs this in bfloat16.
     """
     CLASSES: tl.constexpr = len(BITS)
@@ -225,6 +228,7 @@ def plane_gemm(
             SUM,
             AMD,
             STAGES,
+            WIDE,
             UPCAST,
         )
     rows = row_block * ROWS + row
@@ -240,6 +244,7 @@ def plane_gemm(
 def plane_sums(
     x,
     sums,
+    ordered,
     M,
     K,
     x_stride,
@@ -247,16 +252,21 @@ def plane_sums(
     SUM: tl.constexpr,
     AMD: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """What ``plane_gemm`` subtracts: sums of x over groups, and 15 times those of even slots.
 
-    Grid: (groups, blocks of ``TOKENS`` tokens).
+    Grid: (groups, blocks of ``TOKENS`` tokens).  If ``WIDE``, ``ordered`` [M, K] gets x with its
+    columns in the order of ``wide_place``.
     """
     group = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = group * SUM + tl.arange(0, SUM)
     inside = (token < M)[:, None] & (column < K)[None, :]
     values = tl.load(x + token[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    if WIDE:
+        to = ordered + token[:, None] * K + wide_place(column)[None, :]
+        tl.store(to, values, mask=inside)
     values = values.to(tl.float32)
     even = (column // (2 if AMD else 8)) % 2 == 0
     at = sums + group * M + token
@@ -378,7 +388,7 @@ def _dequantize_class(
 ):
     """Write the weights of one class in a row block, whose places are at ``entry``."""
     WORDS: tl.constexpr = ROWS * COLS // 32
-    FORM: tl.constexpr = (BITS, 10, 1 if ZERO == 3 else 0, AMD, False)
+    FORM: tl.constexpr = (BITS, 10, 1 if ZERO == 3 else 0, AMD, False, False)
     ZERO_BYTES: tl.constexpr = ROWS * BITS // 8 if ZERO == 1 else 2 * ROWS
     begin = tl.load(entry)
     pointers = words + tl.load(entry + 1).to(tl.int64) * 128

@@ -98,7 +98,8 @@ POINTERS = {
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16}),
+        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16, "WIDE": False}),
+        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16, "WIDE": True}),
         (
             "plane_finish",
             {
@@ -136,6 +137,7 @@ POINTERS = {
                 "STAGES": 1,
                 "BIAS": True,
                 "SCATTERED": False,
+                "WIDE": True,
                 "UPCAST": False,
                 "M": 1,
                 "sums_stride": 1,
@@ -156,6 +158,7 @@ POINTERS = {
                 "STAGES": 2,
                 "BIAS": True,
                 "SCATTERED": True,
+                "WIDE": False,
                 "UPCAST": False,
             },
         ),
