@@ -14,7 +14,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +143,9 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, where: Where) 
         include=(LAYERS,),
         seed=seed,
         device=where.device,
-        **({} if where.device == "cpu" else {"batch_tokens": GPU_TOKENS}),
     )
+    if where.device != "cpu":
+        profile = replace(profile, batch_tokens=GPU_TOKENS)
     goal = SearchSettings(
         budget=budget,
         evaluation=str(text / "test.txt"),

@@ -59,8 +59,8 @@ class Evidence:
         parts = (self.hessian, self.fisher, self.rows)
         if all(part is None or part.device == device for part in parts):
             return self
-        moved = (None if part is None else part.to(device) for part in parts)
-        return Evidence(*moved, damping=self.damping)
+        hessian, fisher, rows = (None if part is None else part.to(device) for part in parts)
+        return Evidence(hessian, fisher, rows, self.damping)
 
 
 Method = Callable[[Tensor, Format, Evidence], PackedTensor]
