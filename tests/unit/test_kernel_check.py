@@ -76,6 +76,7 @@ def test_spills_fail() -> None:
 POINTERS = {
     "x": "*bf16",
     "sums": "*fp32",
+    "ordered": "*bf16",
     "parts": "*fp32",
     "out": "*bf16",
     "bias": "*bf16",
