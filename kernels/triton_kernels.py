@@ -384,7 +384,7 @@ def _dequantize_class(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AMD: tl.constexpr,
-    NUMBER: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """Write the weights of one class in a row block, whose places are at ``entry``."""
     WORDS: tl.constexpr = ROWS * COLS // 32
@@ -413,7 +413,8 @@ def _dequantize_class(
                 zero = load_zero(zeros, row, byte, BITS, ZERO, ROWS)
             for u in tl.static_range(group * SUB // 32, (group + 1) * SUB // 32):
                 weights = tile(planes, magic, pairs, u, FORM, ROWS, COLS)
-                weights = weights.to(NUMBER, bitcast=True).to(tl.float32)
+                weights = weights.to(TABLE if ZERO == 3 else tl.float16, bitcast=True)
+                weights = weights.to(tl.float32)
                 weights = (weights - zero[:, None]) * scale
                 column = (cell & 0xFFFF) * COLS + u * 32 + tl.arange(0, 32)[None, :]
                 weights = weights.to(out.dtype.element_ty)
@@ -440,12 +441,12 @@ def plane_dequantize(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AMD: tl.constexpr,
-    NUMBER: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """Write the weights of some row blocks as plain numbers, in the order they lie: out [rows, K].
 
-    Grid: (row blocks, slices).  ``N`` counts padding between rows; ``NUMBER`` is the dtype of the
-    tiles: float16, or that of the output for a table.  The others are those of ``plane_gemm``.
+    Grid: (row blocks, slices).  ``N`` counts padding between rows; ``TABLE`` is the dtype of
+    numbers from a table; all others come as float16.  The others are those of ``plane_gemm``.
     """
     CLASSES: tl.constexpr = len(BITS)
     block = tl.program_id(0)
@@ -474,5 +475,5 @@ def plane_dequantize(
             ROWS,
             COLS,
             AMD,
-            NUMBER,
+            TABLE,
         )

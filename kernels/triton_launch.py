@@ -194,7 +194,6 @@ def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype)
     rows = min(end * pack.cell.rows, pack.laid_rows) - first * pack.cell.rows
     out = torch.empty(rows, pack.shape[1], dtype=dtype, device=pack.words.device)
     number = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    table = any(kind.zero == "table" for kind in pack.classes)
     slices = min(8, triton.cdiv(pack.shape[1], pack.cell.cols))
     plane_dequantize[end - first, slices](
         pack.words,
@@ -213,7 +212,7 @@ def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype)
         ROWS=pack.cell.rows,
         COLS=pack.cell.cols,
         AMD=pack.order == "amd",
-        NUMBER=tl.bfloat16 if table and number == torch.bfloat16 else tl.float16,
+        TABLE=tl.bfloat16 if number == torch.bfloat16 else tl.float16,
         num_warps=natural_warps(pack),
     )
     return out

@@ -121,7 +121,7 @@ POINTERS = {
                 "ROWS": 64,
                 "COLS": 64,
                 "AMD": False,
-                "NUMBER": "fp16",
+                "TABLE": "fp16",
             },
         ),
         (  # as for one token: Triton makes arguments that are 1 constants
@@ -174,8 +174,8 @@ def test_the_compiler_takes_every_kernel(name: str, constants: dict[str, Any]) -
     from bitplan.kernels.lab.disassembly import read
 
     kernel = getattr(triton_kernels, name)
-    if "NUMBER" in constants:
-        constants = constants | {"NUMBER": tl.float16}
+    if "TABLE" in constants:
+        constants = constants | {"TABLE": tl.float16}
     signature = {n: POINTERS.get(n, "i32") for n in kernel.arg_names}
     warps = 1 if name == "plane_gemm" else 4
     compiled = static._compile(kernel, signature, constants, "sm_80", warps, 3, ())
