@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-texts bench-kernels bench-exports screenshots build clean
+.PHONY: demo test install lint type unit bench bench-search bench-texts bench-kernels bench-exports gpu-check screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -64,6 +64,14 @@ bench-kernels: $(VENV)/installed-dev
 EXPORT_OPTIONS ?=
 bench-exports: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_exports.py --data $(DATA) --work runs $(EXPORT_OPTIONS)
+
+# Minutes on one GPU, nothing is fetched: the environment's python where its torch has CUDA, else
+# the system's. Writes GPU_JSON and, beside it, a device file. See docs/kernels.md.
+GPU_PYTHON ?= $(shell $(BIN)/python -c "import torch; assert torch.version.cuda" 2>/dev/null && echo $(BIN)/python || echo python3)
+GPU_JSON ?= runs/gpu.json
+GPU_OPTIONS ?= --minutes 8
+gpu-check: .typing/bitplan
+	PYTHONPATH=.typing $(GPU_PYTHON) benchmarks/gpu_check.py --out $(GPU_JSON) $(GPU_OPTIONS)
 
 # Of the documentation, from the run that `make demo` makes; needs Debian's chromium-driver.
 screenshots: $(VENV)/installed-dev

@@ -14,10 +14,11 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bitplan._base.files import write_json
 from bitplan._base.progress import Reporter
@@ -28,6 +29,7 @@ from bitplan.jobs.settings import ProfileSettings, SearchSettings
 BUDGETS = ("4.3bpw", "3.28bpw", "3.0bpw", "2.5bpw")
 LAYERS = "model.layers.*"  # linear layers; the embedding stays as it is
 TUNED = 200  # steps
+GPU_TOKENS = 3072  # per pass, where small ones leave a GPU idle
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Found:
-    """One search: KL in nats per token, memory in bytes, time in seconds of all processors."""
+    """One search: KL in nats per token, memory in bytes, time in seconds of all processors.
+
+    Attributes:
+        cpu: Of all processors' cores, seconds.
+        seconds: As on a clock.
+        device: What it ran on.
+    """
 
     variant: str
     budget: str
@@ -73,6 +81,29 @@ class Found:
     uniform_kl: float
     cpu: float
     peak: int
+    seconds: float | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a search runs on.
+
+    Attributes:
+        model: The model.
+        device: ``cpu`` or ``cuda``.
+        data: Folder of the texts.
+        work: Folder of everything that is kept.
+    """
+
+    model: str
+    device: str
+    data: Path
+    work: Path
+
+    def described(self) -> str:
+        """The device by its name."""
+        return torch.cuda.get_device_name() if self.device.startswith("cuda") else self.device
 
 
 def main() -> None:
@@ -81,32 +112,40 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds wikitext-2/")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-rounding"))
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    parser.add_argument("--seed", type=int, action="append", help="one of them; repeatable")
+    parser.add_argument("--model", default="smollm2", help="the same model, as a folder")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", action="append", help="a variant; repeatable")
     parser.add_argument("--budget", action="append", choices=BUDGETS, help="repeatable")
     parser.add_argument("--tokens", type=int, default=16384, help="test tokens")
     parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [v for v in VARIANTS if not options.only or v.name in options.only]
-    for seed in range(options.seeds):
+    where = Where(options.model, options.device, options.data, options.work)
+    for seed in options.seed or range(options.seeds):
         for variant in chosen:
             for budget in options.budget or BUDGETS:
-                search(variant, budget, seed, options.tokens, options.data, options.work)
+                search(variant, budget, seed, options.tokens, where)
                 write(options.work, options.out, options.tokens)
+    write(options.work, options.out, options.tokens)
 
 
-def search(variant: Variant, budget: str, seed: int, tokens: int, data: Path, work: Path) -> None:
+def search(variant: Variant, budget: str, seed: int, tokens: int, where: Where) -> None:
     """Run one search, unless its figures are there."""
-    path = work / "found" / f"{variant.name}-{budget}-{seed}.json"
+    path = where.work / "found" / f"{variant.name}-{budget}-{seed}.json"
     if path.exists():
         return
-    text = data / "wikitext-2"
+    text = where.data / "wikitext-2"
     profile = ProfileSettings(
-        "smollm2",
+        where.model,
         rounding=variant.rounding,
         calibration=str(text / "valid.txt"),
         include=(LAYERS,),
         seed=seed,
+        device=where.device,
     )
+    if where.device != "cpu":
+        profile = replace(profile, batch_tokens=GPU_TOKENS)
     goal = SearchSettings(
         budget=budget,
         evaluation=str(text / "test.txt"),
@@ -115,8 +154,8 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, data: Path, wo
         tune=variant.tune,
         bootstrap=0,
     )
-    cpu = time.process_time()
-    plan = run_search(profile, goal, work / f"{variant.rounding}-{seed}", Reporter())
+    cpu, clock = time.process_time(), time.perf_counter()
+    plan = run_search(profile, goal, where.work / f"{variant.rounding}-{seed}", Reporter())
     measured = plan.measured
     assert measured is not None
     best = min((b for b in plan.baselines if b.format), key=lambda b: abs(b.bytes - plan.bytes))
@@ -134,6 +173,8 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, data: Path, wo
         uniform_kl=best.kl,
         cpu=time.process_time() - cpu,
         peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        seconds=time.perf_counter() - clock,
+        device=where.described(),
     )
     write_json(path, asdict(found))
 

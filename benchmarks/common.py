@@ -95,13 +95,16 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of this checkout, ``-dirty`` if files differ; None outside a repository."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 

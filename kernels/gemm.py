@@ -179,7 +179,8 @@ def plane_weight_op(
     require_triton()
     from .triton_launch import dequantize_blocks
 
-    return pack.in_order(dequantize_blocks(pack, 0, len(table), torch.float32))
+    with torch.cuda.device_of(words):
+        return pack.in_order(dequantize_blocks(pack, 0, len(table), torch.float32))
 
 
 @plane_weight_op.register_fake
@@ -221,9 +222,10 @@ def _run_triton(
     from .tune import choose_launch
 
     bias, *parts = (None if t is None else t.contiguous() for t in (bias, *extras))
-    if len(x) > DECODE_TOKENS or x.dtype not in _HALVES:
-        return multiply_dense(x.contiguous(), pack, bias, Extras(*parts), x.dtype)
-    return multiply(x, pack, bias, Extras(*parts), choose_launch(x, pack))
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments
+        if len(x) > DECODE_TOKENS or x.dtype not in _HALVES:
+            return multiply_dense(x.contiguous(), pack, bias, Extras(*parts), x.dtype)
+        return multiply(x, pack, bias, Extras(*parts), choose_launch(x, pack))
 
 
 def _run_torch(

@@ -8,7 +8,7 @@ Constexpr arguments that describe a pack are tuples with an entry per class: ``B
 import triton
 import triton.language as tl
 
-from .triton_tiles import gather_digits, load_plane, load_zero, tile
+from .triton_tiles import gather_digits, load_plane, load_zero, tile, wide_place
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _class(
     SUM: tl.constexpr,
     AMD: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Add the product with the cells ``first`` ... ``end`` - 1 of one class to ``acc``."""
@@ -57,8 +58,8 @@ def _class(
     TWICE: tl.constexpr = BITS == 8 and not HALF and ZERO != 3
     PAIRED: tl.constexpr = BITS + 4 <= TOP and ZERO != 3
     KIND: tl.constexpr = 1 if ZERO == 3 else (2 if TWICE else 0)
-    FORM: tl.constexpr = (BITS, TOP, KIND, AMD, PAIRED)
-    LOW: tl.constexpr = (BITS, TOP, 3, AMD, False)
+    FORM: tl.constexpr = (BITS, TOP, KIND, AMD, PAIRED, WIDE)
+    LOW: tl.constexpr = (BITS, TOP, 3, AMD, False, WIDE)
     WORDS: tl.constexpr = ROWS * COLS // 32
     ZERO_BYTES: tl.constexpr = ROWS * BITS // 8 if ZERO == 1 else 2 * ROWS
     pointers = words + begin_word.to(tl.int64) * 128 + (first - begin_cell) * (BITS * WORDS)
@@ -112,7 +113,7 @@ def _class(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "sums_stride", "excess_at", "splits"))
 def plane_gemm(
     x,
     sums,
@@ -143,6 +144,7 @@ def plane_gemm(
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``x @ W.T + bias``, or its parts over K in float32.
@@ -181,6 +183,7 @@ def plane_gemm(
         STAGES: Cells in flight.
         BIAS: Whether to add ``bias``.
         SCATTERED: Whether the rows of the weight lie in another order, given by ``targets``.
+        WIDE: Whether the columns of x lie in the order of ``wide_place``.
         UPCAST: Whether the interpreter runs this in bfloat16.
     """
     CLASSES: tl.constexpr = len(BITS)
@@ -225,6 +228,7 @@ def plane_gemm(
             SUM,
             AMD,
             STAGES,
+            WIDE,
             UPCAST,
         )
     rows = row_block * ROWS + row
@@ -236,10 +240,11 @@ def plane_gemm(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(token < M) & (rows < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "excess_at"))
 def plane_sums(
     x,
     sums,
+    ordered,
     M,
     K,
     x_stride,
@@ -247,16 +252,21 @@ def plane_sums(
     SUM: tl.constexpr,
     AMD: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """What ``plane_gemm`` subtracts: sums of x over groups, and 15 times those of even slots.
 
-    Grid: (groups, blocks of ``TOKENS`` tokens).
+    Grid: (groups, blocks of ``TOKENS`` tokens).  If ``WIDE``, ``ordered`` [M, K] gets x with its
+    columns in the order of ``wide_place``.
     """
     group = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = group * SUM + tl.arange(0, SUM)
     inside = (token < M)[:, None] & (column < K)[None, :]
     values = tl.load(x + token[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    if WIDE:
+        to = ordered + token[:, None] * K + wide_place(column)[None, :]
+        tl.store(to, values, mask=inside)
     values = values.to(tl.float32)
     even = (column // (2 if AMD else 8)) % 2 == 0
     at = sums + group * M + token
@@ -265,7 +275,7 @@ def plane_sums(
     tl.store(at + excess_at, excess, mask=token < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "splits"))
 def plane_finish(
     parts,
     out,
@@ -354,6 +364,64 @@ def plane_finish(
 
 
 @triton.jit
+def _dequantize_class(
+    words,
+    scales,
+    zeros,
+    cells,
+    entry,
+    pairs,
+    magic,
+    out,
+    row,
+    to,
+    written,
+    K,
+    slices,
+    BITS: tl.constexpr,
+    SUB: tl.constexpr,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AMD: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    """Write the weights of one class in a row block, whose places are at ``entry``."""
+    WORDS: tl.constexpr = ROWS * COLS // 32
+    FORM: tl.constexpr = (BITS, 10, 1 if ZERO == 3 else 0, AMD, False, False)
+    ZERO_BYTES: tl.constexpr = ROWS * BITS // 8 if ZERO == 1 else 2 * ROWS
+    begin = tl.load(entry)
+    pointers = words + tl.load(entry + 1).to(tl.int64) * 128
+    pointers = tl.multiple_of(pointers, 32) + tl.arange(0, WORDS)
+    for i in tl.range(begin + tl.program_id(1), tl.load(entry + 4), slices):
+        cell = tl.load(cells + i)
+        scale_row = (cell >> 16) & 0xFFFF
+        planes = ()
+        for plane in tl.static_range(BITS):
+            at = pointers + ((i - begin) * BITS + plane) * WORDS
+            planes = planes + (load_plane(at, ROWS, COLS, AMD),)
+        planes = gather_digits(planes, BITS)
+        for group in tl.static_range(COLS // SUB):
+            scale = tl.load(scales + (tl.load(entry + 2) + scale_row + group) * ROWS + row)
+            scale = scale.to(tl.float32)[:, None]
+            if ZERO == 0:
+                zero = tl.full((ROWS,), 1.25 if BITS == 1 else 1.5, tl.float32)
+            elif ZERO == 3:
+                zero = tl.zeros((ROWS,), tl.float32)
+            else:
+                byte = tl.load(entry + 3) * 8 + (scale_row + group) * ZERO_BYTES
+                zero = load_zero(zeros, row, byte, BITS, ZERO, ROWS)
+            for u in tl.static_range(group * SUB // 32, (group + 1) * SUB // 32):
+                weights = tile(planes, magic, pairs, u, FORM, ROWS, COLS)
+                weights = weights.to(TABLE if ZERO == 3 else tl.float16, bitcast=True)
+                weights = weights.to(tl.float32)
+                weights = (weights - zero[:, None]) * scale
+                column = (cell & 0xFFFF) * COLS + u * 32 + tl.arange(0, 32)[None, :]
+                weights = weights.to(out.dtype.element_ty)
+                tl.store(out + to + column, weights, mask=written & (column < K))
+
+
+@triton.jit(do_not_specialize=("first_block", "N", "slices"))
 def plane_dequantize(
     words,
     scales,
@@ -373,58 +441,39 @@ def plane_dequantize(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AMD: tl.constexpr,
-    NUMBER: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """Write the weights of some row blocks as plain numbers, in the order they lie: out [rows, K].
 
-    Grid: (row blocks, slices).  ``N`` counts padding between rows; ``NUMBER`` is the dtype of the
-    tiles: float16, or that of the output for a table.  The others are those of ``plane_gemm``.
+    Grid: (row blocks, slices).  ``N`` counts padding between rows; ``TABLE`` is the dtype of
+    numbers from a table; all others come as float16.  The others are those of ``plane_gemm``.
     """
     CLASSES: tl.constexpr = len(BITS)
-    WORDS: tl.constexpr = ROWS * COLS // 32
     block = tl.program_id(0)
     magic = (tl.load(constants), tl.load(constants + 1), tl.load(constants + 2))
     row = tl.arange(0, ROWS)
     to = (block * ROWS + row).to(tl.int64)[:, None] * K
     written = ((first_block + block) * ROWS + row < N)[:, None]
     for index in tl.static_range(CLASSES):
-        entry = table + ((first_block + block) * (CLASSES + 1) + index) * 4
-        begin = tl.load(entry)
-        pointers = words + tl.load(entry + 1).to(tl.int64) * 128
-        pointers = tl.multiple_of(pointers, 32) + tl.arange(0, WORDS)
-        for i in tl.range(begin + tl.program_id(1), tl.load(entry + 4), slices):
-            cell = tl.load(cells + i)
-            scale_row = (cell >> 16) & 0xFFFF
-            planes = ()
-            for plane in tl.static_range(BITS[index]):
-                at = pointers + ((i - begin) * BITS[index] + plane) * WORDS
-                planes = planes + (load_plane(at, ROWS, COLS, AMD),)
-            planes = gather_digits(planes, BITS[index])
-            for group in tl.static_range(COLS // SUBS[index]):
-                scale = tl.load(scales + (tl.load(entry + 2) + scale_row + group) * ROWS + row)
-                scale = scale.to(tl.float32)[:, None]
-                if ZEROS[index] == 0:
-                    zero = tl.full((ROWS,), 1.25 if BITS[index] == 1 else 1.5, tl.float32)
-                elif ZEROS[index] == 3:
-                    zero = tl.zeros((ROWS,), tl.float32)
-                else:
-                    size = ROWS * BITS[index] // 8 if ZEROS[index] == 1 else 2 * ROWS
-                    byte = tl.load(entry + 3) * 8 + (scale_row + group) * size
-                    zero = load_zero(zeros, row, byte, BITS[index], ZEROS[index], ROWS)
-                for u in tl.static_range(
-                    group * SUBS[index] // 32, (group + 1) * SUBS[index] // 32
-                ):
-                    weights = tile(
-                        planes,
-                        magic,
-                        pairs,
-                        u,
-                        (BITS[index], 10, 1 if ZEROS[index] == 3 else 0, AMD, False),
-                        ROWS,
-                        COLS,
-                    )
-                    weights = weights.to(NUMBER, bitcast=True).to(tl.float32)
-                    weights = (weights - zero[:, None]) * scale
-                    column = (cell & 0xFFFF) * COLS + u * 32 + tl.arange(0, 32)[None, :]
-                    weights = weights.to(out.dtype.element_ty)
-                    tl.store(out + to + column, weights, mask=written & (column < K))
+        _dequantize_class(
+            words,
+            scales,
+            zeros,
+            cells,
+            table + ((first_block + block) * (CLASSES + 1) + index) * 4,
+            pairs,
+            magic,
+            out,
+            row,
+            to,
+            written,
+            K,
+            slices,
+            BITS[index],
+            SUBS[index],
+            ZEROS[index],
+            ROWS,
+            COLS,
+            AMD,
+            TABLE,
+        )

@@ -20,6 +20,9 @@ from .packing import PlanePack
 from .triton_kernels import plane_dequantize, plane_finish, plane_gemm, plane_sums
 
 INTERPRETED = triton.knobs.runtime.interpret
+# Triton 3.6 and 3.7 give a lane four neighbours of the left operand where it is made of two joined
+# tensors; ours has two, and without the same order of both operands it would be shuffled.
+WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 _CHUNK_BYTES = 64 << 20  # of a dequantized weight at a time
 _EXPONENTS = {
     torch.float16: (0x3C003C00, 0x4C004C00, 0x2C002C00),  # 1, 16 and 1/16 in both halves
@@ -88,10 +91,13 @@ def multiply(
     smallest = min(kinds["SUBS"])
     groups = inputs.shape[1] // smallest
     sums = torch.empty(2, groups, tokens, dtype=torch.float32, device=x.device)
-    if any(zero != ZERO_KINDS.index("table") for zero in kinds["ZEROS"]):
+    wide = WIDE and not amd
+    ordered = torch.empty(inputs.shape, dtype=x.dtype, device=x.device) if wide else inputs
+    if wide or any(zero != ZERO_KINDS.index("table") for zero in kinds["ZEROS"]):
         plane_sums[groups, triton.cdiv(tokens, 16)](
             inputs,
             sums,
+            ordered,
             tokens,
             inputs.shape[1],
             inputs.stride(0),
@@ -99,6 +105,7 @@ def multiply(
             SUM=smallest,
             AMD=amd,
             TOKENS=16,
+            WIDE=wide,
         )
     direct = launch.splits == 1 and extras == Extras()
     result = dtype or x.dtype
@@ -110,7 +117,7 @@ def multiply(
         device=x.device,
     )
     plane_gemm[pack.table.shape[0], launch.splits, triton.cdiv(tokens, launch.tokens)](
-        inputs,
+        ordered,
         sums,
         pack.words,
         pack.scales,
@@ -124,7 +131,7 @@ def multiply(
         out,
         tokens,
         rows,
-        inputs.stride(0) if tokens > 1 else inputs.shape[1],
+        ordered.stride(0) if tokens > 1 else inputs.shape[1],
         tokens,
         groups * tokens,
         launch.splits,
@@ -137,6 +144,7 @@ def multiply(
         STAGES=launch.stages,
         BIAS=direct and bias is not None,
         SCATTERED=pack.targets is not None,
+        WIDE=wide,
         UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
         num_warps=launch.warps,
         num_stages=2 * launch.stages + 1,
@@ -186,7 +194,6 @@ def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype)
     rows = min(end * pack.cell.rows, pack.laid_rows) - first * pack.cell.rows
     out = torch.empty(rows, pack.shape[1], dtype=dtype, device=pack.words.device)
     number = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    table = any(kind.zero == "table" for kind in pack.classes)
     slices = min(8, triton.cdiv(pack.shape[1], pack.cell.cols))
     plane_dequantize[end - first, slices](
         pack.words,
@@ -205,7 +212,7 @@ def dequantize_blocks(pack: PlanePack, first: int, end: int, dtype: torch.dtype)
         ROWS=pack.cell.rows,
         COLS=pack.cell.cols,
         AMD=pack.order == "amd",
-        NUMBER=tl.bfloat16 if table and number == torch.bfloat16 else tl.float16,
+        TABLE=tl.bfloat16 if number == torch.bfloat16 else tl.float16,
         num_warps=natural_warps(pack),
     )
     return out

@@ -115,7 +115,7 @@ def _strip(words, magic, pairs, t: tl.constexpr, FORM: tl.constexpr, ROWS: tl.co
     a, b = _slots2(words, magic, pairs, t, 2, FORM)
     c, d = _slots2(words, magic, pairs, t + 1, 2, FORM)
     tile = tl.join(tl.join(a, c), tl.join(b, d))  # row, r, slot / 2, slot % 2, half
-    if FORM[3]:
+    if FORM[3] or FORM[5]:
         tile = tile.permute(0, 2, 1, 3, 4)
     else:
         tile = tile.permute(0, 2, 3, 1, 4)
@@ -140,7 +140,8 @@ def tile(
         pairs: Pointer to the table of value pairs.
         u: Which columns.
         FORM: (width, bits of mantissa, 0 for integers or 1 for a table or 2, 3 for halves of
-            8-bit codes, whether the order is AMD's, whether slots share shifts in pairs).
+            8-bit codes, whether the order is AMD's, whether slots share shifts in pairs, whether
+            columns come as ``wide_place`` says).
         ROWS: Rows of a cell.
         COLS: Its columns.
     """
@@ -151,6 +152,16 @@ def tile(
         lower = _strip(words, magic, pairs, 4 * u + 8, FORM, ROWS // 2)
         whole = tl.join(upper, lower).permute(2, 0, 1).reshape(ROWS, 32)
     return whole
+
+
+@triton.jit
+def wide_place(column):
+    """Where a column lies if a lane holds four neighbours of each sixteen: 0 1 8 9, 2 3 10 11, ...
+
+    The order of words gives a lane the columns 2 r, 2 r + 1, 2 r + 8, 2 r + 9.  A compiler that
+    wants its operand to be 4 r ... 4 r + 3 gets these instead, and the inputs in the same order.
+    """
+    return column // 16 * 16 + column % 8 // 2 * 4 + column % 16 // 8 * 2 + column % 2
 
 
 @triton.jit

@@ -86,6 +86,13 @@ class PackedTensor:
         parts = {name: self.tensors[name] for name in base.tensors(self.shape)}
         return PackedTensor(base, self.shape, parts)
 
+    def to(self, device: torch.device) -> PackedTensor:
+        """The same on a device; itself if it is there."""
+        if all(part.device == device for part in self.tensors.values()):
+            return self
+        parts = {name: part.to(device) for name, part in self.tensors.items()}
+        return PackedTensor(self.fmt, self.shape, parts)
+
     def dequantize(
         self, rows: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:

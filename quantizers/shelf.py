@@ -30,7 +30,7 @@ class Shelf:
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
-        self._folder, self._memory, self._bytes = folder, memory, 0
+        self._folder, self.memory, self._bytes = folder, memory, 0
         self._temporary: TemporaryDirectory[str] | None = None
         self._at_hand: OrderedDict[str, PackedTensor] = OrderedDict()
         self._lock = RLock()
@@ -61,7 +61,7 @@ class Shelf:
             return
         self._at_hand[key] = packed
         self._bytes += packed.nbytes
-        while self._bytes > self._memory:
+        while self._bytes > self.memory:
             old, dropped = self._at_hand.popitem(last=False)
             self._bytes -= dropped.nbytes
             if self._folder is None and not self._path(old).exists():

@@ -16,8 +16,9 @@ from .._base.tensors import bytes_of
 from .._base.threads import parallel_map
 from .format import Fitted, Format
 from .grid import grid_rows, render
-from .methods import METHODS, Evidence
+from .methods import METHODS, Evidence, rounding_device
 from .packed import PackedTensor
+from .rendered import Rendered, room_on
 from .shelf import MEMORY, Shelf
 
 Rows = slice | Tensor  # a range of rows, or their indices
@@ -74,6 +75,7 @@ class Renderings:
         self._hashes: dict[str, str] = {}
         self._ready: set[tuple[str, str]] = set()
         self._given: dict[tuple[str, str], PackedTensor] = {}
+        self._rendered = Rendered()
 
     def keeps(self, fmt: Format) -> bool:
         """Whether codes of a format are kept, rather than recomputed by rounding."""
@@ -156,6 +158,17 @@ class Renderings:
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
+        weight, given = self.weight(name), self._given.get((name, fmt.name))
+        whole = self._rendered.get(
+            (name, fmt.name), given, weight, lambda: self._dequantized(name, fmt)
+        )
+        if whole is None:
+            return self._dequantized(name, fmt, rows, out)
+        return whole[rows].clone() if out is None else out.copy_(whole[rows])
+
+    def _dequantized(
+        self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
+    ) -> Tensor:
         if not self.keeps(fmt) and (name, fmt.name) not in self._given:
             weight = self.weight(name)[rows]
             return render(weight, fmt, grid_rows(self._grid(name, fmt), rows), out)
@@ -218,16 +231,20 @@ class Renderings:
         formats: Mapping[str, Sequence[Format]],
         reporter: Reporter,
     ) -> None:
+        device = self.weight(next(iter(evidences))).device
+        place = rounding_device(self.rounding, device)
+        self._shelf.memory = max(self._shelf.memory, room_on(device))
+
         def work(name: str) -> None:
-            weight, evidence = self.weight(name), evidences[name]
+            weight, evidence = self.weight(name).to(place), evidences[name].to(place)
             for fmt in formats[name]:
-                self._shelf.put(self._key(name, fmt), self._method(weight, fmt, evidence))
+                packed = self._method(weight, fmt, evidence).to(device)
+                self._shelf.put(self._key(name, fmt), packed)
                 self._ready.add((name, fmt.name))
 
         sizes = [self.weight(name).numel() for name in evidences]
-        device = self.weight(next(iter(evidences))).device
         with reporter.bar(f"Rounding ({self.rounding})", len(sizes), sizes) as advance:
-            for _ in parallel_map(work, list(evidences), device):
+            for _ in parallel_map(work, list(evidences), place):
                 advance(1)
 
     def _has(self, name: str, fmt: Format) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ def map_errors(
     name: str,
     formats: Sequence[Format],
     rows: Tensor | None = None,
-    chunk: int = 1 << 18,
+    chunk: int | None = None,
 ) -> Iterator[T]:
     """Apply ``work`` to the rendering errors of all formats, a block of rows at a time.
 
@@ -38,14 +39,19 @@ def map_errors(
         name: Canonical module name.
         formats: The F formats.
         rows: Indices of the rows to go through; None for all.
-        chunk: Weights per block and format.
+        chunk: Weights per block and format; by default few enough for the cache of a core on a
+            CPU, and enough to occupy any other device.
 
     Yields:
         The results, in the order of the rows.
     """
     weight = renderer.weight(name)
     count, cols = len(weight) if rows is None else len(rows), weight.shape[1]
-    step = max(1, chunk // cols)
+    on_cpu = weight.device.type == "cpu"
+    blocks = math.ceil(count * cols / (chunk or (1 << 17 if on_cpu else 1 << 23)))
+    if on_cpu:
+        blocks += blocks % 2  # small matrices have few, which are to keep two cores busy
+    step = math.ceil(count / max(1, blocks)) or 1
     for fmt in formats:
         renderer.prepare(name, fmt)  # fitted here, once, rather than by several workers
 

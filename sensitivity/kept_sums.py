@@ -148,14 +148,16 @@ class Kept:
         """The sums of one fold of a matrix, or of all together."""
         about = self._about(name)
         assert about is not None, f"there are no sums of {name}"
-        with safe_open(self._path(name), framework="pt", device=str(device)) as file:
+        with safe_open(self._path(name), framework="pt") as file:
             names = set(file.keys())
 
             def one(i: int) -> Fold:
                 forms = {
-                    form: file.get_tensor(key) for form in FORMS if (key := f"{i}.{form}") in names
+                    form: file.get_tensor(key).to(device)
+                    for form in FORMS
+                    if (key := f"{i}.{form}") in names
                 }
-                rows = file.get_tensor(f"{i}.rows")
+                rows = file.get_tensor(f"{i}.rows").to(device)
                 return Fold(about.tokens[i], about.vectors[i], rows, forms)
 
             if fold is not None:

@@ -22,7 +22,7 @@ from ..models.samples import Samples
 from ..models.sites import Place
 from ..models.units import UnitInfo, module_kinds
 from ..models.workload import Batch, LoadedModel, samples_in, take
-from ..quantizers.methods import METHODS, Evidence
+from ..quantizers.methods import METHODS, Evidence, rounding_device
 from .curvature import Sums, Triangle, entries
 from .factors import DenseGradient, Factors, Gradient
 from .kept_sums import Kept
@@ -267,14 +267,15 @@ class Statistics:
 
     def _choose(self, kinds: Sequence[str]) -> None:
         """Choose and keep the mixtures of kinds of matrices."""
-        rounding, device = self._renderer.store.rounding, self._model.device
+        rounding = self._renderer.store.rounding
+        device = rounding_device(rounding, self._model.device)
         mixtures = dict(self._known_mixtures())
         with self._reporter.bar("Choosing mixtures of the curvature", len(kinds)) as advance:
             for kind in kinds:
                 trials = []
                 for name in self._sampled[kind]:
                     first, second = (self._kept.read(name, device, fold) for fold in (0, 1))
-                    trials.append(Trial.of(self._renderer.weight(name), (first, second)))
+                    trials.append(Trial.of(self._renderer.weight(name).to(device), (first, second)))
                 mixtures[kind] = choose([t for t in trials if t is not None], rounding)
                 advance(1)
         found = {kind: mixture.to_json() for kind, mixture in mixtures.items()}

@@ -228,6 +228,7 @@ def _race(contenders: Sequence[_Contender], seconds: float, device: torch.device
 def _graph_seconds(contender: _Contender, seconds: float) -> float:
     """Seconds of one call, from replays of a CUDA graph with a call of every copy."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for product in contender.products:
             product(contender.x)

@@ -352,6 +352,7 @@ def _compile_case(case: Case) -> Any:
     arch, cell = ARCHS[case.arch], case.cell
     require_triton()
     from ..triton_kernels import plane_gemm
+    from ..triton_launch import WIDE
 
     count = len(case.bits)
     sub = min(case.group or cell.cols, cell.cols)
@@ -368,6 +369,7 @@ def _compile_case(case: Case) -> Any:
         "STAGES": stages,
         "BIAS": False,
         "SCATTERED": False,
+        "WIDE": WIDE and arch.backend == "cuda",
         "UPCAST": False,
     }
     signature = {name: kind or f"*{case.dtype}" for name, kind in _POINTERS.items()}

@@ -131,7 +131,7 @@ class Codes(Family["Grid"]):
         import torch
 
         from ..lines import Grid
-        from ..packed import bits_at
+        from ..packed import bits_at, unpack_bits
 
         scale = tensors["scale"]
         everything = isinstance(rows, slice) and rows == slice(None)
@@ -139,6 +139,14 @@ class Codes(Family["Grid"]):
             return self.grid(fmt, tensors).rows(rows)
         count, groups = scale.shape
         if isinstance(rows, slice):
+            start, stop, step = rows.indices(count)
+            if step == 1:
+                first, last = start * groups, max(start, stop) * groups
+                skip = first % 8  # eight zero points begin with a byte
+                stream = tensors["zero"][(first - skip) * fmt.bits // 8 :]
+                stream = stream[: math.ceil((last - first + skip) * fmt.bits / 8)]
+                zero = unpack_bits(stream.view(1, -1), fmt.bits, last - first + skip)
+                return Grid(scale[rows], zero[0, skip:].view(-1, groups))
             rows = torch.arange(count, device=scale.device)[rows]
         elif rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
@@ -150,7 +158,11 @@ class Codes(Family["Grid"]):
     ) -> Tensor:
         """See :class:`Family`."""
         from ..grid import decode
+        from ..native_decoding import decode as decode_at_once
         from ..packed import unpack_bits
 
-        codes = unpack_bits(tensors["codes"][rows], fmt.bits, cols)
-        return decode(codes, fmt, self.grid_of_rows(fmt, tensors, rows))
+        packed, grid = tensors["codes"][rows], self.grid_of_rows(fmt, tensors, rows)
+        found = decode_at_once(packed, fmt.bits, cols, self.line(fmt, grid), fmt.group_size)
+        if found is not None:
+            return found
+        return decode(unpack_bits(packed, fmt.bits, cols), fmt, grid)

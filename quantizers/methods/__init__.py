@@ -9,6 +9,9 @@ A method says of itself, as traits of its registration:
     Names of the fields of :class:`Evidence` that it works from; without any it needs no data.
 ``rounds``
     ``(fmt) -> bool``, the formats it has codes of its own for; all others are rounded to nearest.
+``compiled``
+    Whether it runs in loops compiled for the CPU: where they are, weights on other devices are
+    rounded there, too, rather than by thousands of small operations each.
 ``revision``
     A whole number, raised when its codes change: codes kept by an earlier one are made again.
 """
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..._base.registry import Registry
@@ -50,6 +54,23 @@ class Evidence:
     damping: float | None = None
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def to(self, device: torch.device) -> Evidence:
+        """The same on a device: itself if it is there, otherwise with nothing derived yet."""
+        parts = (self.hessian, self.fisher, self.rows)
+        if all(part is None or part.device == device for part in parts):
+            return self
+        hessian, fisher, rows = (None if part is None else part.to(device) for part in parts)
+        return Evidence(hessian, fisher, rows, self.damping)
+
 
 Method = Callable[[Tensor, Format, Evidence], PackedTensor]
 METHODS: Registry[Method] = Registry("method", __name__)
+
+
+def rounding_device(rounding: str, device: torch.device) -> torch.device:
+    """Where a method rounds weights that are on a device."""
+    if device.type == "cpu" or not METHODS.trait(rounding, "compiled", False):
+        return device
+    from ..native_rounding import LIBRARY
+
+    return device if LIBRARY.find()[0] is None else torch.device("cpu")

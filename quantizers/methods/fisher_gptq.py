@@ -27,7 +27,7 @@ def has_own_codes(fmt: Format) -> bool:
     return type(family_of(fmt.base or fmt)).line is not Family.line
 
 
-@METHODS.register("fisher_gptq", needs={"fisher"}, rounds=has_own_codes)
+@METHODS.register("fisher_gptq", needs={"fisher"}, rounds=has_own_codes, compiled=True)
 def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
     """Round so that the KL grows least: columns in turn with feedback, then scales, then codes.
 

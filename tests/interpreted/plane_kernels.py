@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitplan.kernels import tune
+from bitplan.kernels import triton_launch, tune
 from bitplan.kernels.blocks import Block, PlaneClass, ZeroKind
 from bitplan.kernels.gemm import plane_linear
 from bitplan.kernels.layouts import PlaneLayout
@@ -160,6 +160,19 @@ def test_a_table_of_values(dtype: torch.dtype, order: Order) -> None:
         assert relative_error(found, expected) < 1e-5
         dense = multiply_dense(x.float(), pack, None, Extras(), torch.float32)
         assert relative_error(dense, x.double() @ pack.dequantize().double().T) < 1e-3
+
+
+@pytest.mark.parametrize("spec", ["int3-g64-asym", "int8-g128", "nf4-g64"])
+def test_columns_in_the_order_that_the_other_compilers_take(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launch, "WIDE", not triton_launch.WIDE)
+    pack = PlanePack.from_packed(random_packed(spec, (70, 200)))
+    for dtype in HALVES:
+        x = torch.randn(19, 200).to(dtype)  # more tokens than one program of the sums has
+        found = multiply(x, pack, None, Extras(), Launch(8, 2, 2, 3), torch.float32)
+        bound = 1e-2 if spec.startswith("nf4") else 1e-5  # the table is rounded
+        assert relative_error(found, x.double() @ pack.dequantize().double().T) < bound
 
 
 def test_float16_results_and_odd_inputs() -> None:

@@ -101,13 +101,14 @@ def test_two_widths_are_one_launch(tokens: int, dtype: torch.dtype, launches: Co
     ],
 )
 @pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scattered_rows_of_any_formats(
-    specs: list[str], launched: int, tokens: int, launches: Counted
+    specs: list[str], launched: int, tokens: int, dtype: torch.dtype, launches: Counted
 ) -> None:
     """Rows in any order, row blocks with padding; 70 tokens are multiplied densely."""
     rows = list(torch.randperm(201).split([70, 30, 101]))
-    layer, whole = layer_of(specs, [some.sort().values for some in rows], 96, torch.float16)
-    x = torch.randn(tokens, 96, device=DEVICE).half()
+    layer, whole = layer_of(specs, [some.sort().values for some in rows], 96, dtype)
+    x = torch.randn(tokens, 96, device=DEVICE).to(dtype)
     with torch.no_grad():
         found = layer(x)
     assert launches.count == (launched if tokens == 3 else 0)
@@ -115,7 +116,7 @@ def test_scattered_rows_of_any_formats(
     assert layer.bias is not None
     assert (
         relative_error(found, x.double() @ whole.T + layer.bias.detach().double())
-        < BOUND[torch.float16]
+        < BOUND[dtype]
     )
     indices = torch.randint(201, (5,), device=DEVICE)
     assert torch.allclose(layer.rows(indices, torch.float32).double(), whole[indices])

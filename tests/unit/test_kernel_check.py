@@ -76,6 +76,7 @@ def test_spills_fail() -> None:
 POINTERS = {
     "x": "*bf16",
     "sums": "*fp32",
+    "ordered": "*bf16",
     "parts": "*fp32",
     "out": "*bf16",
     "bias": "*bf16",
@@ -98,7 +99,8 @@ POINTERS = {
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16}),
+        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16, "WIDE": False}),
+        ("plane_sums", {"SUM": 64, "AMD": False, "TOKENS": 16, "WIDE": True}),
         (
             "plane_finish",
             {
@@ -119,7 +121,7 @@ POINTERS = {
                 "ROWS": 64,
                 "COLS": 64,
                 "AMD": False,
-                "NUMBER": "fp16",
+                "TABLE": "fp16",
             },
         ),
         (  # as for one token: Triton makes arguments that are 1 constants
@@ -136,6 +138,7 @@ POINTERS = {
                 "STAGES": 1,
                 "BIAS": True,
                 "SCATTERED": False,
+                "WIDE": True,
                 "UPCAST": False,
                 "M": 1,
                 "sums_stride": 1,
@@ -156,6 +159,7 @@ POINTERS = {
                 "STAGES": 2,
                 "BIAS": True,
                 "SCATTERED": True,
+                "WIDE": False,
                 "UPCAST": False,
             },
         ),
@@ -170,8 +174,8 @@ def test_the_compiler_takes_every_kernel(name: str, constants: dict[str, Any]) -
     from bitplan.kernels.lab.disassembly import read
 
     kernel = getattr(triton_kernels, name)
-    if "NUMBER" in constants:
-        constants = constants | {"NUMBER": tl.float16}
+    if "TABLE" in constants:
+        constants = constants | {"TABLE": tl.float16}
     signature = {n: POINTERS.get(n, "i32") for n in kernel.arg_names}
     warps = 1 if name == "plane_gemm" else 4
     compiled = static._compile(kernel, signature, constants, "sm_80", warps, 3, ())
