@@ -195,13 +195,23 @@ def test_the_oracle_measures_the_guard_and_remembers_it(tmp_path: Path) -> None:
 
 def test_the_guard_of_a_language_model_is_other_text_of_the_same_order(tiny: LoadedModel) -> None:
     texts = "prose:0.5,code:0.3,chat:0.2"
-    settings = ProfileSettings("tiny", calibration=texts, sequences=12, length=16, seed=3)
     inside = calibration_samples(tiny, texts, sequences=12, length=16, seed=3)
-    priced, apart = guarded(tiny, settings, inside, 8)
-    assert priced is inside
-    longer = calibration_samples(tiny, texts, sequences=20, length=16, seed=3)
+    longer = calibration_samples(tiny, texts, sequences=30, length=16, seed=3)
     rows = torch.cat(list(longer.batches))  # type: ignore[arg-type]
-    assert torch.equal(torch.cat(list(apart.batches)), rows[12:])  # type: ignore[arg-type]
+    for rounding, before in (("rtn", 12), ("fisher_gptq", 22)):  # which looks at 10 more
+        settings = ProfileSettings(
+            "tiny",
+            rounding=rounding,
+            rounding_sequences=10,
+            calibration=texts,
+            sequences=12,
+            length=16,
+            seed=3,
+        )
+        priced, apart = guarded(tiny, settings, inside, 8)
+        assert priced is inside
+        found = torch.cat(list(apart.batches))  # type: ignore[arg-type]
+        assert torch.equal(found, rows[before : before + 8])
 
 
 def test_the_guard_of_a_workload_is_the_last_quarter_of_its_batches() -> None:
