@@ -114,10 +114,7 @@ def test_scattered_rows_of_any_formats(
     assert launches.count == (launched if tokens == 3 else 0)
     assert isinstance(layer._layout, RowsLayout if "q4_k" in specs else PlaneLayout)
     assert layer.bias is not None
-    assert (
-        relative_error(found, x.double() @ whole.T + layer.bias.detach().double())
-        < BOUND[dtype]
-    )
+    assert relative_error(found, x.double() @ whole.T + layer.bias.detach().double()) < BOUND[dtype]
     indices = torch.randint(201, (5,), device=DEVICE)
     assert torch.allclose(layer.rows(indices, torch.float32).double(), whole[indices])
 
