@@ -177,8 +177,8 @@ def _model(name: str, section: Row) -> Iterator[str]:
         )
         for row in section.get("memory", [])
     ]
-    head = ("weights", "GB of weights", "peak GB, running", "peak GB, building", "s to build")
-    yield from _table(head, memory)
+    sizes = ("weights", "GB of weights", "peak GB, running", "peak GB, building", "s to build")
+    yield from _table(sizes, memory)
 
 
 def _rate(value: float | None) -> str | None:
