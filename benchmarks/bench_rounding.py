@@ -13,7 +13,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 
 from bitplan._base.files import write_json
 from bitplan._base.progress import Reporter
-from bitplan.benchmarks.common import RESULTS, write_results
+from bitplan.benchmarks.common import RESULTS, origin, write_results
 from bitplan.jobs.search import run_search
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
 
@@ -66,6 +66,8 @@ class Found:
         cpu: Of all processors' cores, seconds.
         seconds: As on a clock.
         device: What it ran on.
+        uniform_difference: KL of the uniform rival minus the plan's, on the rival's tokens.
+        uniform_tokens: Tokens that the rival was measured on; fewer where it fell far behind.
     """
 
     variant: str
@@ -83,6 +85,15 @@ class Found:
     peak: int
     seconds: float | None = None
     device: str = "cpu"
+    uniform_difference: float | None = None
+    uniform_tokens: int | None = None
+
+    @property
+    def of_uniform(self) -> float | None:
+        """The plan's KL over the rival's, both on the rival's tokens; None if not known."""
+        if self.uniform_difference is None:
+            return None
+        return 1 - self.uniform_difference / self.uniform_kl
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,10 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, where: Where) 
         peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         seconds=time.perf_counter() - clock,
         device=where.described(),
+        uniform_difference=best.difference,
+        uniform_tokens=best.tokens or measured.tokens,
     )
+    write_json(where.work / "origin.json", origin())
     write_json(path, asdict(found))
 
 
@@ -186,7 +200,11 @@ def all_found(work: Path) -> Iterator[Found]:
 
 
 def write(work: Path, out: Path, tokens: int) -> None:
-    """Means over the seeds, and every search."""
+    """Means over the seeds, and every search.
+
+    Versions and machine are those of the last search (``origin.json``), whoever writes the page;
+    further notes are the lines of ``notes.txt`` in the work folder, if there is one.
+    """
     everything = list(all_found(work))
     rows = []
     for budget in BUDGETS:
@@ -195,6 +213,7 @@ def write(work: Path, out: Path, tokens: int) -> None:
             if not some:
                 continue
             kl = np.array([f.kl for f in some])
+            also = [f.also for f in some]
             rows.append(
                 {
                     "budget": budget,
@@ -204,23 +223,41 @@ def write(work: Path, out: Path, tokens: int) -> None:
                     "± over seeds": float(kl.std(ddof=1)) if len(kl) > 1 else None,
                     "± over text": float(np.mean([f.kl_stderr for f in some])),
                     "predicted / measured": float(np.mean([f.predicted / f.kl for f in some])),
-                    "of the nearest uniform": float(np.mean([f.kl / f.uniform_kl for f in some])),
+                    "of the nearest uniform": _mean_or_none([f.of_uniform for f in some]),
+                    "KL on code": _mean_or_none(also),
                     "bpw": float(np.mean([f.bpw for f in some])),
                 }
             )
+    notes = [
+        f"KL(original || plan) in nats per token on {tokens:,} tokens of WikiText-2 test; "
+        "calibrated on WikiText-2 valid, linear layers only. The nearest uniform format is the one "
+        "nearest in bytes, rounded by the same method; it may take a few more. `of the nearest "
+        "uniform` is the KL of the plan over its KL, both on the tokens that it was measured on, "
+        "which are fewer where it fell far behind; `uniform_kl` is on these. A dash "
+        "stands where a search did not record them. `cpu` and `seconds` are what a search took, "
+        "with its profile where it made one.",
+    ]
+    devices = sorted({f.device for f in everything})
+    notes += [f"Ran on {', '.join(devices)}."] if devices else []
+    if (more := work / "notes.txt").exists():
+        notes += more.read_text(encoding="utf-8").splitlines()
+    made = work / "origin.json"
     write_results(
         "rounding",
         "SmolLM2-135M: rounding in the loop",
         rows=rows,
         tables={"Every search": [asdict(f) for f in everything]},
-        notes=[
-            f"KL(original || plan) in nats per token on {tokens:,} tokens of WikiText-2 test; "
-            "calibrated on WikiText-2 valid, linear layers only. The nearest uniform format is "
-            "rounded by the same method."
-        ],
+        notes=notes,
         command="python benchmarks/bench_rounding.py --data DATA",
+        made=json.loads(made.read_text(encoding="utf-8")) if made.exists() else None,
         out=out,
     )
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    """The mean; None unless all are there."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def write_results(
     figures: Row | None = None,
     notes: Sequence[str] = (),
     command: str | None = None,
+    made: Row | None = None,
     out: Path = RESULTS,
 ) -> None:
     """Write ``NAME.json`` and a readable ``NAME.md`` with the same numbers and their origin.
@@ -43,13 +44,14 @@ def write_results(
         figures: Single numbers outside the table, by name.
         notes: Sentences below the table: what was measured and how.
         command: What reproduces the file; by default this process's own command line.
+        made: What :func:`origin` was where the figures were made; by default it is here and now.
         out: Folder to write to.
     """
     result = {
         "name": name,
         "title": title,
         "command": command or this_command(),
-        **origin(),
+        **(origin() if made is None else made),
         "figures": dict(figures or {}),
         "rows": [dict(row) for row in rows],
         "tables": {heading: [dict(row) for row in rs] for heading, rs in (tables or {}).items()},

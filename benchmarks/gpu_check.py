@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show: results, speed, memory; one file of figures, one table.
+"""Everything that only a GPU can show: results, speed, memory; one file of figures, one page.
 
     PYTHONPATH=.typing python benchmarks/gpu_check.py --out gpu.json --minutes 5
 
@@ -25,7 +25,15 @@ os.environ["BITPLAN_KERNEL"] = "triton"
 import torch
 import triton
 
-from bitplan.benchmarks import gpu_cases, gpu_compile, gpu_llama, gpu_profile, gpu_timing
+from bitplan.benchmarks import (
+    gpu_cases,
+    gpu_compile,
+    gpu_llama,
+    gpu_profile,
+    gpu_report,
+    gpu_timing,
+)
+from bitplan.benchmarks.common import origin
 from bitplan.kernels.triton_launch import INTERPRETED, Launch
 from bitplan.kernels.tune import processors
 
@@ -62,6 +70,7 @@ class Check:
             "python": sys.version.split()[0],
             "tiny": tiny,
             "device": "interpreter",
+            "commit": origin()["commit"],
         }
         if self.device.type == "cuda":
             facts = torch.cuda.get_device_properties(0)
@@ -388,12 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no section {unknown[0]!r}: there are {', '.join(SECTIONS)}")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     check = Check(asked.out, asked.minutes, asked.tiny, asked.seed)
+    command = f"python benchmarks/gpu_check.py --seed {asked.seed} --minutes {asked.minutes:g}"
+    command += " --tiny" if asked.tiny else ""
+    command += f" --only {asked.only}" if only != list(SECTIONS) else ""
+    check.found["about"]["command"] = command
     if check.device.type != "cuda" and not INTERPRETED:
         parser.error("there is no GPU; TRITON_INTERPRET=1 with --tiny tries the script without")
     print(json.dumps(check.found["about"]), flush=True)
     for name in (name for name in SECTIONS if name in only):
         check.run(name, *SECTIONS[name])
     print(summary(check.found))
+    gpu_report.write_report(check.found, asked.out.with_suffix(".md"))
     wrong = check.found["sections"].get("correctness", {}).get("status", "done") == "failed"
     return int(wrong)
 
@@ -423,10 +437,11 @@ def summary(found: dict[str, Any]) -> str:
         lines += [f"{key[0]:11} {key[1][:34]:34} " + " |".join(v) for key, v in by.items()]
     for name in ("model-1b", "model-8b"):
         for row in sections.get(name, {}).get("rows", []):
-            graph = row.get("graph_tokens_per_s", 0)
+            graph = row.get("graph_tokens_per_s")  # prompts have none
+            speed = f"{'-':>9}" if graph is None else f"{graph:9.1f}"
             lines.append(
                 f"{name} {row['model']:16} {row['what']} x{row['batch']:<3} "
-                f"{graph:9.1f} tokens/s in a graph {row['plain_tokens_per_s']:9.1f} plain"
+                f"{speed} tokens/s in a graph {row['plain_tokens_per_s']:9.1f} plain"
             )
         for row in sections.get(name, {}).get("memory", []):
             lines.append(f"{name} {row}")

@@ -111,8 +111,9 @@ def gpu_kernels(work: Path, reporter: Reporter) -> Part:
         },
         targets,
         [
-            "Nothing ran on a GPU. Compiled: Triton's own compilers, groups of 128, packed zero "
-            "points, float16, 8 tokens (16 on AMD), 128 x 128 cells unless the row says otherwise; "
+            "Nothing on this page ran on a GPU (gpu.md did). Compiled: Triton's own compilers, "
+            "groups of 128, packed zero points, float16, 8 tokens (16 on AMD), 128 x 128 cells "
+            "unless the row says otherwise; "
             "instructions are thread instructions per weight (on AMD vector instructions, all of "
             "them in brackets). The budget is what the processor issues while its memory brings a "
             "weight. The gate is described in docs/kernels.md.",

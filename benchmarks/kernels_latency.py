@@ -138,7 +138,7 @@ def latency_model(_work: Path, _reporter: Reporter) -> Part:
             f"Latency model: {count} {SOURCE}. Decode is {DECODE} tokens or fewer. Instructions "
             "are those per weight that the timings look like at the full issue rate, for 4 and for "
             "3 bits: whatever does not shrink with the bytes. Left out: Humming's decode timings "
-            "of one width, predicted by a fit to its other seven. Nothing was run on a GPU here.",
+            "of one width, predicted by a fit to its other seven. None of them was taken by us.",
         ],
     )
 

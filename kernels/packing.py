@@ -198,7 +198,9 @@ class PlanePack:
         """Values of all rows as they lie, [.., laid_rows, ..], as those of the weight's rows."""
         if self.targets is None:
             return laid
-        return laid.index_select(dim, self.targets.argsort()[: self.shape[0]])  # padding is last
+        where = torch.arange(len(self.targets), device=laid.device)
+        order = where.new_empty(self.shape[0] + 1)  # the last is that of some row of padding
+        return laid.index_select(dim, order.scatter_(0, self.targets.long(), where)[:-1])
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [rows, cols]."""

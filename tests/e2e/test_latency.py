@@ -44,12 +44,12 @@ def profile(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
     """A device where the bytes of tiny matrices matter: everything but the launch is slow."""
-    h100 = Device.load("h100")
+    h200 = Device.load("h200")
     slow = {
-        name: h100.bandwidth.model_copy(update={"value": 1e-4 * getattr(h100, name).value})
+        name: h200.bandwidth.model_copy(update={"value": 1e-4 * getattr(h200, name).value})
         for name in ("bandwidth", "peak", "issue_rate")
     }
-    h100.model_copy(update=slow).save(tmp_path / "slow.toml")
+    h200.model_copy(update=slow).save(tmp_path / "slow.toml")
     return tmp_path / "slow.toml"
 
 

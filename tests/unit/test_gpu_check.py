@@ -49,6 +49,8 @@ def test_every_section_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert all(row["us"] > 0 for row in found["sections"]["prefill"]["rows"])
     assert (tmp_path / found["sections"]["refit"]["file"]).read_text().startswith("description")
     assert f"{right['checks']} checks, 0 wrong" in done.stdout  # the table at the end
+    page = out.with_suffix(".md").read_text()
+    assert "**0 wrong**" in page and "## Latency model" in page and "## Ways to launch" in page
 
 
 def test_a_wrong_result_and_a_failing_section_are_told(tmp_path: Path) -> None:
@@ -77,3 +79,6 @@ def test_a_wrong_result_and_a_failing_section_are_told(tmp_path: Path) -> None:
     assert sections["copy"]["status"] == "failed"
     assert "no memory to copy" in sections["copy"]["traceback"]
     assert sections["refit"]["status"] == "done"
+    page = out.with_suffix(".md").read_text()
+    assert "**2 wrong**" in page and page.count("- Wrong: `") == 2
+    assert "| copy | failed |" in page and "## Copy" not in page
