@@ -13,7 +13,8 @@ typedef int32_t ints __attribute__((vector_size(32)));
 struct Rows {
   const uint8_t* codes;  // [rows, bytes]: b-bit codes LSB-first, every row from a byte
   const float* scale;    // [rows, groups]
-  const float* zero;     // [rows, groups], or null
+  const uint8_t* zeros;  // zero points of b bits, LSB-first in one stream, or null
+  int64_t first;         // the number of the first one
   const float* levels;   // [2^b] in place of c - zero, or null
   float* out;            // [rows, cols]
   int64_t rows, cols, bytes, groups;
@@ -42,6 +43,16 @@ inline ints unpack(const uint8_t* from, int64_t left) {
   return __builtin_convertvector(both & mask, ints);
 }
 
+// Code `index` of a stream.
+template <int BITS>
+inline float code_at(const uint8_t* stream, int64_t index) {
+  const int64_t bit = index * BITS, byte = bit / 8;
+  const int shift = bit % 8;
+  uint32_t word = stream[byte];
+  if (shift + BITS > 8) word |= static_cast<uint32_t>(stream[byte + 1]) << 8;
+  return static_cast<float>((word >> shift) & ((1u << BITS) - 1));
+}
+
 template <int BITS>
 void decode(const Rows& p) {
   for (int64_t r = 0; r < p.rows; r++) {
@@ -49,7 +60,8 @@ void decode(const Rows& p) {
     float* out = p.out + r * p.cols;
     for (int64_t g = 0; g < p.groups; g++) {
       const float scale = p.scale[r * p.groups + g];
-      const float zero = p.zero ? p.zero[r * p.groups + g] : p.middle;
+      const float zero =
+          p.zeros ? code_at<BITS>(p.zeros, p.first + r * p.groups + g) : p.middle;
       const int64_t start = g * p.size;
       const int64_t end = start + p.size < p.cols ? start + p.size : p.cols;
       for (int64_t c = start; c < end; c += 8) {
@@ -74,12 +86,13 @@ void decode(const Rows& p) {
 
 extern "C" {
 
-int bitplan_abi() { return 1; }
+int bitplan_abi() { return 2; }
 
-void bitplan_decode(const uint8_t* codes, const float* scale, const float* zero,
+void bitplan_decode(const uint8_t* codes, const float* scale, const uint8_t* zeros, int64_t first,
                     const float* levels, float* out, int64_t rows, int64_t cols, int64_t bytes,
                     int64_t groups, int64_t size, float middle, int32_t bits) {
-  const Rows p = {codes, scale, zero, levels, out, rows, cols, bytes, groups, size, middle};
+  const Rows p = {codes, scale, zeros, first, levels, out,
+                  rows,  cols,  bytes, groups, size,  middle};
   switch (bits) {
     case 1: return decode<1>(p);
     case 2: return decode<2>(p);

@@ -12,18 +12,27 @@ from .._base.native import Library
 from .lines import Line
 
 SOURCE = Path(__file__).with_name("decoding.cpp")
-ABI = 1  # what bitplan_abi() says
+ABI = 2  # what bitplan_abi() says
 
 
-def decode(packed: Tensor, bits: int, cols: int, line: Line, size: int) -> Tensor | None:
+def decode(
+    packed: Tensor,
+    bits: int,
+    cols: int,
+    line: Line,
+    size: int,
+    zeros: tuple[Tensor, int] | None = None,
+) -> Tensor | None:
     """What ``lines.dequantize`` makes of the codes that ``packed.unpack_bits`` finds, bit for bit.
 
     Args:
         packed: Codes of b bits, LSB-first, each row from a byte: uint8 [rows, bytes].
         bits: b, from 1 to 8.
         cols: Codes in a row.
-        line: What codes stand for.
+        line: What codes stand for; one zero point for all.
         size: Columns of a group; 0 or less for all.
+        zeros: Zero points of the groups instead: a stream of b-bit codes, LSB-first, uint8 [n],
+            and the number of the first one in it.
 
     Returns:
         float32 [rows, cols]; None where it has to be done otherwise: not on a CPU, without a
@@ -39,13 +48,14 @@ def decode(packed: Tensor, bits: int, cols: int, line: Line, size: int) -> Tenso
         return None
     rows, groups = len(packed), -(-cols // size)
     packed, scale = packed.contiguous(), line.scale.expand(rows, groups).contiguous()
-    zeros = line.zero.expand(rows, groups).contiguous() if line.zero.dim() else None
+    stream, first = (zeros[0].contiguous(), zeros[1]) if zeros else (None, 0)
     levels = None if line.levels is None else line.levels.contiguous()
     out = torch.empty(rows, cols)
     library.bitplan_decode(
         packed.data_ptr(),
         scale.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
+        None if stream is None else stream.data_ptr(),
+        first,
         None if levels is None else levels.data_ptr(),
         out.data_ptr(),
         rows,
@@ -53,7 +63,7 @@ def decode(packed: Tensor, bits: int, cols: int, line: Line, size: int) -> Tenso
         packed.shape[1],
         groups,
         size,
-        0.0 if line.zero.dim() else float(line.zero),
+        float(line.zero),
         bits,
     )
     return out
@@ -62,7 +72,11 @@ def decode(packed: Tensor, bits: int, cols: int, line: Line, size: int) -> Tenso
 def _declare(loaded: ctypes.CDLL) -> None:
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
     function = loaded.bitplan_decode
-    function.argtypes = (pointer,) * 5 + (int64,) * 5 + (ctypes.c_float, ctypes.c_int32)
+    function.argtypes = (
+        *(pointer, pointer, pointer, int64, pointer, pointer),
+        *(int64,) * 5,
+        *(ctypes.c_float, ctypes.c_int32),
+    )
     function.restype = None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.rendering import Renderer
 from ..quantizers.format import Format
 from ..quantizers.store import Rows
+from . import native_products
 from .errors import map_errors
 
 
@@ -144,18 +145,27 @@ class Block:
         """Per-sample gradients at the rows [samples, rows * cols]."""
         return self.source.gradient(self.rows).flatten(1)
 
+    @cached_property
+    def products(self) -> tuple[Tensor, Tensor]:
+        """``<G_i, dW_f>`` and ``sum G_i^2 dW_f^2``, each [samples, F]."""
+        gradients, errors = self.gradients, self.errors.flatten(1)
+        found = native_products.products(gradients, errors)
+        if found is None:
+            return gradients @ errors.T, gradients.square() @ errors.square().T
+        return found
+
 
 Product = Callable[[Block], Tensor]  # [samples, F]; the blocks of a matrix are added
 
 
 def inner(block: Block) -> Tensor:
     """``<G_i, dW_f>``."""
-    return block.gradients @ block.errors.flatten(1).T
+    return block.products[0]
 
 
 def squared(block: Block) -> Tensor:
     """``sum G_i^2 dW_f^2``."""
-    return block.gradients.square() @ block.errors.flatten(1).square().T
+    return block.products[1]
 
 
 def absolute(block: Block) -> Tensor:

@@ -131,7 +131,7 @@ class Codes(Family["Grid"]):
         import torch
 
         from ..lines import Grid
-        from ..packed import bits_at, unpack_bits
+        from ..packed import bits_at
 
         scale = tensors["scale"]
         everything = isinstance(rows, slice) and rows == slice(None)
@@ -139,14 +139,6 @@ class Codes(Family["Grid"]):
             return self.grid(fmt, tensors).rows(rows)
         count, groups = scale.shape
         if isinstance(rows, slice):
-            start, stop, step = rows.indices(count)
-            if step == 1:
-                first, last = start * groups, max(start, stop) * groups
-                skip = first % 8  # eight zero points begin with a byte
-                stream = tensors["zero"][(first - skip) * fmt.bits // 8 :]
-                stream = stream[: math.ceil((last - first + skip) * fmt.bits / 8)]
-                zero = unpack_bits(stream.view(1, -1), fmt.bits, last - first + skip)
-                return Grid(scale[rows], zero[0, skip:].view(-1, groups))
             rows = torch.arange(count, device=scale.device)[rows]
         elif rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
@@ -158,11 +150,33 @@ class Codes(Family["Grid"]):
     ) -> Tensor:
         """See :class:`Family`."""
         from ..grid import decode
-        from ..native_decoding import decode as decode_at_once
         from ..packed import unpack_bits
 
-        packed, grid = tensors["codes"][rows], self.grid_of_rows(fmt, tensors, rows)
-        found = decode_at_once(packed, fmt.bits, cols, self.line(fmt, grid), fmt.group_size)
-        if found is not None:
+        packed = tensors["codes"][rows]
+        if (found := self._decode_at_once(fmt, cols, tensors, packed, rows)) is not None:
             return found
+        grid = self.grid_of_rows(fmt, tensors, rows)
         return decode(unpack_bits(packed, fmt.bits, cols), fmt, grid)
+
+    def _decode_at_once(
+        self,
+        fmt: Format,
+        cols: int,
+        tensors: Mapping[str, Tensor],
+        packed: Tensor,
+        rows: slice | Tensor,
+    ) -> Tensor | None:
+        """The rows of a slice in one compiled pass; None where that cannot be."""
+        from ..lines import Grid
+        from ..native_decoding import decode
+
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            return None
+        scale, zeros = tensors["scale"], None
+        if fmt.group_size == PER_TENSOR:
+            line = self.line(fmt, self.grid(fmt, tensors))
+        else:
+            line = self.line(fmt, Grid(scale[rows], None))
+            if not fmt.symmetric:
+                zeros = tensors["zero"], rows.indices(len(scale))[0] * scale.shape[1]
+        return decode(packed, fmt.bits, cols, line, fmt.group_size, zeros)
