@@ -77,6 +77,14 @@ class Renderings:
         self._given: dict[tuple[str, str], PackedTensor] = {}
         self._rendered = Rendered()
 
+    @property
+    def origin(self) -> str:
+        """What kept codes depend on besides weight and format; empty if none are kept."""
+        if self._only_grids:
+            return ""
+        revision = METHODS.trait(self.rounding, "revision", 1)
+        return "\n".join((self.rounding, str(revision), self.evidence.key if self.evidence else ""))
+
     def keeps(self, fmt: Format) -> bool:
         """Whether codes of a format are kept, rather than recomputed by rounding."""
         return not self._only_grids and self._rounds(fmt)
@@ -261,11 +269,5 @@ class Renderings:
         """What the codes of a matrix in a format depend on, as a hash."""
         if name not in self._hashes:
             self._hashes[name] = hashlib.sha256(bytes_of(self.weight(name))).hexdigest()
-        parts = (
-            self.rounding,
-            str(METHODS.trait(self.rounding, "revision", 1)),
-            fmt.name,
-            self._hashes[name],
-            *((name, self.evidence.key) if self.evidence else ()),
-        )
+        parts = (self.origin, fmt.name, self._hashes[name], name if self.evidence else "")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
