@@ -154,3 +154,19 @@ def test_a_shelf_keeps_no_more_in_memory_than_it_may() -> None:
     del shelf, found
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_shelf_that_cannot_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = Format.parse("int4-g32")
+    packed = METHODS.get("rtn")(WEIGHTS["a"], fmt, Evidence())
+    Shelf(tmp_path).put("old", packed)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("os.access", lambda *_: False)  # as of a folder mounted to be read only
+    shelf = Shelf(tmp_path, memory=packed.nbytes)
+    shelf.put("new", packed)
+    for key in ("old", "new"):  # one at a time in memory
+        found = shelf.get(key, CPU)
+        assert found is not None and torch.equal(found.tensors["codes"], packed.tensors["codes"])
+    assert sorted(tmp_path.rglob("*")) == before
