@@ -251,7 +251,10 @@ class Renderings:
             with room.take(4 * COPIES * cols * max(rows, cols)):  # experts: cols^2 for each
                 weight, evidence = self.weight(name).to(place), evidences[name].to(place)
                 for fmt in formats[name]:
-                    packed = self._method(weight, fmt, evidence).to(device)
+                    try:
+                        packed = self._method(weight, fmt, evidence).to(device)
+                    except ValueError as error:
+                        raise ValueError(f"{name!r}: {error}") from error
                     self._shelf.put(self._key(name, fmt), packed)
                     self._ready.add((name, fmt.name))
 

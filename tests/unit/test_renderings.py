@@ -170,3 +170,20 @@ def test_a_shelf_that_cannot_be_written_is_read(
         found = shelf.get(key, CPU)
         assert found is not None and torch.equal(found.tensors["codes"], packed.tensors["codes"])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_rounded_is_named() -> None:
+    weights = {"good": torch.ones(4, 64), "bad": torch.full((4, 64), torch.inf)}
+    made = Renderings(weights.__getitem__, "fisher_gptq")
+    made.evidence = Curved()
+    with pytest.raises(ValueError, match=r"'bad': The weight contains inf"):
+        made.fit(list(weights), [Format.parse("int4-g32")])
+
+
+class Curved:
+    """The same curvature for all."""
+
+    key = "curved"
+
+    def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
+        yield dict.fromkeys(names, Evidence(fisher=torch.eye(64)))
