@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from threading import Condition
+
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Room:
+    """Memory that threads take turns in: who finds no room waits, and who alone needs more goes.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self._taken, self._changed = limit, 0, Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Wait until there are ``size`` bytes, or nobody else has any, and have them inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self.limit)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+def memory_of_machine() -> int:
+    """Bytes of main memory that processes here may have together."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in map(Path, _CGROUPS):
+        text = path.read_text().strip() if path.is_file() else ""
+        found = min(found, int(text)) if text.isdigit() else found
+    return found
 
 
 def give_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class HeldOut:
         self._model, self._reporter = model, reporter
         self._renderer, self._run = renderer, run
         self._file = file or run.measurements
-        self._known = Measurements.of(self._file, samples.sha256)
+        origin = renderer.store.origin
+        codes = hashlib.sha256(origin.encode()).hexdigest() if origin else ""
+        self._known = Measurements.of(self._file, samples.sha256, codes)
 
     @property
     def ppl_original(self) -> float | None:

@@ -15,7 +15,7 @@ from .._base.hints import did_you_mean
 from .._base.progress import Reporter
 from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
-from ..models.load import check_model, find_device, load_model, load_tokenizer
+from ..models.load import check_model, find_device, load_model
 from ..models.packed_modules import PackedLinear
 from ..models.packed_rows import PackedRowsLinear
 from ..models.packing import compute_in, replace
@@ -67,10 +67,6 @@ def apply(
     units = planned_units(model, plan)
     if METHODS.trait(plan.rounding, "needs"):
         loaded = as_loaded_model(model)
-        if batches is None:
-            tokenizer = load_tokenizer(plan.original())
-            workload = Workload(model, tokenizer=tokenizer)
-            loaded = LoadedModel(loaded.id, model, loaded.source_dtype, workload)
         renderer = plan_renderer(plan, loaded, units, beside=beside, batches=batches)
     else:
         renderer = tuned_renderer(Renderer(model, units, plan.rounding), plan, beside)

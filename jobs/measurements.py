@@ -23,6 +23,7 @@ class Measurements(Record):
 
     Attributes:
         text_sha256: Hash of its sequences.
+        codes: Hash of what rounded the weights of the plans, where codes are kept.
         ppl_original: Perplexity of the original; None before a measurement or without text.
         plans: What decides a plan's figures, as :func:`..search.plan.plan_key` -> its figures.
     """
@@ -31,16 +32,17 @@ class Measurements(Record):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     text_sha256: str
+    codes: str = ""
     ppl_original: float | None = None
     plans: dict[str, Figures] = Field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, text_sha256: str) -> Measurements:
-        """Those that are there of this text; none where the file is missing or damaged."""
+    def of(cls, path: Path, text_sha256: str, codes: str = "") -> Measurements:
+        """Those that are there of this text and these codes; none if the file is missing or bad."""
         try:
             known = cls.read(path)
         except (ValueError, OSError):
             known = None
-        if known is None or known.text_sha256 != text_sha256:
-            return cls(text_sha256=text_sha256)  # everything is measured again
+        if known is None or (known.text_sha256, known.codes) != (text_sha256, codes):
+            return cls(text_sha256=text_sha256, codes=codes)  # everything is measured again
         return known

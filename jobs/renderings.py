@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .._base.progress import Reporter
+from ..models.load import load_tokenizer
 from ..models.mixture import Share, recorded_shares
 from ..models.names import BUILTIN, SAMPLED, SELF, SHIPPED
 from ..models.rendering import Renderer
@@ -16,6 +17,7 @@ from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel
 from ..quantizers.format import Format
+from ..quantizers.methods import METHODS
 from ..search.plan import Plan
 from ..sensitivity.evidence import Seen, calibrated
 from .folder import RunFolder
@@ -49,9 +51,10 @@ def plan_renderer(
         ValueError: If the calibration data are needed and not found, or the codes made from them
             are not those that were priced, or the plan's tuned scales are not there.
     """
-    kept = beside.renderings if beside else None
-    if kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK)):
-        kept = None
+    kept = beside.renderings if beside and beside.renderings.is_dir() else None
+    writes = kept is not None and os.access(kept, os.W_OK)
+    if batches is None and METHODS.trait(plan.rounding, "needs"):
+        model = _reading(model, plan)
     renderer = calibrated(
         model,
         units,
@@ -63,7 +66,7 @@ def plan_renderer(
         ),
         model_sha256=plan.model.sha256,
         folder=kept,
-        statistics=beside.statistics if beside and kept else None,
+        statistics=beside.statistics if beside and writes else None,
         reporter=reporter,
     )
     formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
@@ -113,11 +116,21 @@ def recorded_samples(
     why = "those given are others" if found else "they were not found"
     if found and batches is None:
         why = f"what is called {name!r} here is another text, or is cut into other tokens"
+    elif batches is None and wanted.get("length") and not model.is_language_model:
+        why = f"no tokenizer is found under the name of the model, {plan.model.id!r}"
     raise ValueError(
         f"The weights were rounded by {plan.rounding!r} on {what}, which are needed to round them "
         f"again, and {why}. Use the plan in the folder of its run, with the renderings "
         "folder, or put the text in the current folder; from Python, give the batches."
     )
+
+
+def _reading(model: LoadedModel, plan: Plan) -> LoadedModel:
+    """A model that was given without data or tokenizer, with the tokenizer of the plan's model."""
+    if model.workload.calibration or model.is_language_model:
+        return model
+    tokenizer = load_tokenizer(plan.original())
+    return replace(model, workload=replace(model.workload, tokenizer=tokenizer))
 
 
 def _candidates(plan: Plan, model: LoadedModel, beside: RunFolder | None) -> Iterator[Samples]:

@@ -155,6 +155,8 @@ class Truth:
             str(samples.count),
             str(self._seed),
         ]
+        if origin := self._renderer.store.origin:
+            parts.append(origin)
         digest = hashlib.sha256("\n".join(parts).encode())
         if choice is not None:
             digest.update(choice.astype(np.int32).tobytes())

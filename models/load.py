@@ -92,7 +92,7 @@ def load_tokenizer(name: str) -> Any:
             with redirect_stderr(io.StringIO()):
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):  # ImportError: it needs a package that is not here
         return None
 
 

@@ -57,11 +57,14 @@ def factor(matrix: Tensor, damping: float, dead: float | None = None) -> Factors
         if dead is not None:
             more = torch.where(idle, dead * mean[:, None], more)
         damped.diagonal(dim1=-2, dim2=-1).add_(more)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+        damped = damped.flip(-2, -1)  # large: no name for what is not needed any more
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed.any() and lower.isfinite().all():
             upper: Tensor = lower.flip(-2, -1)
-            roots = upper.diagonal(dim1=-2, dim2=-1)
-            feedback = (upper / roots[:, None]).to(matrix.dtype)
+            del lower
+            roots = upper.diagonal(dim1=-2, dim2=-1).clone()
+            feedback = upper.div_(roots[:, None]).to(matrix.dtype)
             return Factors(feedback, roots.square().to(matrix.dtype), more)
         if attempt:
             added = torch.where(failed > 0, 10 * added, added)
@@ -107,8 +110,10 @@ class Quadratic(NamedTuple):
         turn = sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         turn = pad(turn, (0, 1), value=full)  # of every group
         order = order.gather(1, turn.gather(1, order // size).argsort(dim=-1, stable=True))
-        sorted_rows = matrix.gather(1, order[:, :, None].expand(-1, -1, cols))
-        factors = factor(sorted_rows.gather(2, order[:, None, :].expand(-1, cols, -1)), damping)
+        in_order = matrix.gather(1, order[:, :, None].expand(-1, -1, cols))
+        in_order = in_order.gather(2, order[:, None, :].expand(-1, cols, -1))
+        factors = factor(in_order, damping)
+        del in_order
         matrix = matrix.clone()
         added = torch.empty_like(diagonal).scatter_(1, order, factors.damping)
         matrix.diagonal(dim1=-2, dim2=-1).add_(added)

@@ -59,12 +59,13 @@ def library(weight: Tensor) -> ctypes.CDLL | None:
         return None
     loaded, reason = LIBRARY.find()
     if reason:
-        _warn(reason)
+        warn(reason)
     return loaded
 
 
 @cache
-def _warn(reason: str) -> None:
+def warn(reason: str) -> None:
+    """Say once why there are no compiled loops."""
     warnings.warn(
         f"{reason} Rounding takes several times as long without them.",
         stacklevel=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +25,14 @@ class Shelf:
 
     Args:
         folder: Where every one is kept as a file of its own, for later runs, too; files are read
-            by mapping them. None keeps them in memory and, beyond ``memory`` bytes, in a
-            temporary folder that goes with the shelf.
+            by mapping them. Without one, or one that cannot be written, what is new stays in memory
+            and, beyond ``memory`` bytes, in a temporary folder that goes with the shelf.
         memory: Most bytes of packed tensors to have at hand at a time.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
         self._folder, self.memory, self._bytes = folder, memory, 0
+        self._writes = folder is not None and (not folder.exists() or os.access(folder, os.W_OK))
         self._temporary: TemporaryDirectory[str] | None = None
         self._at_hand: OrderedDict[str, PackedTensor] = OrderedDict()
         self._lock = RLock()
@@ -38,8 +40,8 @@ class Shelf:
     def put(self, key: str, packed: PackedTensor) -> None:
         """Keep a packed tensor."""
         with self._lock:
-            if self._folder is not None:
-                _write(self._path(key), packed)
+            if self._folder is not None and self._writes:
+                _write(_path(self._folder, key), packed)
             self._hold(key, packed)
 
     def get(self, key: str, device: torch.device) -> PackedTensor | None:
@@ -49,12 +51,13 @@ class Shelf:
             if packed is not None:
                 self._at_hand.move_to_end(key)
                 return packed
-            if self._folder is None and self._temporary is None:
-                return None
-            packed = _read(self._path(key), device)
-            if packed is not None:
-                self._hold(key, packed)
-            return packed
+            roots = [self._folder, Path(self._temporary.name) if self._temporary else None]
+            for root in filter(None, roots):
+                packed = _read(_path(root, key), device)
+                if packed is not None:
+                    self._hold(key, packed)
+                    return packed
+            return None
 
     def _hold(self, key: str, packed: PackedTensor) -> None:
         if key in self._at_hand:
@@ -64,16 +67,15 @@ class Shelf:
         while self._bytes > self.memory:
             old, dropped = self._at_hand.popitem(last=False)
             self._bytes -= dropped.nbytes
-            if self._folder is None and not self._path(old).exists():
-                _write(self._path(old), dropped)
+            if not self._writes:
+                self._temporary = self._temporary or TemporaryDirectory(prefix="bitplan-")
+                path = _path(Path(self._temporary.name), old)
+                if not path.exists():
+                    _write(path, dropped)
 
-    def _path(self, key: str) -> Path:
-        if self._folder is not None:
-            root = self._folder
-        else:
-            self._temporary = self._temporary or TemporaryDirectory(prefix="bitplan-")
-            root = Path(self._temporary.name)
-        return root / key[:2] / f"{key}.safetensors"  # no folder with a hundred thousand files
+
+def _path(root: Path, key: str) -> Path:
+    return root / key[:2] / f"{key}.safetensors"  # no folder with a hundred thousand files
 
 
 def _write(path: Path, packed: PackedTensor) -> None:

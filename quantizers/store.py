@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .._base.memory import give_back
+from .._base.memory import Room, give_back, memory_of_machine
 from .._base.progress import Reporter
 from .._base.tensors import bytes_of
 from .._base.threads import parallel_map
@@ -20,6 +20,8 @@ from .methods import METHODS, Evidence, rounding_device
 from .packed import PackedTensor
 from .rendered import Rendered, room_on
 from .shelf import MEMORY, Shelf
+
+COPIES = 8  # of what a method knows of a matrix, such as H and its factors, that it has at a time
 
 Rows = slice | Tensor  # a range of rows, or their indices
 
@@ -76,6 +78,14 @@ class Renderings:
         self._ready: set[tuple[str, str]] = set()
         self._given: dict[tuple[str, str], PackedTensor] = {}
         self._rendered = Rendered()
+
+    @property
+    def origin(self) -> str:
+        """What kept codes depend on besides weight and format; empty if none are kept."""
+        if self._only_grids:
+            return ""
+        revision = METHODS.trait(self.rounding, "revision", 1)
+        return "\n".join((self.rounding, str(revision), self.evidence.key if self.evidence else ""))
 
     def keeps(self, fmt: Format) -> bool:
         """Whether codes of a format are kept, rather than recomputed by rounding."""
@@ -234,13 +244,19 @@ class Renderings:
         device = self.weight(next(iter(evidences))).device
         place = rounding_device(self.rounding, device)
         self._shelf.memory = max(self._shelf.memory, room_on(device))
+        room = Room(memory_of_machine() // 2)
 
         def work(name: str) -> None:
-            weight, evidence = self.weight(name).to(place), evidences[name].to(place)
-            for fmt in formats[name]:
-                packed = self._method(weight, fmt, evidence).to(device)
-                self._shelf.put(self._key(name, fmt), packed)
-                self._ready.add((name, fmt.name))
+            rows, cols = self.weight(name).shape
+            with room.take(4 * COPIES * cols * max(rows, cols)):  # experts: cols^2 for each
+                weight, evidence = self.weight(name).to(place), evidences[name].to(place)
+                for fmt in formats[name]:
+                    try:
+                        packed = self._method(weight, fmt, evidence).to(device)
+                    except ValueError as error:
+                        raise ValueError(f"{name!r}: {error}") from error
+                    self._shelf.put(self._key(name, fmt), packed)
+                    self._ready.add((name, fmt.name))
 
         sizes = [self.weight(name).numel() for name in evidences]
         with reporter.bar(f"Rounding ({self.rounding})", len(sizes), sizes) as advance:
@@ -261,11 +277,5 @@ class Renderings:
         """What the codes of a matrix in a format depend on, as a hash."""
         if name not in self._hashes:
             self._hashes[name] = hashlib.sha256(bytes_of(self.weight(name))).hexdigest()
-        parts = (
-            self.rounding,
-            str(METHODS.trait(self.rounding, "revision", 1)),
-            fmt.name,
-            self._hashes[name],
-            *((name, self.evidence.key) if self.evidence else ()),
-        )
+        parts = (self.origin, fmt.name, self._hashes[name], name if self.evidence else "")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

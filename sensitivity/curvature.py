@@ -95,16 +95,16 @@ class Sums:
             forms |= {"token": Triangle(parts, cols, device), "plain": plain}
         return cls(forms, torch.zeros(rows, device=device))
 
-    def add(self, source: Factors, first: int = 0, step: int = 1, *, plain: bool = True) -> None:
-        """Add the sequences ``first, first + step, ...`` of some factors.
+    def add(
+        self, source: Factors, some: slice | list[int] = slice(None), *, plain: bool = True
+    ) -> None:
+        """Add sequences of some factors.
 
         Args:
             source: Factors of a product, not of a lookup.
-            first: The first sequence to add.
-            step: Every how many of them.
+            some: Which of its sequences.
             plain: Whether to add to the plain sum, too, which one of those that share it does.
         """
-        some = slice(first, None, step)
         x = source.x[some].float().permute(2, 0, 1, 3)  # [parts, samples, tokens, cols]
         delta = source.delta[some].float().permute(2, 0, 1, 3)
         if not x.shape[1]:

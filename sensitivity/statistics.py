@@ -34,6 +34,7 @@ from .uses import Uses, uses_of
 LIMIT = 5 << 28  # bytes of sums at a time
 TOKENS = 256  # per pass of a language model, whatever --batch-tokens
 TRIALS = 3  # matrices of a kind to choose its mixture on, spread over the model
+REVISION = 2  # raised when other sums or mixtures come of the same sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,11 @@ class Statistics:
             for matrix, places in renderer.places()
             for name in (part.name for part in renderer.parts_of(matrix))
         }
-        self._sums_key = hashlib.sha256(f"{key}\n{seed}".encode()).hexdigest()
+        self._sums_key = hashlib.sha256(f"{key}\n{seed}\n{REVISION}".encode()).hexdigest()
         self._folder = folder
         self._temporary: TemporaryDirectory[str] | None = None
-        sampled = json.dumps(self._sampled)
-        self.key = hashlib.sha256(f"{self._sums_key}\n{sampled}".encode()).hexdigest()
+        chosen_by = f"{json.dumps(self._sampled)}\n{GRID}"
+        self.key = hashlib.sha256(f"{self._sums_key}\n{chosen_by}".encode()).hexdigest()
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -239,23 +240,24 @@ class Statistics:
         for one in shared:
             sums |= one.zeros(self._model.device)
         first = {next(iter(one.rows)) for one in shared}  # these add to the plain sums
-        tokens = [0, 0]  # of sequences with even and odd numbers
+        tokens = [0, 0]  # of the sequences of either fold
         start = 0
 
         def visit(name: str, source: Gradient) -> None:
             folds = sums.get(name, [])
             if isinstance(source, DenseGradient) and folds:
-                folds[start % len(folds)].add_dense(source)
+                folds[fold_of(start) % len(folds)].add_dense(source)
             elif isinstance(source, Factors) and source.x.is_floating_point():
                 for i, fold in enumerate(folds):
-                    fold.add(source, (i - start) % len(folds), len(folds), plain=name in first)
+                    some = [j for j in range(source.samples) if fold_of(start + j) == i]
+                    fold.add(source, some if len(folds) > 1 else slice(None), plain=name in first)
 
         upstream = label_upstream(torch.Generator().manual_seed(self._seed))
         for batch in uses.pieces(batches):
             # No name for the logits: these would stay in memory during the next batch.
             positions = positions_in(stream(self._model, self._renderer, batch, (upstream, visit)))
             for _ in range(samples_in(batch)):
-                tokens[start % 2] += positions
+                tokens[fold_of(start)] += positions
                 start += 1
             give_back()
             advance(samples_in(batch))
@@ -291,9 +293,21 @@ class Statistics:
     @property
     def _mixtures_path(self) -> Path:
         rounding = self._renderer.store.rounding
-        parts = (self.key, rounding, str(METHODS.trait(rounding, "revision", 1)), GRID)
+        parts = (self.key, rounding, str(METHODS.trait(rounding, "revision", 1)))
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return self._kept.folder / f"mixtures-{digest[:12]}.json"
+
+
+def fold_of(number: int) -> int:
+    """Which half a sequence belongs to: 0 or 1, as in the sequence of Thue and Morse.
+
+    Texts of a mixture take turns: by odd and even numbers one of two texts would be all of a half,
+    and what was chosen by rounding for one text what does well on the other.
+
+    >>> [fold_of(number) for number in range(8)]
+    [0, 1, 1, 0, 1, 0, 0, 1]
+    """
+    return number.bit_count() % 2
 
 
 class _Made(Mapping[str, Evidence]):

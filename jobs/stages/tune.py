@@ -23,6 +23,7 @@ def tune(context: Context) -> None:
         inside = inside.joined(context.work.seen)
     steps, seed = context.search.tune, context.settings.seed
     definition = str(context.table.provenance.definition_sha256)
+    definition += context.work.renderer.store.origin  # codes stay, and what made them decides
     key = key_of(plan, definition, inside, guard, steps, seed, TOP_K)
     kept = Kept(context.folder, key, assignment_formats(plan))
     found = kept.finished()

@@ -68,9 +68,13 @@ METHODS: Registry[Method] = Registry("method", __name__)
 
 
 def rounding_device(rounding: str, device: torch.device) -> torch.device:
-    """Where a method rounds weights that are on a device."""
+    """Where a method rounds weights that are on a device; a warning if that takes long."""
     if device.type == "cpu" or not METHODS.trait(rounding, "compiled", False):
         return device
-    from ..native_rounding import LIBRARY
+    from ..native_rounding import LIBRARY, warn
 
-    return device if LIBRARY.find()[0] is None else torch.device("cpu")
+    loaded, reason = LIBRARY.find()
+    if loaded is None:
+        warn(reason)
+        return device
+    return torch.device("cpu")

@@ -95,7 +95,8 @@ def _corrected(weight: Tensor, fmt: Format, base: Format, evidence: Evidence) ->
     inverse of C; the left one is the best of every row for that.
     """
     quadratic = _quadratic(evidence, base)
-    factors = factor(quadratic.matrix.mean(0), 0)
+    mean = quadratic.matrix.mean(0)
+    factors = factor(mean / mean.diagonal().mean(), 0)  # float16 holds its factors in any unit
     root = (factors.feedback * factors.pivots.sqrt()[:, None])[0]
     rank, added = min(fmt.rank, *weight.shape), torch.zeros_like(weight)
     for _ in range(ROUNDS):

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitplan.quantizers import native_rounding, rounding
 from bitplan.quantizers.feedback import Quadratic, factor
 from bitplan.quantizers.format import Format
-from bitplan.quantizers.methods import METHODS, Evidence
+from bitplan.quantizers.methods import METHODS, Evidence, rounding_device
 from bitplan.quantizers.methods.fisher_gptq import DAMPING, RATIOS
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.sweep import Lattice
@@ -293,9 +293,23 @@ def test_groups_stay_together_the_largest_first() -> None:
 def test_without_a_compiler_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     native_rounding.LIBRARY.forget()
-    native_rounding._warn.cache_clear()
+    native_rounding.warn.cache_clear()
     try:
         with pytest.warns(UserWarning, match="No C.*rounding loops.*several times as long"):
             fisher_gptq(weight_of(4, 32), Format.parse("int4-g32"), Evidence(fisher=curvature(32)))
+        native_rounding.warn.cache_clear()
+        cuda = torch.device("cuda")
+        with pytest.warns(UserWarning, match="several times as long"):
+            assert rounding_device("fisher_gptq", cuda) == cuda
     finally:
         native_rounding.LIBRARY.forget()
+
+
+@pytest.mark.parametrize("spec", ["int3-g32+lr4", "int3-g32-asym", "nf4-g32"])
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**30])
+def test_the_unit_of_the_curvature_does_not_matter(spec: str, unit: float) -> None:
+    weight, fisher, fmt = weight_of(16, 64), curvature(64), Format.parse(spec)
+    found, other = (
+        fisher_gptq(weight, fmt, Evidence(fisher=some)) for some in (fisher, unit * fisher)
+    )
+    assert torch.equal(found.dequantize(), other.dequantize())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, evaluation_samples
 from bitplan.models.units import UnitInfo
 from bitplan.models.workload import LoadedModel
+from bitplan.quantizers.methods import Evidence
 from bitplan.search.goals import Asked, ModelFacts
 from bitplan.search.goals.budget import OfBudget
-from bitplan.search.plan import BudgetRef, KVCache, Plan
+from bitplan.search.plan import BudgetRef, KVCache, Plan, plan_key
 from bitplan.sensitivity.provenance import ModelRef
 
 WITHIN = OfBudget(Asked(budget="1000B"), ModelFacts("tiny", True))
@@ -125,6 +127,28 @@ def test_a_damaged_file_or_other_text_is_measured_again(
     found = json.loads(path.read_text())
     assert found["text_sha256"] == samples.sha256
     assert len(found["plans"]) == 1
+
+
+def test_codes_from_other_data_are_measured_again(
+    tiny: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, tmp_path: Path
+) -> None:
+    class Given:
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
+            yield dict.fromkeys(names, Evidence())
+
+    def known(key: str) -> HeldOut:
+        renderer = Renderer(tiny.module, units, "gptq")
+        renderer.store.evidence = Given(key)
+        quiet = Reporter(quiet=True)
+        return HeldOut(tiny, renderer, samples, RunFolder(tmp_path), quiet)
+
+    made = plan(units, FORMATS[0], 100)
+    known("some").measure({"made": made})
+    assert plan_key(made) in known("some")._known.plans
+    assert not known("others")._known.plans
 
 
 def test_the_best_plan_that_fits_is_shipped_with_the_others_as_baselines(

@@ -154,3 +154,36 @@ def test_a_shelf_keeps_no_more_in_memory_than_it_may() -> None:
     del shelf, found
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_shelf_that_cannot_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = Format.parse("int4-g32")
+    packed = METHODS.get("rtn")(WEIGHTS["a"], fmt, Evidence())
+    Shelf(tmp_path).put("old", packed)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("os.access", lambda *_: False)  # as of a folder mounted to be read only
+    shelf = Shelf(tmp_path, memory=packed.nbytes)
+    shelf.put("new", packed)
+    for key in ("old", "new"):  # one at a time in memory
+        found = shelf.get(key, CPU)
+        assert found is not None and torch.equal(found.tensors["codes"], packed.tensors["codes"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_rounded_is_named() -> None:
+    weights = {"good": torch.ones(4, 64), "bad": torch.full((4, 64), torch.inf)}
+    made = Renderings(weights.__getitem__, "fisher_gptq")
+    made.evidence = Curved()
+    with pytest.raises(ValueError, match=r"'bad': The weight contains inf"):
+        made.fit(list(weights), [Format.parse("int4-g32")])
+
+
+class Curved:
+    """The same curvature for all."""
+
+    key = "curved"
+
+    def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
+        yield dict.fromkeys(names, Evidence(fisher=torch.eye(64)))

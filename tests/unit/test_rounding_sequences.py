@@ -19,7 +19,7 @@ from bitplan.jobs.renderings import plan_renderer, recorded_samples
 from bitplan.jobs.search import run_profile, run_search
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.jobs.truth import guarded
-from bitplan.models.load import load_model
+from bitplan.models.load import load_model, load_tokenizer
 from bitplan.models.rounding_samples import in_halves, rounding_samples
 from bitplan.models.samples import Samples, calibration_samples, samples_from_batches
 from bitplan.models.workload import LoadedModel
@@ -182,6 +182,30 @@ def test_a_plan_without_its_run_is_rounded_again(
     wrong = plan.calibration | {"rounding_sha256": "0" * 64}
     with pytest.raises(ValueError, match=r"on 6 sequences of 'builtin'.*is another text"):
         quantize(plan.model_copy(update={"calibration": wrong}), tmp_path / "other")
+
+
+def test_a_module_without_tokenizer_is_rounded_as_its_plan_says(
+    searched: tuple[Path, Plan], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = searched
+    module = load_model(str(tiny_folder), "cpu").module
+    quantize(plan, tmp_path / "packed", module)  # the codes are compared by hash
+    monkeypatch.setattr("bitplan.jobs.renderings.load_tokenizer", lambda _: None)
+    with pytest.raises(ValueError, match="no tokenizer is found under the name"):
+        quantize(plan, tmp_path / "other", module)
+
+
+def test_a_tokenizer_that_needs_another_package_is_none(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    def fail(*_: object) -> None:
+        raise ImportError("sentencepiece")
+
+    assert load_tokenizer(str(tiny_folder)) is not None
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    assert load_tokenizer(str(tiny_folder)) is None
 
 
 def test_a_plan_that_names_no_rounding_sequences_was_rounded_by_those_of_prices(

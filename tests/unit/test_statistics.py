@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitplan.models.find import find_units
+from bitplan.models.mixture import parse_shares, turns
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, calibration_samples, samples_from_batches
 from bitplan.models.workload import LoadedModel
@@ -220,7 +221,8 @@ def test_folds_add_up(net: type[nn.Module], name: str, monkeypatch: pytest.Monke
     list(statistics.gather(renderer.names))
     gradients = torch.stack(seen(model, samples)[name])
     for i in (0, 1):
-        fold, g = statistics._kept.read(name, CPU, i), gradients[i::2]
+        own = [j for j in range(len(gradients)) if module.fold_of(j) == i]
+        fold, g = statistics._kept.read(name, CPU, i), gradients[own]
         assert fold.tokens == len(g) * 9
         expected = torch.einsum("nrc,nrd->cd", g, g) / (fold.tokens * g.shape[1])
         torch.testing.assert_close(fold.fisher()[0], expected, rtol=1e-4, atol=1e-9)
@@ -231,6 +233,17 @@ def test_folds_add_up(net: type[nn.Module], name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(fold.rows, in_one[other].rows)
         for form, half in fold.forms.items():
             torch.testing.assert_close(half, in_one[other].forms[form], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["prose:1,code:1", "prose:2,code:1,chat:1", "mixture"])
+def test_both_folds_have_all_texts(text: str) -> None:
+    shares = parse_shares(text)
+    order = np.array(turns(shares, 96 + 128)[96:])
+    folds = np.array([module.fold_of(i) for i in range(len(order))])
+    counts = np.array(
+        [[np.sum(folds[order == k] == i) for i in (0, 1)] for k in range(len(shares))]
+    )
+    assert counts.min(1).sum() >= 0.4 * len(order) and (counts > 3).all(), counts
 
 
 def test_few_at_a_time_and_other_batches_give_the_same(tiny: LoadedModel) -> None:
@@ -287,6 +300,17 @@ def test_what_is_kept_is_not_gathered_again(tmp_path: Path) -> None:
     passes = count_passes(fourth)
     list(fourth.gather(renderer.names))
     assert passes == [4]
+
+
+@pytest.mark.parametrize("what", ["GRID", "REVISION"])
+def test_other_ways_to_choose_and_to_sum_have_another_key(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, samples = toy()
+    before = made(model, samples)[0].key
+    assert made(model, samples)[0].key == before
+    monkeypatch.setattr(module, what, "another")
+    assert made(model, samples)[0].key != before
 
 
 def test_lookups_and_what_nothing_reaches_have_none() -> None:
