@@ -58,6 +58,7 @@ class Tuned(Record):
     Attributes:
         steps: Steps that were asked for.
         tokens: Positions that each step looked at.
+        rate: Of the logarithms of scales, at its highest.
         kl_before: Mean KL before the first step.
         checks: The plan as it was measured in between, in order.
         sha256: Hash of the scales of the best check, which are kept; None before the first one.
@@ -68,6 +69,7 @@ class Tuned(Record):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     steps: int
     tokens: int
+    rate: float = Field(gt=0)
     kl_before: float
     checks: list[Check] = Field(default_factory=list)
     sha256: str | None = None
@@ -124,6 +126,7 @@ class Kept:
                 found = Tuned.parse(file.metadata()[_RECORD], str(path))
             before: NDArray[np.float64] = state.pop(_BEFORE).numpy()
             tuner.restore(state, found.checks[-1].step)
+            tuner.rate = found.rate
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None  # not there yet, or damaged
         return found, before
@@ -175,7 +178,8 @@ def tune(
         advance(tuner.taken)
     else:
         before = measure(tuner.renderer)
-        found = Tuned(steps=steps, tokens=tuner.tokens, kl_before=float(before.mean()))
+        rate, kl = tuner.try_out(), float(before.mean())
+        found = Tuned(steps=steps, tokens=tuner.tokens, rate=rate, kl_before=kl)
     every = max(steps // CHECKS, LEAST_BETWEEN)
     while not found.finished:
         tuner.step()

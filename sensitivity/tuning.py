@@ -25,12 +25,14 @@ from .factors import Gradient
 from .probes import kl_upstream, positions_in, stream
 from .uses import uses_of
 
-LEARNING_RATE = 2e-3  # of the logarithms of scales, at the first step
+RATES = (1e-4, 2e-3)  # least and most, of the logarithms of scales
+REACH = 1e-3  # of a step tried out: float16 tells apart what differs by 5e-4
+WARM_UP = 5  # steps until the rate is reached
 TOKENS = 512  # per step
 MOST_SAMPLES = 32  # per step, of inputs with few positions
-BETAS = (0.9, 0.95)  # decay of the mean slope, and of its mean square
+BETAS = (0.9, 0.99)  # decay of the mean slope, and of its mean square
 EPSILON = 1e-12  # nats per token; slopes are 1e-7 to 1e-3
-REVISION = 1  # raised when other scales come of the same question
+REVISION = 2  # raised when other scales come of the same question
 
 Slopes = dict[str, Tensor]  # by "matrix.field", such as "model.layers.0.mlp.up_proj.scale"
 
@@ -79,12 +81,14 @@ class Tuner:
         assignment: The plan.
         samples: Calibration sequences: about TOKENS tokens of them in each step, every sequence
             once before any comes twice.
-        steps: How many steps there will be: the rate falls to zero by then, as half a cosine.
+        steps: How many steps there will be: the rate rises for WARM_UP steps, and falls to zero by
+            the end, as half a cosine.
         seed: Draws the order of the sequences.
 
     Attributes:
         renderer: Renders the plan with the scales as they are.
         taken: Steps taken so far.
+        rate: Of the logarithms of scales, at its highest; :meth:`try_out` finds one.
 
     References:
         The distilled weight quantization (DWQ) of mlx-lm; Chen et al. (2024), "EfficientQAT",
@@ -102,7 +106,7 @@ class Tuner:
         seed: int = 0,
     ) -> None:
         self._model, self._assignment, self._samples = model, assignment, samples
-        self._steps, self._seed, self.taken = steps, seed, 0
+        self._steps, self._seed, self.taken, self.rate = steps, seed, 0, max(RATES)
         self.renderer = renderer.overlay()
         self._matrices: dict[str, _Matrix] = {}
         renderer.store.complete(assignment.items())
@@ -127,11 +131,41 @@ class Tuner:
         """Positions that a step looks at, about: sequences times the length of one."""
         return self._per_step * self._positions
 
+    def try_out(self) -> float:
+        """Set the rate to the length of the best first step, and go nowhere.
+
+        The first step of Adam moves every scale by the rate, against the sign d of its slope on
+        some sequences.  Slopes have a large part in common, so that in a deep model the KL rises
+        soon along such a step, and all the sooner the finer the plan.  With the slopes g on other
+        sequences, here and after a step of REACH, the KL is least along d after ::
+
+            -g'd / ((g_ahead - g)'d / REACH)
+
+        Returns:
+            The rate, within RATES.
+        """
+        away = {key: slope.sign().neg_() for key, slope in self.slopes(self._draw(0)).items()}
+        start = {key: scale.value.clone() for key, scale in self._scales()}
+        others = self._draw(1)
+        here = _along(self.slopes(others), away)
+        for key, scale in self._scales():
+            scale.value.mul_((REACH * away[key]).exp_())
+        self._show()
+        curvature = (_along(self.slopes(others), away) - here) / REACH
+        for key, scale in self._scales():
+            scale.value.copy_(start[key])
+        self._show()
+        least, most = RATES
+        best = most if curvature <= 0 else -here / curvature
+        self.rate = min(max(best, least), most)
+        return self.rate
+
     def step(self) -> None:
         """Take one step of Adam on the next sequences."""
-        slopes = self.slopes(self._draw())
-        rate = LEARNING_RATE * (1 + math.cos(math.pi * self.taken / self._steps)) / 2
+        slopes = self.slopes(self._draw(self.taken))
+        rate = self.rate * (1 + math.cos(math.pi * self.taken / self._steps)) / 2
         self.taken += 1
+        rate *= min(self.taken / WARM_UP, 1)
         decay, decay_square = BETAS
         for key, scale in self._scales():
             slope = slopes[key]
@@ -181,7 +215,7 @@ class Tuner:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next steps depend on, besides the arguments and the number of steps."""
+        """All that the next steps depend on, besides arguments, rate and number of steps."""
         parts = ("value", "mean", "square")
         return {f"{key}.{part}": getattr(s, part) for key, s in self._scales() for part in parts}
 
@@ -229,11 +263,11 @@ class Tuner:
         )
         return min(math.ceil(TOKENS / self._positions), MOST_SAMPLES, len(self._places))
 
-    def _draw(self) -> list[Batch]:
-        """The samples of the next step, in batches no larger than those they come from."""
+    def _draw(self, step: int) -> list[Batch]:
+        """The samples of a step, in batches no larger than those they come from."""
         count = len(self._places)
         chosen: list[Batch] = []
-        for i in range(self.taken * self._per_step, (self.taken + 1) * self._per_step):
+        for i in range(step * self._per_step, (step + 1) * self._per_step):
             order = np.random.default_rng([self._seed, i // count]).permutation(count)
             batch, place = self._places[order[i % count]]
             chosen.append(take(batch, place, place + 1))
@@ -246,6 +280,11 @@ class Tuner:
 def _adam(scale: Tensor) -> _Scale:
     value = scale.float().clone()
     return _Scale(value, torch.zeros_like(value), torch.zeros_like(value))
+
+
+def _along(slopes: Slopes, direction: Slopes) -> float:
+    """The slope along a direction."""
+    return sum(float((slope * direction[key]).sum()) for key, slope in slopes.items())
 
 
 def _rows(gradient: Gradient, shape: tuple[int, int]) -> Iterator[Rows]:

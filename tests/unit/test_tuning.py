@@ -20,7 +20,7 @@ from bitplan.quantizers.methods import METHODS, Evidence
 from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.scales import log_slopes, rescaled, scales_of
 from bitplan.sensitivity.metrics import Task
-from bitplan.sensitivity.tuning import Tuner
+from bitplan.sensitivity.tuning import RATES, Tuner
 from bitplan.testing.toys import toy_task
 
 KINDS = ("int2-g32-asym", "int3-gc", "int3-gt", "nf4-g32", "q4_1", "q3_k", "q2_k", "iq4_xs")
@@ -127,6 +127,46 @@ def test_the_kl_falls_and_the_codes_stay(task: Task, spec: str) -> None:
         assert torch.equal(scales.sign(), earlier.sign())
 
 
+class Along:
+    """A tuner whose KL along any direction is a parabola with its minimum at a given length."""
+
+    def __init__(self, tuner: Tuner, best: float) -> None:
+        self.tuner, self.best = tuner, best
+        self.start = {key: part.clone() for key, part in tuner.state().items()}
+
+    def slopes(self, _batches: object) -> dict[str, Tensor]:
+        found = {}
+        for key, part in self.tuner.state().items():
+            name, _, field = key.rpartition(".")
+            if field == "value":
+                moved = (part / self.start[key]).log().nan_to_num()
+                found[name] = moved - self.best * sign_of(part)
+        return found
+
+
+def sign_of(part: Tensor) -> Tensor:
+    """Half of the scales are to grow, half to shrink."""
+    return 1 - 2 * (torch.arange(part.numel()) % 2).view(part.shape).float()
+
+
+@pytest.mark.parametrize("best", [3e-4, 1e-3, 1.5e-3])
+def test_the_rate_is_the_length_of_the_best_step(
+    task: Task, best: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner = made(task, "int4-g32-asym")
+    before = {key: part.clone() for key, part in tuner.state().items()}
+    monkeypatch.setattr(tuner, "slopes", Along(tuner, best).slopes)
+    assert tuner.try_out() == tuner.rate == pytest.approx(best, rel=1e-3)
+    assert all(torch.equal(part, before[key]) for key, part in tuner.state().items())
+
+
+def test_the_rate_has_bounds(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for best, rate in ((1e-6, min(RATES)), (0.5, max(RATES))):
+        tuner = made(task, "int4-g32-asym")
+        monkeypatch.setattr(tuner, "slopes", Along(tuner, best).slopes)
+        assert tuner.try_out() == rate
+
+
 def test_the_same_seed_gives_the_same_scales(task: Task) -> None:
     def after(seed: int) -> dict[str, Tensor]:
         tuner = made(toy_task(samples=64), "int2-g32-asym", seed=seed)
@@ -197,8 +237,10 @@ def scripted(*means: float) -> Measured:
 
 
 def test_a_tuning_that_was_killed_comes_to_the_same_scales(task: Task, tmp_path: Path) -> None:
-    whole = tune(made(task, "int2-g32-asym", 24), measure(task), 24, kept(task, tmp_path / "whole"))
-    measured, calls = measure(task), 0
+    spec, steps = "int8-g32-asym", list[int]()
+    measured, calls = measure(task, spec), 0
+    whole = tune(made(task, spec, 24), measured, 24, kept(task, tmp_path / "whole", spec))
+    assert min(RATES) < whole.rate < max(RATES), "the rate is one that was found"
 
     def dying(renderer: Renderer) -> np.ndarray:
         nonlocal calls
@@ -207,12 +249,11 @@ def test_a_tuning_that_was_killed_comes_to_the_same_scales(task: Task, tmp_path:
             raise KeyboardInterrupt
         return measured(renderer)
 
-    part = kept(task, tmp_path / "part")
+    part = kept(task, tmp_path / "part", spec)
     with pytest.raises(KeyboardInterrupt):
-        tune(made(task, "int2-g32-asym", 24), dying, 24, part)
+        tune(made(task, spec, 24), dying, 24, part)
     assert part.finished() is None
-    steps: list[int] = []
-    tuner = made(task, "int2-g32-asym", 24)
+    tuner = made(task, spec, 24)
     again = tune(tuner, measured, 24, part, advance=steps.append)
     assert steps == [8, *[1] * 16]
     assert again == whole
@@ -262,13 +303,13 @@ def test_no_clear_gain_is_none() -> None:
     def tuned(difference: float, stderr: float) -> Tuned:
         check = {"step": 8, "kl": 0.5, "difference": difference, "difference_stderr": stderr}
         return Tuned.model_validate(
-            {"steps": 8, "tokens": 512, "kl_before": 0.6, "checks": [check]}
+            {"steps": 8, "tokens": 512, "rate": 1e-3, "kl_before": 0.6, "checks": [check]}
         )
 
     assert tuned(-0.02, 0.01).helps
     assert not tuned(-0.01, 0.02).helps
     assert not tuned(0.02, 0.01).helps
-    assert not Tuned(steps=8, tokens=512, kl_before=0.6).helps
+    assert not Tuned(steps=8, tokens=512, rate=1e-3, kl_before=0.6).helps
 
 
 def test_too_few_steps_are_measured_all_the_same(task: Task, tmp_path: Path) -> None:
