@@ -178,8 +178,8 @@ def tune(
         advance(tuner.taken)
     else:
         before = measure(tuner.renderer)
-        rate, kl = tuner.try_out(), float(before.mean())
-        found = Tuned(steps=steps, tokens=tuner.tokens, rate=rate, kl_before=kl)
+        rate, mean = tuner.try_out(), float(before.mean())
+        found = Tuned(steps=steps, tokens=tuner.tokens, rate=rate, kl_before=mean)
     every = max(steps // CHECKS, LEAST_BETWEEN)
     while not found.finished:
         tuner.step()
