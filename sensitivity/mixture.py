@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._base.memory import Room, memory_of_machine
 from .._base.threads import parallel_map
 from ..quantizers.format import Format
 from ..quantizers.methods import METHODS, Evidence, Method
+from ..quantizers.store import COPIES
 from .kept_sums import Fold, restored
 
 WIDTHS = ("int2-g64-asym", "int4-g64-asym")
@@ -142,8 +144,11 @@ def _costs(
     """Logarithms of mean costs [mixtures]."""
     method = METHODS.get(rounding)
 
+    room = Room(memory_of_machine() // 2)
+
     def work(one: tuple[int, Trial]) -> NDArray[np.float64]:
-        return one[1].costs(method, formats, mixtures, one[0] % 2)
+        with room.take(4 * COPIES * one[1].weight.shape[1] ** 2):
+            return one[1].costs(method, formats, mixtures, one[0] % 2)
 
     each = list(enumerate(trials if len(trials) > 1 else [*trials, *trials]))
     found = np.stack(list(parallel_map(work, each, trials[0].weight.device)))
