@@ -129,7 +129,7 @@ def recorded_shares(calibration: Mapping[str, Any]) -> tuple[Share, ...]:
 def _whole(name: str, weight: float) -> tuple[Share, ...]:
     """One text, or those of the default mixture at the same ratios."""
     if name != MIXTURE:
-        return (Share(_NAMES.get(name, name), weight),)
+        return (Share(_NAMES.get(name, str(Path(name))), weight),)  # ./a.txt is a.txt
     total = sum(_exact(share.weight) for share in DEFAULT_MIXTURE)
     scale = _exact(weight) / total
     return tuple(

@@ -31,7 +31,7 @@ from .evidence import calibrated
 from .metrics import METRICS, Scores, Task
 from .provenance import ModelRef, Provenance
 from .shrinkage import Shrinkage
-from .statistics import Statistics
+from .statistics import REVISION, Statistics
 from .table import SensitivityTable, stored_bytes
 
 _HEADER_ENTRY = 170  # for a tensor, besides its name: dtype, shape, offsets, part, checksum
@@ -241,10 +241,14 @@ def provenance(
 
 
 def _evidence(rounding: str, seen: Samples | None) -> dict[str, Any] | None:
-    """What a rounding method looked at, and the data that was made from."""
+    """What a rounding method looked at, the data that was made from, and which codes come of it."""
     if seen is None:
         return None
-    return {"needs": sorted(METHODS.trait(rounding, "needs")), "data_sha256": seen.sha256}
+    needs = METHODS.trait(rounding, "needs")
+    revisions = [METHODS.trait(rounding, "revision", 1)]
+    revisions += [REVISION] if "fisher" in needs else []
+    made_by = ".".join(map(str, revisions))
+    return {"needs": sorted(needs), "data_sha256": seen.sha256, "revision": made_by}
 
 
 def _counted(model: LoadedModel, samples: Samples) -> dict[str, str]:

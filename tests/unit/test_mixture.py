@@ -52,6 +52,7 @@ def test_a_path_that_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert parse_shares(name) != (Share(name),), "no file yet"
         Path(name).write_text("words")
         assert parse_shares(name) == (Share(name),)
+    assert parse_shares("./a.txt:1,a.txt:1,code:2") == (Share("a.txt", 2.0), Share("code", 2.0))
     both = parse_shares("a,b.txt:0.5,c:2:0.25,code:0.25")
     assert both == (Share("a,b.txt", 0.5), Share("c:2", 0.25), Share("code", 0.25))
 

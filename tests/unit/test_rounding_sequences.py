@@ -92,6 +92,8 @@ def test_prices_rounding_and_guard_see_different_text(
     assert calibration["rounding_sha256"] == seen.sha256
     assert work.provenance.evidence is not None
     assert work.provenance.evidence["data_sha256"] == seen.sha256
+    assert work.provenance.evidence["revision"]
+    assert "evidence.revision" in work.provenance.decisive()
 
 
 def test_a_text_that_is_too_short_for_both(tiny: LoadedModel, tmp_path: Path) -> None:
