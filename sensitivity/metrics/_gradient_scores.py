@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._base.memory import give_back
 from ...models.passes import Upstream
 from ..experts import Reach
 from ..factors import Gradient, Product, gradient_products
 from ..uses import uses_of
 from . import Task
+
+# Weights priced between two times that freed memory goes back: blocks of all sizes come and go
+# among codes that stay, and what lies between those would add up over a pass.
+GIVE_BACK_AFTER = 1 << 24
 
 
 def gradient_scores(
@@ -38,7 +43,10 @@ def gradient_scores(
     uses = uses_of(task.model, task.renderer, task.samples.batches)
     reach = Reach(task.renderer, uses)
 
+    freed_after = 0  # weights
+
     def visit(name: str, source: Gradient, samples: range) -> None:
+        nonlocal freed_after
         found = gradient_products(source, task.renderer, name, task.formats, products)
         if not np.isfinite(found).all():
             raise ValueError(
@@ -47,6 +55,10 @@ def gradient_scores(
             )
         reach.saw(name, source)
         scores[:, samples.start : samples.stop, index[name]] += found
+        freed_after += task.renderer.weight(name).numel()
+        if freed_after >= GIVE_BACK_AFTER:
+            freed_after = 0
+            give_back()
 
     positions = task.passes.backward((upstream, visit), advance=task.advance)
     task.unreached.extend(reach.extend(scores, products, task.units, task.formats))
