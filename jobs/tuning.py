@@ -178,8 +178,12 @@ def tune(
         advance(tuner.taken)
     else:
         before = measure(tuner.renderer)
-        rate, mean = tuner.try_out(), float(before.mean())
-        found = Tuned(steps=steps, tokens=tuner.tokens, rate=rate, kl_before=mean)
+        found = Tuned(
+            steps=steps,
+            tokens=tuner.tokens,
+            rate=tuner.try_out(),
+            kl_before=float(before.mean()),
+        )
     every = max(steps // CHECKS, LEAST_BETWEEN)
     while not found.finished:
         tuner.step()

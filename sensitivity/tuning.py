@@ -26,6 +26,7 @@ from .probes import kl_upstream, positions_in, stream
 from .uses import uses_of
 
 RATES = (1e-4, 2e-3)  # least and most, of the logarithms of scales
+TRIED = 2  # steps' sequences that a direction is made from, and as many that it is tried out on
 REACH = 1e-3  # of a step tried out: float16 tells apart what differs by 5e-4
 WARM_UP = 5  # steps until the rate is reached
 TOKENS = 512  # per step
@@ -134,19 +135,19 @@ class Tuner:
     def try_out(self) -> float:
         """Set the rate to the length of the best first step, and go nowhere.
 
-        The first step of Adam moves every scale by the rate, against the sign d of its slope on
-        some sequences.  Slopes have a large part in common, so that in a deep model the KL rises
-        soon along such a step, and all the sooner the finer the plan.  With the slopes g on other
-        sequences, here and after a step of REACH, the KL is least along d after ::
+        The first step of Adam moves every scale by the rate, whatever the size of its slope: by d,
+        plus or minus one, against the sign of the slope on some sequences.  Much of that is noise,
+        and along such a step the KL of a deep model soon rises, all the sooner the finer the plan.
+        With the slopes g on other sequences, here and after a step of REACH, it is least after ::
 
             -g'd / ((g_ahead - g)'d / REACH)
 
         Returns:
             The rate, within RATES.
         """
-        away = {key: slope.sign().neg_() for key, slope in self.slopes(self._draw(0)).items()}
+        some, others = self._draw(0, TRIED), self._draw(TRIED, 2 * TRIED)
+        away = {key: slope.sign().neg_() for key, slope in self.slopes(some).items()}
         start = {key: scale.value.clone() for key, scale in self._scales()}
-        others = self._draw(1)
         here = _along(self.slopes(others), away)
         for key, scale in self._scales():
             scale.value.mul_((REACH * away[key]).exp_())
@@ -162,7 +163,7 @@ class Tuner:
 
     def step(self) -> None:
         """Take one step of Adam on the next sequences."""
-        slopes = self.slopes(self._draw(self.taken))
+        slopes = self.slopes(self._draw(self.taken, self.taken + 1))
         rate = self.rate * (1 + math.cos(math.pi * self.taken / self._steps)) / 2
         self.taken += 1
         rate *= min(self.taken / WARM_UP, 1)
@@ -263,11 +264,11 @@ class Tuner:
         )
         return min(math.ceil(TOKENS / self._positions), MOST_SAMPLES, len(self._places))
 
-    def _draw(self, step: int) -> list[Batch]:
-        """The samples of a step, in batches no larger than those they come from."""
+    def _draw(self, step: int, stop: int) -> list[Batch]:
+        """The samples of some steps, in batches no larger than those they come from."""
         count = len(self._places)
         chosen: list[Batch] = []
-        for i in range(step * self._per_step, (step + 1) * self._per_step):
+        for i in range(step * self._per_step, stop * self._per_step):
             order = np.random.default_rng([self._seed, i // count]).permutation(count)
             batch, place = self._places[order[i % count]]
             chosen.append(take(batch, place, place + 1))
