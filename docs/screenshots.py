@@ -69,6 +69,7 @@ def photograph_runs(browser: Browser, run: Path, root: Path) -> None:
     model = JobRecord.load(run).settings["profile"]["model"]
     command = [sys.executable, "-m", "bitplan", "search", model]
     options = ["--budget", "3.5bpw", "--sequences", "24", "--quiet", "--out", root / "smaller"]
+    options += ["--rounding", "rtn"]  # which begins to profile at once
     with subprocess.Popen([*command, *map(str, options)]) as search:
         try:
             wait_for_progress(root / "smaller")
