@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 
 from .._base.hints import closest, did_you_mean, propose
+from .gguf_files import read_once
 from .identity import function_reference
 from .names import DEFAULT_MODEL
 from .workload import LoadedModel, Workload, parameter_dtype, tie
@@ -65,7 +64,7 @@ def load_structure(name: str) -> LoadedModel:
     gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
     try:
         if gguf.suffix == ".gguf":
-            with redirect_stderr(io.StringIO()):
+            with read_once():
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             config = AutoConfig.from_pretrained(name)
@@ -89,7 +88,7 @@ def load_tokenizer(name: str) -> Any:
         check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
-            with redirect_stderr(io.StringIO()):
+            with read_once():
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError):  # ImportError: it needs a package that is not here
@@ -182,7 +181,7 @@ def _check_gguf(path: Path) -> None:
 
 def _from_gguf(name: str, path: Path) -> LoadedModel:
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
+        with read_once():
             module, tokenizer = _pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         raise ValueError(
