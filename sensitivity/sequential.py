@@ -87,6 +87,7 @@ class Sequential:
         reporter: Where progress is shown.
 
     Attributes:
+        before: The renderer of the plan as it was rounded before.
         renderer: Renders the plan, as far as it is rounded again.
 
     References:
@@ -106,7 +107,7 @@ class Sequential:
         reporter: Reporter | None = None,
     ) -> None:
         self.renderer = renderer.overlay()
-        self._before, self._assignment, self._drift = renderer, assignment, drift
+        self.before, self._assignment, self._drift = renderer, assignment, drift
         self._model, self._units, self._seed = model, units, seed
         cut = samples.of_batches(cut_again(samples, TOKENS))
         self._pass = whole_pass(model, self.renderer, units, cut)
@@ -133,7 +134,7 @@ class Sequential:
         self._todo = {
             name
             for name, fmt in self._assignment.items()
-            if self._before.store.keeps(fmt) and name not in done
+            if self.before.store.keeps(fmt) and name not in done
         }
         if "fisher" in self._needs:
             self._weigh()
@@ -157,7 +158,7 @@ class Sequential:
 
     def _weigh(self) -> None:
         """Find what every token weighs for every matrix, by gradients of the original model."""
-        statistics = self._before.store.evidence
+        statistics = self.before.store.evidence
         assert isinstance(statistics, Statistics)
         for _ in statistics.gather([name for name in self._assignment if name in self._todo]):
             pass  # they are there from now on, wherever codes came from
@@ -226,11 +227,11 @@ class Sequential:
         """New codes of the matrices of a block."""
         count = self._pass.samples.count
         todo = [name for name in names if name in self._sums and self._sums[name].seen == count]
-        device = rounding_device(self._before.store.rounding, self._model.device)
+        device = rounding_device(self.before.store.rounding, self._model.device)
         room = Room(memory_of_machine() // 2)
 
         def work(name: str) -> PackedTensor:
-            with room.take(4 * COPIES * self._before.weight(name).shape[1] ** 2):
+            with room.take(4 * COPIES * self.before.weight(name).shape[1] ** 2):
                 return self._round_one(name, self._sums[name])
 
         found = list(parallel_map(work, todo, device))
@@ -238,7 +239,7 @@ class Sequential:
         return dict(zip(todo, found, strict=True))
 
     def _round_one(self, name: str, sums: _Sums) -> PackedTensor:
-        store, weight = self._before.store, self._before.weight(name)
+        store, weight = self.before.store, self.before.weight(name)
         evidence = Evidence()
         if "hessian" in self._needs:
             evidence = replace(evidence, hessian=_symmetric(sums.moments["hessian"]))

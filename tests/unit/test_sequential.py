@@ -20,7 +20,6 @@ from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.store import Renderings
 from bitplan.sensitivity.evidence import calibrated
 from bitplan.sensitivity.sequential import Sequential
-from bitplan.sensitivity.statistics import Statistics
 from bitplan.testing.toys import drawn, toy_of
 
 WIDTH, CLASSES = 32, 24
