@@ -179,7 +179,7 @@ def test_a_plan_without_its_folder_says_what_to_copy(
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     shutil.copy(run / "plan.json", moved / "plan.json")
-    with pytest.raises(ValueError, match="lists them, is not there. .* copy the folder rounded/"):
+    with pytest.raises(ValueError, match=r"lists them, is not there. .* copy the folder rounded/"):
         quantize(moved / "plan.json", tmp_path / "packed")
     shutil.copytree(run / "rounded", moved / "rounded")
     shutil.copytree(run / "renderings", moved / "renderings")
@@ -193,7 +193,7 @@ def test_a_plan_without_its_folder_says_what_to_copy(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is not in .*rounded, or is damaged"):
+    with pytest.raises(ValueError, match=r"is not in .*rounded, or is damaged"):
         quantize(moved / "plan.json", tmp_path / "packed")
     listed = RunFolder(moved).rounded_list(plan.sequential.sha256)
     listed.write_text("{}")
@@ -251,8 +251,8 @@ def test_what_does_not_help_ships_nothing(
 
 
 def test_methods_that_look_at_no_inputs_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'rtn' looks at no inputs. Leave it out, or round by"):
+    with pytest.raises(ValueError, match=r"'rtn' looks at no inputs. Leave it out, or round by"):
         run_search(settings(tiny_folder, "rtn"), asked(), tmp_path / "run", Said())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="--drift .* needs --sequential"):
+    with pytest.raises(ValueError, match=r"--drift .* needs --sequential"):
         asked(sequential=False)
