@@ -136,6 +136,7 @@ class Sequential:
             for name, fmt in self._assignment.items()
             if self.before.store.keeps(fmt) and name not in done
         }
+        self._todo &= self._used_once()
         if "fisher" in self._needs:
             self._weigh()
         with self._reporter.bar("Rounding again, block by block", len(self._pass.blocks)) as bar:
@@ -155,6 +156,17 @@ class Sequential:
                 after_block, self._see, self._see_original if self._drift else None
             )
         return self.renderer
+
+    def _used_once(self) -> set[str]:
+        """Matrices that one place uses, as the first batch shows."""
+        times: dict[str, int] = {}
+
+        def visit(shown: Inputs) -> None:
+            times[shown.name] = times.get(shown.name, 0) + 1
+
+        first = self._pass.samples.of_batches(self._pass.samples.batches[:1])
+        whole_pass(self._model, self.before, self._units, first).forward(visit)
+        return {name for name, count in times.items() if count == 1}
 
     def _weigh(self) -> None:
         """Find what every token weighs for every matrix, by gradients of the original model."""
@@ -184,7 +196,7 @@ class Sequential:
 
     def _see_original(self, shown: Inputs) -> None:
         if shown.name in self._todo:
-            self._inputs[shown.name] = shown.x
+            self._inputs[shown.name] = shown.x.clone()  # the model may overwrite it
 
     def _see(self, shown: Inputs) -> None:
         """Add the inputs of a matrix to its sums."""
