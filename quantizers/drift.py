@@ -48,4 +48,5 @@ def drift_target(
     wanted = weight @ shift
     wanted = torch.linalg.solve_triangular(upper.mT, wanted, upper=False, left=False)
     wanted = torch.linalg.solve_triangular(upper, wanted / pivots, upper=True, left=False)
-    return weight + wanted
+    corrected: Tensor = weight + wanted
+    return corrected
