@@ -122,7 +122,7 @@ def key_of(plan: Plan, origin: str, samples: Samples, guard: Samples, *numbers: 
         origin: What its codes depend on: method, model and data.
         samples: Sequences that it is rounded by.
         guard: Sequences that it is measured on.
-        *numbers: Whatever else: drift, seed, classes kept.
+        *numbers: Whatever else: seed, classes kept.
     """
     parts = [plan_key(plan), origin, version("bitplan"), str(REVISION)]
     for some in (samples, guard):

@@ -155,13 +155,9 @@ class SearchSettings(PlanLimits):
     )
     sequential: bool = setting(
         False,
-        "Round the plan's weights again, block by block, each on the inputs that the rounded "
-        "blocks before it give. Ships only if it measures better.",
-        panel=SEARCH,
-    )
-    drift: bool = setting(
-        False,
-        "With --sequential: let weights also make up for what their inputs have lost.",
+        "Round the plan's weights again, block by block, each for the inputs that the rounded "
+        "blocks before it give, making up for what these have lost. Ships only if it measures "
+        "better.",
         panel=SEARCH,
     )
     tune: int = setting(
@@ -235,8 +231,6 @@ class SearchSettings(PlanLimits):
             from ..search.fastest import NEEDS_OF_FASTEST
 
             raise ValueError(NEEDS_OF_FASTEST.format("--max-kl or --max-ppl"))
-        if self.drift and not self.sequential:
-            raise ValueError("--drift is how weights are rounded again: it needs --sequential.")
         if self.refine and self.budget is None:
             raise ValueError(f"--refine works with --budget only, not with {given[0]}.")
 

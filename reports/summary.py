@@ -242,7 +242,7 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("refined", f"{steps}: KL on calibration {words.drawn} {kl}"))
     if (again := plan.sequential) is not None:
         kl = f"{number(again.kl_before)} → {number(again.kl_after)}"
-        how = f"{again.matrices} matrices block by block" + (", with drift" * again.drift)
+        how = f"{again.matrices} matrices, block by block"
         lines.append(("rounded again", f"{how}: KL on calibration {words.drawn} {kl}"))
     if (tuned := plan.tuning) is not None:
         kl = f"{number(tuned.kl_before)} → {number(tuned.kl_after)}"

@@ -160,14 +160,12 @@ class SequentialRounding(Strict):
 
     Attributes:
         matrices: How many matrices were rounded again; the others keep the codes they had.
-        drift: Whether they also make up for what their inputs have lost.
         kl_before: KL as the plan was rounded first, nats per token.
         kl_after: KL with the weights that ship.
         sha256: Hash of the list of these weights, which are kept in the run folder.
     """
 
     matrices: int
-    drift: bool
     kl_before: float
     kl_after: float
     sha256: str

@@ -23,7 +23,6 @@ ROWS = 48  # of a matrix, enough to tell mixtures apart
 SHARES = ((0.0, 0.0), (1.0, 0.1), (1.0, 0.3), (1.0, 1.0))  # token and plain
 DENSE_SHARES = ((0.0, 0.0), (0.0, 0.1), (0.0, 0.3))  # without a token form
 DAMPING = (0.1, 0.01, 0.03, 0.3, 1.0)  # the first while shares are chosen
-KEEP = True
 # What a choice depends on besides the sums.
 GRID = f"{WIDTHS} {ROWS} {SHARES} {DENSE_SHARES} {DAMPING}"
 
@@ -57,7 +56,7 @@ class Mixture:
         """
         level = {name: float(mean_diagonal(form)[0]) for name, form in fold.forms.items()}
         whole = (1 + self.token + self.plain) * max(fold.tokens * len(fold.rows), 1)
-        shares = {"token": self.token + (0 if KEEP else 1), "plain": self.plain}
+        shares = {"token": self.token, "plain": self.plain}
         a, b = (
             share * level["sequence"] / (level[name] * whole) if level[name] > 0 else 0.0
             for name, share in shares.items()
@@ -66,9 +65,8 @@ class Mixture:
 
     def with_tokens(self, fold: Fold, tokens: Tensor) -> Evidence:
         """The evidence on a matrix with another sum over tokens, [cols, cols]."""
-        if KEEP:
-            tokens = tokens + fold.fisher()[0] / (1 + self.token + self.plain)
-        return Evidence(None, tokens, fold.relative_rows(), self.damping)
+        fisher = tokens + fold.fisher()[0] / (1 + self.token + self.plain)
+        return Evidence(None, fisher, fold.relative_rows(), self.damping)
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""

@@ -82,8 +82,8 @@ class Sequential:
         assignment: The plan.
         samples: The rounding sequences.
         seed: Seed of the labels.
-        drift: Whether matrices are to make up for what their inputs have lost, too, by
-            :func:`.drift.drift_target`.
+        drift: Whether matrices are to make up for what their inputs have lost, by
+            :func:`.drift.drift_target`; without it little is gained.
         reporter: Where progress is shown.
 
     Attributes:
@@ -103,7 +103,7 @@ class Sequential:
         samples: Samples,
         *,
         seed: int = 0,
-        drift: bool = False,
+        drift: bool = True,
         reporter: Reporter | None = None,
     ) -> None:
         self.renderer = renderer.overlay()

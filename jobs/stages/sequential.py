@@ -18,11 +18,11 @@ def sequential(context: Context) -> None:
         ValueError: If too few sequences are left to measure on.
     """
     plan = list(context.plans.values())[-1]
-    work, search, seed = context.work, context.search, context.settings.seed
+    work, seed = context.work, context.settings.seed
     assert work.seen is not None, "refused for methods that look at no data"
     _, guard = context.inside_and_apart
     origin = str(context.table.provenance.definition_sha256) + work.renderer.store.origin
-    key = key_of(plan, origin, work.seen, guard, search.drift, seed, TOP_K)
+    key = key_of(plan, origin, work.seen, guard, seed, TOP_K)
     course = Course(context.folder, key)
     found = course.finished() or _rounded(context, course)
     assert found.difference is not None and found.difference_stderr is not None
@@ -44,7 +44,6 @@ def sequential(context: Context) -> None:
     )
     note = SequentialRounding(
         matrices=len(found.codes),
-        drift=search.drift,
         kl_before=found.kl_before,
         kl_after=found.kl_after,
         sha256=found.sha256,
@@ -65,7 +64,6 @@ def _rounded(context: Context, course: Course) -> Rerounded:
         assignment,
         work.seen,
         seed=context.settings.seed,
-        drift=context.search.drift,
         reporter=context.reporter,
     )
     found = reround(course, again, measure_on(work.model, guard, assignment, TOP_K))

@@ -268,15 +268,13 @@ def test_a_refined_plan_is_not_called_far_from_optimal(run: RunData) -> None:
 
 
 def test_a_plan_that_was_rounded_again_says_so(run: RunData) -> None:
-    note = SequentialRounding(matrices=14, drift=False, kl_before=0.4, kl_after=0.3612, sha256="ab")
+    note = SequentialRounding(matrices=14, kl_before=0.4, kl_after=0.3612, sha256="ab")
     plan = run.plan.model_copy(update={"sequential": note})
     assert fact(plan, "rounded again") == (
-        "14 matrices block by block: KL on calibration sequences 0.400 → 0.361"
+        "14 matrices, block by block: KL on calibration sequences 0.400 → 0.361"
     )
     assert fact(plan, "KL predicted").endswith("as rounded first")
     assert "as first rounded" in price_note(plan)
-    drift = run.plan.model_copy(update={"sequential": note.model_copy(update={"drift": True})})
-    assert "14 matrices block by block, with drift: KL" in fact(drift, "rounded again")
     assert "rounded again" not in dict(facts(run.plan, comparison(run.plan)))
 
 

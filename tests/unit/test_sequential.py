@@ -129,7 +129,7 @@ def test_the_curvature_of_the_first_block_is_that_of_the_statistics(
     renderer.store.complete(plan(renderer).items())
     spy = Spy(monkeypatch)
     assignment = {name: INT2 for name in renderer.names if name != "embed"}
-    Sequential(model, units, renderer, assignment, samples).run()
+    Sequential(model, units, renderer, assignment, samples, drift=False).run()
     first, later = "layers.0.up", "layers.1.up"
     known = dict(next(iter(renderer.store.evidence.gather([first, later]))))  # type: ignore[union-attr]
     for name in (first, later):
@@ -147,7 +147,7 @@ def test_sums_are_over_the_inputs_of_the_rounded_blocks_before(
 ) -> None:
     model, units, renderer, samples = case("gptq")
     spy = Spy(monkeypatch)
-    after = Sequential(model, units, renderer, plan(renderer), samples, drift=True).run()
+    after = Sequential(model, units, renderer, plan(renderer), samples).run()
     name = "layers.2.up"
     module = model.module.get_submodule(name)
     x = inputs_of(model, module, samples)
@@ -193,12 +193,12 @@ def test_an_interrupted_run_comes_to_the_same_codes() -> None:
             raise KeyboardInterrupt
         kept.update(codes)
 
-    whole = Sequential(model, units, renderer, assignment, samples, drift=True).run()
+    whole = Sequential(model, units, renderer, assignment, samples).run()
     with pytest.raises(KeyboardInterrupt):
-        Sequential(model, units, renderer, assignment, samples, drift=True).run(keep=killed)  # type: ignore[arg-type]
+        Sequential(model, units, renderer, assignment, samples).run(keep=killed)  # type: ignore[arg-type]
     assert set(kept) == {f"layers.{i}.{part}" for i in range(2) for part in ("up", "down")}
     later: dict[str, PackedTensor] = {}
-    rest = Sequential(model, units, renderer, assignment, samples, drift=True)
+    rest = Sequential(model, units, renderer, assignment, samples)
     found = rest.run(kept, later.update)
     assert not later.keys() & kept.keys()
     for name, fmt in assignment.items():

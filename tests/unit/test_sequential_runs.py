@@ -54,7 +54,7 @@ def settings(model: Path | str, rounding: str = "fisher_gptq") -> ProfileSetting
 
 def asked(**changed: object) -> SearchSettings:
     shared = {"refine": 0, "eval_tokens": 1024, "bootstrap": 0, "guard": 32, "eval_also": "none"}
-    options = {"budget": "2.5bpw", "sequential": True, "drift": True} | shared | changed
+    options = {"budget": "2.5bpw", "sequential": True} | shared | changed
     return SearchSettings(**options)  # type: ignore[arg-type]
 
 
@@ -86,7 +86,7 @@ def searched(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_a_plan_that_was_rounded_again_says_so(searched: tuple[Path, Plan]) -> None:
     run, plan = searched
     assert plan.sequential is not None and plan.measured is not None
-    assert plan.sequential.drift and plan.sequential.matrices == len(
+    assert plan.sequential.matrices == len(
         [fmt for fmt in plan.assignments.values() if fmt != "bf16"]
     )
     before = next(b for b in plan.baselines if b.name == "certified plan")
@@ -96,7 +96,7 @@ def test_a_plan_that_was_rounded_again_says_so(searched: tuple[Path, Plan]) -> N
     names = [stage.name for stage in JobRecord.load(run).stages]
     assert names.index("solve") < names.index("sequential") < names.index("validate")
     words = dict(facts(plan, []))["rounded again"]
-    assert words.startswith(f"{plan.sequential.matrices} matrices block by block, with drift: KL")
+    assert words.startswith(f"{plan.sequential.matrices} matrices, block by block: KL")
 
 
 def test_only_codes_and_scales_differ(searched: tuple[Path, Plan], tmp_path: Path) -> None:
@@ -242,11 +242,11 @@ def test_what_does_not_help_ships_nothing(
 ) -> None:
     monkeypatch.setattr(rerounding, "standard_error", lambda _: 1e3)
     said = Said()
-    plan = run_search(settings(tiny_folder, "gptq"), asked(drift=False), tmp_path / "run", said)
+    plan = run_search(settings(tiny_folder, "gptq"), asked(), tmp_path / "run", said)
     assert plan.sequential is None
     assert "sequential plan" not in [b.name for b in plan.baselines]
     assert any(line.startswith("Not rounded again: block by block the KL") for line in said.lines)
-    again = run_search(settings(tiny_folder, "gptq"), asked(drift=False), tmp_path / "run", Said())
+    again = run_search(settings(tiny_folder, "gptq"), asked(), tmp_path / "run", Said())
     assert again.sequential is None
 
 
@@ -254,5 +254,3 @@ def test_methods_that_look_at_no_inputs_are_refused(tiny_folder: Path, tmp_path:
     with pytest.raises(ValueError, match=r"'rtn' looks at no inputs. Leave it out, or round by"):
         run_search(settings(tiny_folder, "rtn"), asked(), tmp_path / "run", Said())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"--drift .* needs --sequential"):
-        asked(sequential=False)
