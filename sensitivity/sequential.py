@@ -37,11 +37,6 @@ REVISION = 1  # raised when other codes come of the same question
 Codes = Mapping[str, PackedTensor]
 
 
-def knows_data(rounding: str) -> bool:
-    """Whether a rounding method looks at inputs, so that other ones make a difference."""
-    return bool(METHODS.trait(rounding, "needs"))
-
-
 @dataclass
 class _Sums:
     """Sums over inputs of one matrix, as they are in the model at hand.
@@ -113,10 +108,11 @@ class Sequential:
         self._pass = whole_pass(model, self.renderer, units, cut)
         self._needs = METHODS.trait(renderer.store.rounding, "needs", ())
         self._reporter = reporter or Reporter(quiet=True)
+        self._todo: set[str] = set()  # matrices to round
         self._token: dict[str, Tensor] = {}  # |d_t|^2 [samples, positions]
         self._sums: dict[str, _Sums] = {}  # of the block at hand
         self._inputs: dict[str, Tensor] = {}  # of the original, of the batch at hand
-        self._scales: dict[str, tuple[float, float]] = {}
+        self._scales: dict[str, tuple[float, float]] = {}  # a' and b'
 
     def run(
         self, done: Codes | None = None, keep: Callable[[Codes], None] = lambda _: None
