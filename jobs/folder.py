@@ -74,6 +74,19 @@ class RunFolder:
         return self.path / "tuned" / f"{sha256[:16]}.safetensors"
 
     @property
+    def rounded(self) -> Path:
+        """The folder of weights that were rounded again, block by block."""
+        return self.path / "rounded"
+
+    def rounding(self, key: str) -> Path:
+        """How sequential rounding went; ``key`` is a hash of what it depends on."""
+        return self.rounded / f"{key}.json"
+
+    def rounded_list(self, sha256: str) -> Path:
+        """Which weights a plan has that was rounded again, by the hash of this list."""
+        return self.rounded / f"{sha256[:16]}.json"
+
+    @property
     def statistics(self) -> Path:
         """The folder of sums over the sequences that weights are rounded by."""
         return self.path / "statistics"

@@ -172,6 +172,12 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     check_text(settings.calibration, "calibration")
     if search is not None:
         SOLVERS.get(search.solver)
+        if search.sequential and not METHODS.trait(settings.rounding, "needs"):
+            raise ValueError(
+                f"--sequential rounds for the inputs that rounded blocks give, and "
+                f"{settings.rounding!r} looks at no inputs. Leave it out, or round by another "
+                "method: --rounding fisher_gptq."
+            )
         check_text(search.evaluation, "evaluation")
         if search.eval_also not in (None, NO_TEXT):
             check_text(search.eval_also, "evaluation")

@@ -34,10 +34,11 @@ def plan_renderer(
     batches: Samples | Sequence[Batch] | None = None,
     reporter: Reporter | None = None,
 ) -> Renderer:
-    """A renderer with the codes that a plan was priced with, and its tuned scales if it has any.
+    """A renderer with the weights that a plan was measured with.
 
     Codes that cannot be recomputed are taken from the folder of the run, or else made again from
-    the rounding sequences that the plan names.  Tuned scales are only in that folder.
+    the rounding sequences that the plan names.  Weights that were rounded again for the plan, and
+    tuned scales, are only in that folder.
 
     Args:
         plan: The plan.
@@ -49,7 +50,7 @@ def plan_renderer(
 
     Raises:
         ValueError: If the calibration data are needed and not found, or the codes made from them
-            are not those that were priced, or the plan's tuned scales are not there.
+            are not those that were priced, or what was made for the plan alone is not there.
     """
     kept = beside.renderings if beside and beside.renderings.is_dir() else None
     writes = kept is not None and os.access(kept, os.W_OK)
@@ -70,8 +71,8 @@ def plan_renderer(
         reporter=reporter,
     )
     formats = {name: Format.parse(spec) for name, spec in plan.assignments.items()}
+    renderer = tuned_renderer(renderer, plan, beside, reporter)
     renderer.store.complete(formats.items(), reporter)
-    renderer = tuned_renderer(renderer, plan, beside)
     if plan.codes_sha256 and (found := renderer.store.digest(formats)) != plan.codes_sha256:
         raise ValueError(
             f"Rounding by {plan.rounding!r} on this machine does not give the codes that were "

@@ -19,13 +19,14 @@ from .folder import RunFolder
 from .job import Job
 from .prepare import check, evaluation, goal_of, prepare, profiled, second_evaluation
 from .settings import ProfileSettings, SearchSettings
-from .stages import cache, confidence, profile, refine, save, solve, tune, validate
+from .stages import cache, confidence, profile, refine, save, sequential, solve, tune, validate
 
 STAGES = (
     profile.STAGE,
     cache.STAGE,
     solve.STAGE,
     refine.STAGE,
+    sequential.STAGE,
     tune.STAGE,
     validate.STAGE,
     save.STAGE,
@@ -50,14 +51,14 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
 def run_search(
     settings: ProfileSettings, search: SearchSettings, run: Path, reporter: Reporter
 ) -> Plan:
-    """The main job: profile, solve, refine, tune, validate against every uniform plan, save.
+    """The main job: profile, solve, refine, round again, tune, validate against rivals, save.
 
     Whatever can be checked without the slow profile is checked before it.  Every stage keeps what
     it found in the run folder: a run that was stopped at any point goes on from there.
 
     Returns:
-        The plan that measured best among the solver's, the refined one, the tuned one and every
-        uniform plan that fits the same bytes; the others are its baselines.
+        The plan that measured best among the solver's, the refined one, that rounded again, the
+        tuned one and every uniform plan that fits the same bytes; the others are its baselines.
 
     Raises:
         ValueError: On bad input; nothing is left half-written.
@@ -90,7 +91,7 @@ def _begun(
     samples = evaluation(work.model, settings, search)
     context = Context(settings, search, goal, work, samples, folder, job, reporter)
     context.also = second_evaluation(work.model, settings, search, reporter)
-    if search.refine or search.tune or abilities(search.solver).needs_oracle:
+    if search.refine or search.sequential or search.tune or abilities(search.solver).needs_oracle:
         _ = context.inside_and_apart  # is there enough text for that?
     return context
 

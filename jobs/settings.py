@@ -153,6 +153,13 @@ class SearchSettings(PlanLimits):
         panel=SEARCH,
         minimum=0,
     )
+    sequential: bool = setting(
+        False,
+        "Round the plan's weights again, block by block, each for the inputs that the rounded "
+        "blocks before it give, making up for what these have lost. Ships only if it measures "
+        "better.",
+        panel=SEARCH,
+    )
     tune: int = setting(
         0,
         "Steps of tuning: the plan's scales move down the gradient of its KL to the original, "

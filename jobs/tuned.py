@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._base.files import atomic_path
+from .._base.progress import Reporter
 from .._base.tensors import bytes_of
 from ..models.rendering import Assignment, Renderer
 from ..quantizers.format import Format
 from ..quantizers.scales import rescaled
 from ..search.plan import Plan
 from .folder import RunFolder
+from .rerounded import rerounded_renderer
 
 
 def save_scales(scales: Mapping[str, Tensor], assignment: Assignment, run: RunFolder) -> str:
@@ -37,20 +39,28 @@ def save_scales(scales: Mapping[str, Tensor], assignment: Assignment, run: RunFo
     return digest
 
 
-def tuned_renderer(renderer: Renderer, plan: Plan, beside: RunFolder | None) -> Renderer:
-    """A renderer of the plan as it was measured: with its tuned scales, if it has any.
+def tuned_renderer(
+    renderer: Renderer,
+    plan: Plan,
+    beside: RunFolder | None,
+    reporter: Reporter | None = None,
+) -> Renderer:
+    """A renderer of the plan as it was measured: rounded again, with tuned scales, if it is so.
 
     Matrices whose format is another than when they were tuned, as where formats were rounded up
     for a runtime, have the scales they have without tuning.
 
     Args:
-        renderer: Renders the plan before tuning.
+        renderer: Renders the plan as it was rounded first.
         plan: The plan.
-        beside: The folder the plan lies in: that of the run, or one that has its tuned scales.
+        beside: The folder the plan lies in: that of the run, or one that has its tuned scales, and
+            its weights if they were rounded again.
+        reporter: Where progress is shown.
 
     Raises:
-        ValueError: If the scales are not there, or are damaged.
+        ValueError: If the scales or weights are not there, or are damaged.
     """
+    renderer = rerounded_renderer(renderer, plan, beside)
     if plan.tuning is None:
         return renderer
     scales, formats = _load(plan.tuning.sha256, beside)
@@ -61,7 +71,7 @@ def tuned_renderer(renderer: Renderer, plan: Plan, beside: RunFolder | None) -> 
         if plan.assignments.get(name) == formats[key]:
             fields.setdefault(name, {})[field] = part
     assignment = {name: Format.parse(plan.assignments[name]) for name in fields}
-    renderer.store.complete(assignment.items())
+    renderer.store.complete(assignment.items(), reporter)
     for name, fmt in assignment.items():
         packed = renderer.store.packed(name, fmt)
         device = next(iter(packed.tensors.values())).device

@@ -136,7 +136,12 @@ class Pass(Protocol[G_co]):
             int64 [N], the positions of every sample at the logits.
         """
 
-    def sequential(self, after_block: AfterBlock, visit: InputVisitor | None = None) -> None:
+    def sequential(
+        self,
+        after_block: AfterBlock,
+        visit: InputVisitor | None = None,
+        original: InputVisitor | None = None,
+    ) -> None:
         """Go through the blocks, each with all samples, and let every block change what follows.
 
         For each block in turn: its inputs are shown to ``visit``, computed with its original
@@ -145,6 +150,9 @@ class Pass(Protocol[G_co]):
         matrix it does not name stays original); then the block runs again as it now is, and its
         outputs are the inputs of the next.  A matrix that later blocks use too is changed there
         as well.
+
+        ``original`` is shown the same uses in the model without any change: those of a block and
+        batch just before ``visit`` is shown them.
 
         References:
             Frantar et al. (2023), GPTQ, Sec. 4: each block is quantized on the inputs that the

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._base.memory import give_back
+from ..quantizers.format import Format
 from .passes import (
     Advance,
     AfterBlock,
@@ -140,38 +141,65 @@ class WholePass(Generic[G_co]):
             advance(len(samples))
         return positions
 
-    def sequential(self, after_block: AfterBlock, visit: InputVisitor | None = None) -> None:
+    def sequential(
+        self,
+        after_block: AfterBlock,
+        visit: InputVisitor | None = None,
+        original: InputVisitor | None = None,
+    ) -> None:
         """See :meth:`Pass.sequential`.
 
-        One state per batch is kept, that at the border at hand.
+        One state per batch is kept, that at the border at hand, and one of the unchanged model if
+        that is shown.
 
         Raises:
             ValueError: If an answer names a matrix that is not in the block.
         """
         prefix, blocks = self._divide()
-        watched = [] if visit is None else self._watch()
+        if visit is not None or original is not None:
+            self._watch()
         batches = list(_numbered(self._samples.batches))
         states: list[State] = [None] * len(batches)
-        with torch.no_grad(), ExitStack() as changed:
+        unchanged: list[State] = [None] * len(batches)
+        changed: dict[str, Format] = {}
+        with torch.no_grad():
             for number, names in enumerate(blocks):
-                if visit is not None:
-                    for state, (batch, samples) in zip(states, batches, strict=True):
-                        # What runs along before the block is not shown again.
-                        with (
-                            prefix.counted() as step,
-                            _visiting(watched, visit, samples, partial(_is_at, step, number)),
-                        ):
-                            self._run_block(prefix, number, batch, state)
+                passed = 0 < number <= len(prefix.blocks)
+                for i, (batch, samples) in enumerate(batches):
+                    if original is not None:
+                        run = prefix, number, batch, unchanged[i]
+                        state = self._show_block(original, samples, *run)
+                        unchanged[i] = state if passed else None
+                    if visit is not None:
+                        with self._renderer.applied(changed):
+                            self._show_block(visit, samples, prefix, number, batch, states[i])
                 chosen = after_block(number, names)
                 if unknown := set(chosen).difference(names):
                     raise ValueError(
                         f"After block {number}, {sorted(unknown)[0]!r} was changed, which is not "
                         f"among its {len(names)} matrices. Change a matrix after its own block."
                     )
-                changed.enter_context(self._renderer.applied(chosen))
-                if 0 < number <= len(prefix.blocks):
-                    for i, (batch, _) in enumerate(batches):
-                        states[i] = self._run_block(prefix, number, batch, states[i])
+                changed.update(chosen)
+                if passed:
+                    with self._renderer.applied(changed):
+                        for i, (batch, _) in enumerate(batches):
+                            states[i] = self._run_block(prefix, number, batch, states[i])
+
+    def _show_block(
+        self,
+        visit: InputVisitor,
+        samples: range,
+        prefix: Prefix,
+        number: int,
+        batch: Batch,
+        state: State,
+    ) -> State:
+        """Run a block and show its inputs; what runs along before it is not shown again."""
+        with (
+            prefix.counted() as step,
+            _visiting(self._watched, visit, samples, partial(_is_at, step, number)),
+        ):
+            return self._run_block(prefix, number, batch, state)
 
     def _run_block(self, prefix: Prefix, number: int, batch: Batch, state: State) -> State:
         """Run a block from the state before it; what comes before the first runs along."""

@@ -197,6 +197,22 @@ class Renderings:
         assert packed is not None, f"{name} was rounded to {fmt}, but is not on the shelf"
         return packed
 
+    def round(self, name: str, fmt: Format, weight: Tensor, evidence: Evidence) -> PackedTensor:
+        """What the method makes of a weight in place of a named one; it is not kept.
+
+        Args:
+            name: The matrix that it is for.
+            fmt: The format.
+            weight: The weight [rows, cols], float32.
+            evidence: What the method may know of it.
+
+        Raises:
+            ValueError: If it cannot be rounded.
+        """
+        place = rounding_device(self.rounding, weight.device)
+        found = self._rounded(name, fmt, weight.to(place), evidence.to(place))
+        return found.to(weight.device)
+
     def digest(self, assignment: Mapping[str, Format]) -> str | None:
         """SHA-256 of all kept and handed in renderings of an assignment; None if it has none."""
         pairs = [
@@ -251,10 +267,7 @@ class Renderings:
             with room.take(4 * COPIES * cols * max(rows, cols)):  # experts: cols^2 for each
                 weight, evidence = self.weight(name).to(place), evidences[name].to(place)
                 for fmt in formats[name]:
-                    try:
-                        packed = self._method(weight, fmt, evidence).to(device)
-                    except ValueError as error:
-                        raise ValueError(f"{name!r}: {error}") from error
+                    packed = self._rounded(name, fmt, weight, evidence).to(device)
                     self._shelf.put(self._key(name, fmt), packed)
                     self._ready.add((name, fmt.name))
 
@@ -262,6 +275,12 @@ class Renderings:
         with reporter.bar(f"Rounding ({self.rounding})", len(sizes), sizes) as advance:
             for _ in parallel_map(work, list(evidences), place):
                 advance(1)
+
+    def _rounded(self, name: str, fmt: Format, weight: Tensor, evidence: Evidence) -> PackedTensor:
+        try:
+            return self._method(weight, fmt, evidence)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
 
     def _has(self, name: str, fmt: Format) -> bool:
         pair = (name, fmt.name)

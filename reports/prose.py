@@ -105,6 +105,8 @@ def price_note(plan: Plan) -> str:
     """Why a plan need not be optimal by one-shot prices; empty if it is."""
     if plan.refinement is not None:
         return "Prices here are one-shot; this plan was refined away from them, on measured KL."
+    if plan.sequential is not None:
+        return "Prices here are of weights as first rounded; this plan's were rounded once more."
     if plan.tuning is not None:
         return "Prices here are of scales before tuning; this plan's were tuned to lower its KL."
     if plan.solver == "uniform":

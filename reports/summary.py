@@ -222,11 +222,13 @@ def _goal(plan: Plan) -> str:
 
 
 def _quality(plan: Plan) -> list[tuple[str, str]]:
-    """Predicted and measured KL, and what refinement and tuning changed."""
+    """Predicted and measured KL, and what refinement, rounding again and tuning changed."""
     words = words_of(plan.calibration)
     predicted = with_error(plan.predicted_kl, plan.predicted_kl_stderr)
     predicted += f" {words.nats}" + (", one shot" if plan.refinement else "")
     predicted += ", before tuning" if plan.tuning else ""
+    if plan.sequential and not plan.tuning:
+        predicted += ", as rounded first"
     lines = [("KL predicted", predicted)]
     measured = "not measured"
     if (held_out := plan.measured) is not None:
@@ -238,6 +240,10 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
         steps = "1 step" if refined.steps == 1 else f"{refined.steps} steps"
         kl = f"{number(refined.kl_before)} → {number(refined.kl_after)}"
         lines.append(("refined", f"{steps}: KL on calibration {words.drawn} {kl}"))
+    if (again := plan.sequential) is not None:
+        kl = f"{number(again.kl_before)} → {number(again.kl_after)}"
+        how = f"{again.matrices} matrices, block by block"
+        lines.append(("rounded again", f"{how}: KL on calibration {words.drawn} {kl}"))
     if (tuned := plan.tuning) is not None:
         kl = f"{number(tuned.kl_before)} → {number(tuned.kl_after)}"
         steps = "1 step" if tuned.steps == 1 else f"{tuned.steps} steps"

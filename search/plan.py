@@ -26,7 +26,7 @@ from . import plan_schema1
 
 SCHEMA = 2
 # Left out where there is nothing: earlier versions do not know them.
-_LATER = ("evidence", "measured_also", "nearest_kl", "tuning")
+_LATER = ("evidence", "measured_also", "nearest_kl", "sequential", "tuning")
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -152,6 +152,25 @@ class Refinement(Strict):
     kl_after: float
 
 
+class SequentialRounding(Strict):
+    """What rounding its weights again, each block on the inputs it then has, took a plan to.
+
+    Formats and bytes stay as they are.  KL is measured as for :class:`Refinement`, on calibration
+    sequences that no weight was rounded by.
+
+    Attributes:
+        matrices: How many matrices were rounded again; the others keep the codes they had.
+        kl_before: KL as the plan was rounded first, nats per token.
+        kl_after: KL with the weights that ship.
+        sha256: Hash of the list of these weights, which are kept in the run folder.
+    """
+
+    matrices: int
+    kl_before: float
+    kl_after: float
+    sha256: str
+
+
 class Tuning(Strict):
     """How far tuning its scales took a plan, whose codes and bytes it leaves as they are.
 
@@ -210,6 +229,8 @@ class Plan(Record):
             mixed and damped; None, and not in the file, if it looked at nothing.
         nearest_kl: By unit, what its format would cost with weights rounded to nearest, in nats
             per token; of the units that a method with an eye on that cost has rounded.
+        sequential: Set when the plan's weights were rounded again, block by block: they are in the
+            run folder, and both that and the plan are needed to have them.
         tuning: Set when the plan's scales were tuned: they are in the run folder, and both that
             and the plan are needed to have the weights.
         measured_also: Measurements on further held-out texts, of other kinds than the first.
@@ -252,6 +273,7 @@ class Plan(Record):
     kv_cache: KVCache | None = None
     refinement: Refinement | None = None
     nearest_kl: dict[str, float] = Field(default_factory=dict)
+    sequential: SequentialRounding | None = None
     tuning: Tuning | None = None
     codes_sha256: str | None = None
     note: str | None = None
@@ -350,6 +372,8 @@ def plan_key(plan: Plan) -> str:
         parts.append({name: rows.model_dump() for name, rows in sorted(plan.row_sets.items())})
     if plan.kv_cache:
         parts.append(list(plan.kv_cache.bits.items()))
+    if plan.sequential:
+        parts.append({"sequential": plan.sequential.sha256})
     if plan.tuning:
         parts.append(plan.tuning.sha256)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -16,7 +16,7 @@ from .._base.threads import parallel_map
 from ..quantizers.format import Format
 from ..quantizers.methods import METHODS, Evidence, Method
 from ..quantizers.store import COPIES
-from .kept_sums import Fold, restored
+from .kept_sums import Fold, mean_diagonal, restored
 
 WIDTHS = ("int2-g64-asym", "int4-g64-asym")
 ROWS = 48  # of a matrix, enough to tell mixtures apart
@@ -47,6 +47,26 @@ class Mixture:
         fisher = fold.fisher(self.token, self.plain)
         fisher = fisher[0] if len(fisher) == 1 else fisher
         return Evidence(hessian, fisher, fold.relative_rows(), self.damping)
+
+    def per_token(self, fold: Fold) -> tuple[float, float]:
+        """What tokens weigh in the part of the curvature that is a sum over tokens.
+
+        Returns:
+            a and b: that part is ``sum_t (a |d_t|^2 + b) x_t x_t^T``.
+        """
+        level = {name: float(mean_diagonal(form)[0]) for name, form in fold.forms.items()}
+        whole = (1 + self.token + self.plain) * max(fold.tokens * len(fold.rows), 1)
+        shares = {"token": self.token, "plain": self.plain}
+        a, b = (
+            share * level["sequence"] / (level[name] * whole) if level[name] > 0 else 0.0
+            for name, share in shares.items()
+        )
+        return a, b
+
+    def with_tokens(self, fold: Fold, tokens: Tensor) -> Evidence:
+        """The evidence on a matrix with another sum over tokens, [cols, cols]."""
+        fisher = tokens + fold.fisher()[0] / (1 + self.token + self.plain)
+        return Evidence(None, fisher, fold.relative_rows(), self.damping)
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""

@@ -164,6 +164,20 @@ class Statistics:
         """Whether the sums of a matrix are there, and any gradient reached it."""
         return self._products.get(name, False) and self._kept.reached(name)
 
+    def per_token(self, name: str) -> tuple[float, float]:
+        """See :meth:`.mixture.Mixture.per_token`, of a matrix whose gradients have factors."""
+        return self._mixture(name).per_token(self._kept.read(name, torch.device("cpu")))
+
+    def with_tokens(self, name: str, tokens: Tensor) -> Evidence:
+        """The evidence on a matrix with the per-token part of its curvature replaced.
+
+        Args:
+            name: The matrix.
+            tokens: ``sum_t (a |d_t|^2 + b) x_t x_t^T`` [cols, cols] with a, b of :meth:`per_token`
+                and the gradients of the model's own labels.
+        """
+        return self._mixture(name).with_tokens(self._kept.read(name, tokens.device), tokens)
+
     def cost(self, name: str, error: Tensor) -> float:
         """What an error of a matrix [rows, cols] costs by its sums, in nats per token."""
         fold = self._kept.read(name, error.device)
@@ -175,8 +189,10 @@ class Statistics:
         """The evidence on a matrix, from its file."""
         fold = self._kept.read(name, self._renderer.weight(name).device)
         needs = METHODS.trait(self._renderer.store.rounding, "needs", ())
-        mixture = self._known_mixtures().get(self._kinds[name], UNTESTED)
-        return mixture.evidence(fold, fold.hessian() if "hessian" in needs else None)
+        return self._mixture(name).evidence(fold, fold.hessian() if "hessian" in needs else None)
+
+    def _mixture(self, name: str) -> Mixture:
+        return self._known_mixtures().get(self._kinds[name], UNTESTED)
 
     @cached_property
     def _sampled(self) -> dict[str, list[str]]:

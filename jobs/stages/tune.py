@@ -6,13 +6,14 @@ from ...search.plan import Plan, Tuning
 from ...sensitivity.tuning import Tuner
 from ..context import Context, Stage
 from ..materialize import assignment_formats
+from ..rerounded import rerounded_renderer
 from ..truth import TOP_K
 from ..tuning import Check, Kept, Tuned, key_of, measure_on
 from ..tuning import tune as run_tuning
 
 
 def tune(context: Context) -> None:
-    """Tune the plan that solving and refinement came to; an earlier run's scales are found.
+    """Tune the plan that the stages before came to; an earlier run's scales are found.
 
     Raises:
         ValueError: If too few sequences are left to measure on.
@@ -30,7 +31,7 @@ def tune(context: Context) -> None:
     if found is None:
         tuner = Tuner(
             context.work.model,
-            context.work.renderer,
+            rerounded_renderer(context.work.renderer, plan, context.folder),
             kept.assignment,
             inside,
             steps=steps,

@@ -347,6 +347,30 @@ def test_visits_of_a_model_in_one_block_are_those_of_forward() -> None:
     assert_same(found, alone)
 
 
+def test_the_unchanged_model_is_shown_beside_the_changed_one() -> None:
+    model, samples = language()
+    passes = whole(model, samples)
+    alone: Seen = {}
+    beside: Seen = {}
+    changed: Seen = {}
+    order: list[str] = []
+    passes.forward(collector(alone))
+    see, see_original = collector(changed), collector(beside)
+
+    def visit(shown: Inputs) -> None:
+        assert order.pop(0) == f"{shown.name} {shown.samples}"
+        see(shown)
+
+    def original(shown: Inputs) -> None:
+        order.append(f"{shown.name} {shown.samples}")
+        see_original(shown)
+
+    passes.sequential(lambda _number, names: dict.fromkeys(names, COARSE), visit, original)
+    assert_same(beside, alone)
+    assert changed.keys() == alone.keys() and not order
+    assert not torch.equal(changed["layers.2.up", 0][0], alone["layers.2.up", 0][0])
+
+
 def test_text_labels_reach_the_upstream_through_a_pass() -> None:
     model, samples = language()
     upstream = data_upstream(torch.Generator(), is_language_model=True)

@@ -24,7 +24,7 @@ from bitplan.reports.run import RunData
 from bitplan.reports.summary import best_uniform, comparison, facts
 from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
-from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement, Tuning
+from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement, SequentialRounding, Tuning
 from bitplan.search.problem import Problem
 from bitplan.sensitivity.provenance import Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
@@ -265,6 +265,17 @@ def test_a_refined_plan_is_not_called_far_from_optimal(run: RunData) -> None:
     assert fact(plan, "KL predicted").endswith("one shot")
     one = run.plan.model_copy(update={"refinement": refined.model_copy(update={"steps": 1})})
     assert fact(one, "refined").startswith("1 step: ")
+
+
+def test_a_plan_that_was_rounded_again_says_so(run: RunData) -> None:
+    note = SequentialRounding(matrices=14, kl_before=0.4, kl_after=0.3612, sha256="ab")
+    plan = run.plan.model_copy(update={"sequential": note})
+    assert fact(plan, "rounded again") == (
+        "14 matrices, block by block: KL on calibration sequences 0.400 → 0.361"
+    )
+    assert fact(plan, "KL predicted").endswith("as rounded first")
+    assert "as first rounded" in price_note(plan)
+    assert "rounded again" not in dict(facts(run.plan, comparison(run.plan)))
 
 
 def test_a_tuned_plan_says_so(run: RunData) -> None:
