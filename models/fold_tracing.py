@@ -1,4 +1,4 @@
-"""Find a model's folds by running it: what a norm or a linear layer feeds, whatever it is called."""
+"""Find a model's folds by running it: what a norm or a linear layer feeds, by whatever name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._base.progress import Advance
+from .._base.progress import Reporter
 from .folds import Fold, multiply
 from .rendering import first_input
 from .sites import Place, places
@@ -28,14 +28,14 @@ class _Stopped(Exception):
 
 
 @torch.no_grad()
-def find_folds(model: LoadedModel, batch: Batch, advance: Advance = lambda _: None) -> list[Fold]:
+def find_folds(model: LoadedModel, batch: Batch, reporter: Reporter | None = None) -> list[Fold]:
     """The places of a model where a scale per channel can go, each tried by itself.
 
     A trial divides a source's output by scales, runs the model, and multiplies the columns of every
-    matrix when it is found to read a divided input. It holds if nothing else has changed on the way,
-    and the logits are what they were.  Norms are tried first: any module with one weight per channel
-    (and a bias) that it multiplies by.  Then the linear layers, each with what lies between the
-    inputs that no norm explains, as ``up_proj`` and ``down_proj``, or ``v_proj`` and ``o_proj``.
+    matrix when it is found to read a divided input. It holds if nothing else has changed on the
+    way, and the logits are what they were.  Norms are tried first: any module with one weight per
+    channel (and a bias) that it multiplies by.  Then linear layers, with the next one whose input
+    no norm explains, as ``up_proj`` and ``down_proj``, or ``v_proj`` and ``o_proj``.
 
     The experts of a list share what any of them reads; between the matrices of an expert there are
     no folds.
@@ -43,9 +43,9 @@ def find_folds(model: LoadedModel, batch: Batch, advance: Advance = lambda _: No
     Args:
         model: The model, unchanged afterwards.
         batch: Inputs; one sample is run, of a language model the first 16 tokens.
-        advance: Called once for every trial.
+        reporter: Where progress is shown.
     """
-    return _Tracer(model, batch).folds(advance)
+    return _Tracer(model, batch).folds(reporter or Reporter(quiet=True))
 
 
 class _Tracer:
@@ -69,20 +69,25 @@ class _Tracer:
         self.calls: list[tuple[nn.Module, Tensor]] = []
         self.logits = self._run(lambda module, x: self.calls.append((module, x.clone())))
 
-    def folds(self, advance: Advance) -> list[Fold]:
+    def folds(self, reporter: Reporter) -> list[Fold]:
         """All folds that hold."""
         found: list[Fold] = []
-        for name, norm, offset in self._norms():
-            fold = self._tried(name, norm, offset)
-            found += [fold] if fold else []
-            advance(1)
+        norms = list(self._norms())
+        with reporter.bar("Trying folds into norms", len(norms)) as advance:
+            for name, norm, offset in norms:
+                fold = self._tried(name, norm, offset)
+                found += [fold] if fold else []
+                advance(1)
         explained = {name for fold in found for name in fold.matrices}
-        for source, target in self._between(explained):
-            fold = self._tried(source.path, source.module, None)
-            advance(1)
-            if fold and target.name in fold.matrices:
-                found.append(fold)
-                explained.add(target.name)
+        targets = self._targets(explained)
+        with reporter.bar("Trying folds into linear layers", len(targets)) as advance:
+            for target, sources in targets:
+                for source in sources:
+                    fold = self._tried(source.path, source.module, None)
+                    if fold and target.name in fold.matrices:
+                        found.append(fold)
+                        break
+                advance(1)
         return found
 
     def _run(self, visit: Callable[[nn.Module, Tensor], None]) -> Tensor:
@@ -104,22 +109,27 @@ class _Tracer:
             if offset is not None:
                 yield name, module, offset
 
-    def _between(self, explained: set[str]) -> Iterator[tuple[Place, Place]]:
-        """Pairs of a linear layer and a later one whose input nothing explains, nearest first."""
+    def _targets(self, explained: set[str]) -> list[tuple[Place, list[Place]]]:
+        """Linear layers whose input no norm explains, and those that may feed each, nearest first.
+
+        These are the ones that have run since the last such layer.
+        """
         counts = Counter(id(module) for module, _ in self.calls)
-        before: list[Place] = []
-        for module, _ in self.calls:
-            for place in self.places[module]:
-                single = counts[id(module)] == 1 and id(place.parameter) not in self.shared
-                if place.site_name != "linear" or expert_of(place.path, self.model.module):
-                    continue
-                if place.name not in explained and single:
-                    for source in reversed(before):
-                        if place.shape[1] % source.shape[0] == 0 and place.name not in explained:
-                            yield source, place
-                    before = []
-                if single:
-                    before.append(place)
+        found, before = [], list[Place]()
+        for place in (place for module, _ in self.calls for place in self.places[module]):
+            if (
+                place.site_name != "linear"
+                or expert_of(place.path, self.model.module)
+                or counts[id(place.module)] > 1
+                or id(place.parameter) in self.shared
+            ):
+                continue
+            if place.name not in explained:
+                fitting = [one for one in before if place.shape[1] % one.shape[0] == 0]
+                found.append((place, fitting[::-1]))
+                before = []
+            before.append(place)
+        return found
 
     def _tried(self, name: str, source: nn.Module, offset: float | None) -> Fold | None:
         """The fold of a source, if there is one."""
@@ -205,8 +215,8 @@ class _Trial:
         model = self.tracer.model.module
         for place in reading:
             expert = expert_of(place.path, model)
-            alike = self.tracer.experts[expert[0], place.attribute] if expert else [place]
-            for one in alike:
+            alike = self.tracer.experts[expert[0], place.attribute] if expert else []
+            for one in (place, *(other for other in alike if other is not place)):
                 if id(one.parameter) in self.tracer.shared or one.shape[1] != cols:
                     raise _Stopped
                 self.keep(one.parameter)
@@ -236,7 +246,7 @@ def _channels(x: Tensor, before: Tensor, scale: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _norm_offset(module: nn.Module) -> float | None:
-    """What a norm adds to its weight: 0 or 1; None for what is no norm with a weight per channel."""
+    """What a norm adds to its weight, 0 or 1; None for what multiplies no channel by a weight."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     weight = own.get("weight")
     known = own.keys() <= {"weight", "bias"} and next(module.children(), None) is None

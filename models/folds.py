@@ -7,6 +7,7 @@ that one can give ``x / s``, and the model computes what it did, to float roundi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,46 +49,58 @@ class Fold:
 
 
 @torch.no_grad()
+def effective_scale(model: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales near those given that a norm's weight, divided by them, can be stored with.
+
+    Args:
+        model: The model, float32, before the fold.
+        fold: Where the scales go.
+        scale: Positive scales [channels].
+        dtype: The checkpoint's own, in which a norm's weight is stored.
+
+    Returns:
+        Scales [channels], float32, those of a linear layer as they were: it is rounded anyway.
+    """
+    scale = scale.detach().float().cpu()
+    if fold.offset is None:
+        return scale
+    before = _weight(model, fold) + fold.offset
+    after = (before / scale - fold.offset).to(dtype).float() + fold.offset
+    found = before / after
+    lost = ~(found.isfinite() & (found > 0))  # a weight of 0, or one that became 0
+    return torch.where(lost, torch.ones_like(found), found)
+
+
+@torch.no_grad()
 def apply_fold(model: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> None:
     """Move scales, in place: the matrices' columns are multiplied by them, their source is divided.
 
-    A norm's weight is rounded to ``dtype``, in which the checkpoint stores it, and the matrices take
-    the scales that come of that: they make up for what rounding did. Computed on a CPU, so that it
-    gives the same everywhere.
+    Computed on a CPU, so that it gives the same everywhere.
 
     Args:
         model: The model, float32.
         fold: Where the scales go.
-        scale: Positive scales [channels].
-        dtype: The checkpoint's own.
-
-    Raises:
-        ValueError: If the model has no such modules, or of other sizes.
+        scale: Scales [channels] as :func:`effective_scale` gives them.
+        dtype: The checkpoint's own, in which a norm's weight is stored.
     """
     known = {place.name: place for place in places(model)}
-    try:
-        source = model.get_submodule(fold.source)
-        matrices = [known[name] for name in fold.matrices]
-    except (AttributeError, KeyError) as error:
-        raise ValueError(f"The model does not have what scales were folded into: {error}.") from error
-    weight = source._parameters["weight"]
-    assert weight is not None
-    scale = scale.detach().float().cpu()
-    bias = source._parameters.get("bias")
-    if fold.offset is not None:
-        before = weight.detach().cpu() + fold.offset
-        after = (before / scale - fold.offset).to(dtype).float()
-        scale = before / (after + fold.offset)
-        lost = ~(scale.isfinite() & (scale > 0))  # a weight of 0, or one that became 0
-        scale[lost], after[lost] = 1.0, weight.detach().cpu()[lost]
-        weight.copy_(after)
+    source = model.get_submodule(fold.source)
+    if fold.offset is None:
+        multiply(known[fold.source], 1 / scale[:, None])
     else:
-        place = known[f"{fold.source}" if fold.source in known else f"{fold.source}.weight"]
-        multiply(place, 1 / scale[:, None])
-    if bias is not None:
+        weight = (_weight(model, fold) + fold.offset) / scale - fold.offset
+        parameter: Any = source._parameters["weight"]
+        parameter.copy_(weight.to(dtype))
+    if (bias := source._parameters.get("bias")) is not None:
         bias.copy_(bias.detach().cpu() / scale)
-    for place in matrices:
-        multiply(place, fold.over_columns(scale))
+    for name in fold.matrices:
+        multiply(known[name], fold.over_columns(scale))
+
+
+def _weight(model: nn.Module, fold: Fold) -> Tensor:
+    weight = model.get_submodule(fold.source)._parameters["weight"]
+    assert weight is not None
+    return weight.detach().cpu()
 
 
 @torch.no_grad()
