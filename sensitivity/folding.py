@@ -58,14 +58,14 @@ def fold_scales(
     ``awq``
         ``s = m^a`` with m the mean magnitude of the channel, and the exponent a of 0, 1/8, ..., 1
         that makes the least of ``sum_i v E_i^2 / v W_i^2`` over the fold's matrices,
-        ``E_i = Q(W_i diag(s)) diag(1/s) - W_i``. Q rounds to nearest in the candidate format nearest
-        to 3 bits, and v is what an error in a column costs: the mean square of its input, or of a
-        rounding method that feeds errors back the pivots of the inputs' second moment, what is
-        left of it then.
+        ``E_i = Q(W_i diag(s)) diag(1/s) - W_i``. Q rounds to nearest in the candidate format whose
+        bits are nearest to 3, and v is what an error in a column costs: the mean square of its
+        input, or of a rounding method that feeds errors back the pivots of the inputs' second
+        moment, what is left of it then.
         Where feedback has evened out what channels cost, the exponent is near 0.
     ``sinq``
-        ``s = 1 / t`` with t the column factors of ``W = diag(r) V diag(t)`` that make the standard
-        deviations of rows and columns of V as alike as they get. Looks at no data.
+        ``s = 1 / t`` with t the column factors of ``W = diag(r) V diag(t)`` that make the root mean
+        squares of rows and columns of V as alike as they get. Looks at no data.
 
     Scales are normalized so that the smallest and the largest are each other's inverse.
 
@@ -166,10 +166,10 @@ def normalized(values: Tensor, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _step(deviations: Tensor) -> Tensor:
-    """Factors towards equal deviations, none too far from 1; 1 where there is no deviation."""
-    relative = (deviations / deviations.mean()).clamp(*STEP)
-    return torch.where(deviations > 0, relative, torch.ones_like(relative))
+def _step(sizes: Tensor) -> Tensor:
+    """Factors towards equal sizes, none too far from 1; 1 where there is nothing but zeros."""
+    relative = (sizes / sizes.mean()).clamp(*STEP)
+    return torch.where(sizes > 0, relative, torch.ones_like(relative))
 
 
 class _Seen:

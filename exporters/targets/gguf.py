@@ -75,7 +75,7 @@ class Gguf(Exporter):
             if module in formats and tensor in tensors:
                 where[tensor] = module
         _check_named(modules, {module: tensor for tensor, module in where.items()}, source)
-        kinds = {}
+        kinds: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for tensor, module in where.items():
             fmt, shape = formats[module], shapes[module]
             if files.matrix_shape(tensors[tensor]) != shape:

@@ -61,8 +61,8 @@ class Imatrix(Exporter):
         if source.folds:  # of the inputs as they were before, which llama-quantize has
             folds = source.folds()
             moments = {
-                (name, site): moment * folds.column_scale(name, len(moment)).to(moment).square()
-                for (name, site), moment in moments.items()
+                key: moment * folds.column_scale(key[0], len(moment)).to(moment).square()
+                for key, moment in moments.items()
             }
         writer = gguf.GGUFWriter(out, "imatrix")
         writer.add_type("imatrix")

@@ -113,8 +113,8 @@ def test_what_feeds_what_and_that_every_fold_is_exact(
             changed = {k for k, v in model.module.state_dict().items() if not v.equal(kept[k])}
             assert changed >= {key for key in kept if key.removesuffix(".weight") in fold.matrices}
             if fold.offset is not None:
-                norm = model.module.get_submodule(fold.source).weight
-                assert torch.equal(norm.to(dtype).float(), norm)
+                norm = model.module.get_parameter(fold.source + ".weight")
+                assert norm.to(dtype).float().equal(norm)
 
 
 def test_heads_of_a_group_share_the_scales_of_their_values() -> None:
@@ -138,7 +138,8 @@ class Side(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return (x if self.side else 0) + self.down(self.act(self.up(x)))
+        fed: Tensor = self.down(self.act(self.up(x)))
+        return x + fed if self.side else fed
 
 
 @pytest.mark.parametrize("side", [False, True])
@@ -154,13 +155,15 @@ def test_experts_that_no_traced_token_reaches_are_scaled_as_well() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.norm, self.experts = nn.LayerNorm(8), nn.ModuleList(
-                nn.Linear(8, 4) for _ in range(3)
+            self.norm, self.experts = (
+                nn.LayerNorm(8),
+                nn.ModuleList(nn.Linear(8, 4) for _ in range(3)),
             )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(x)
-            return self.experts[1](y) if x.sum() > 0 else self.experts[2](y)
+            routed: Tensor = self.experts[1](y) if x.sum() > 0 else self.experts[2](y)
+            return routed
 
     model = ready(Listed())
     x = torch.rand(1, 5, 8, generator=torch.Generator().manual_seed(0))
