@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .._base.progress import Reporter
 from ..jobs.folder import RunFolder, plan_path
+from ..jobs.folding import FoldedScales, folded, folded_scales
 from ..jobs.materialize import assignment_formats, is_packed, load_packed, planned_units
 from ..jobs.renderings import plan_renderer
 from ..models.find import as_stored, find_matrices, unplanned_tensors
@@ -41,6 +43,7 @@ class Source:
             Made anew at every call, so a caller that lets go of each holds one at a time.
         logits: Runs the dequantized model on a batch: the reference of every comparison.
         like: A file of the same model in the target's own form that lends what the source lacks.
+        folds: Reads the scales that were folded into the model; None if none were.
         reporter: Where progress is shown.
     """
 
@@ -53,6 +56,7 @@ class Source:
     packed: Callable[[str], PackedTensor]
     logits: Run
     like: Path | None = None
+    folds: Callable[[], FoldedScales] | None = None
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
 
     @property
@@ -107,7 +111,8 @@ def open_source(
     if isinstance(target, Path):
         beside = RunFolder.around(target)
         if is_packed(target) and weights:
-            return _unchanged(_from_folder(target, like, reporter), target, change)
+            source = _with_folds(_from_folder(target, like, reporter), beside)
+            return _unchanged(source, target, change)
         if is_packed(target) and (target / "config.json").is_file():
             layers = str(target)  # the original may be gone
         plan = Plan.load(plan_path(target))
@@ -117,6 +122,7 @@ def open_source(
         check_model(name, "cpu")
         reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
         model = load_model(name, "cpu") if weights else load_structure(name)
+    folded(model.module, plan, beside)
     before, plan = plan, change(plan, model) if change else plan
     if plan.assignments != before.assignments:
         plan = plan.model_copy(update={"codes_sha256": None})  # that of other formats
@@ -125,7 +131,13 @@ def open_source(
         renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
     else:
         renderer = Renderer(model.module, units, plan.rounding)
-    return _from_plan(plan, model, units, renderer, like, reporter)
+    return _with_folds(_from_plan(plan, model, units, renderer, like, reporter), beside)
+
+
+def _with_folds(source: Source, beside: RunFolder | None) -> Source:
+    if source.plan.fold is None:
+        return source
+    return replace(source, folds=partial(folded_scales, source.plan, beside))
 
 
 def _unchanged(
@@ -160,7 +172,9 @@ def _from_plan(
 
     run = plan_runner(model, renderer, formats)
     everything = find_matrices(model.module, plan.row_ranges)
-    return Source(plan, model, units, everything, others, tied, packed, run, like, reporter)
+    return Source(
+        plan, model, units, everything, others, tied, packed, run, like, reporter=reporter
+    )
 
 
 def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
@@ -194,7 +208,7 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
         packed.__getitem__,
         model.logits,
         like,
-        reporter,
+        reporter=reporter,
     )
 
 

@@ -87,6 +87,15 @@ class RunFolder:
         return self.rounded / f"{sha256[:16]}.json"
 
     @property
+    def folds(self) -> Path:
+        """The folder of scales that were folded into the model."""
+        return self.path / "folds"
+
+    def fold(self, sha256: str) -> Path:
+        """Folded scales, by their hash."""
+        return self.folds / f"{sha256[:16]}.safetensors"
+
+    @property
     def statistics(self) -> Path:
         """The folder of sums over the sequences that weights are rounded by."""
         return self.path / "statistics"

@@ -22,6 +22,7 @@ from ..models.workload import LoadedModel
 from ..search.goals import Goal
 from ..search.plan import Baseline, KVCache, Measured, MeasuredAlso, Plan, plan_key
 from .folder import RunFolder, plan_path
+from .folding import folded
 from .materialize import assignment_formats, is_packed, load_packed, planned_units
 from .measurements import Figures, Measurements
 from .renderings import plan_renderer
@@ -230,12 +231,14 @@ def run_eval(
     check_text(text, "evaluation")
     reporter.say(f"Loading {original}")
     model = load_model(original, device)
-    units = planned_units(model.module, plan)
+    beside = RunFolder.around(target)
+    if not packed:
+        folded(model.module, plan, beside)
+    units = planned_units(model.module, plan, unfolded=packed)
     if packed:
         quantized = load_packed(target, device, torch.float32)
         run = with_cache(quantized, quantized.logits, plan.kv_cache)
     else:
-        beside = RunFolder.around(target)
         renderer = plan_renderer(plan, model, units, beside=beside, reporter=reporter)
         run = plan_run(model, renderer, plan)
     before = plan.measured

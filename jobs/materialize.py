@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ..quantizers.runtimes import byte_count
 from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
+from .folding import folded
 from .renderings import plan_renderer
 from .tuned import tuned_renderer
 
@@ -64,6 +66,7 @@ def apply(
         ValueError: If the plan does not match the model; the first mismatch is named.
     """
     plan, beside = _opened(plan)
+    folded(model, plan, beside)
     units = planned_units(model, plan)
     if METHODS.trait(plan.rounding, "needs"):
         loaded = as_loaded_model(model)
@@ -116,6 +119,7 @@ def quantize(
         reporter.say(f"Loading {original}")
         model = load_model(original, "cpu")
     model = as_loaded_model(model)
+    folded(model.module, plan, beside)
     units = planned_units(model.module, plan)
     if renderer is not None:
         renderer = tuned_renderer(renderer, plan, beside)
@@ -132,6 +136,10 @@ def quantize(
         header = {"aliases": _aliases(units), "tied": tied}
         write_checkpoint(folder, packed, others, header, plan.row_ranges)
         plan.save(RunFolder(folder).plan)
+        if plan.fold and beside and (kept := beside.fold(plan.fold.sha256)).is_file():
+            target = RunFolder(folder).fold(plan.fold.sha256)
+            target.parent.mkdir()
+            shutil.copyfile(kept, target)
         save_hugging_face_files(model, folder)
     return out
 
@@ -207,13 +215,14 @@ def load_packed(
     return LoadedModel(str(folder), skeleton, "float32", workload)
 
 
-def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
+def planned_units(model: nn.Module, plan: Plan, *, unfolded: bool = False) -> tuple[UnitInfo, ...]:
     """The units a plan assigns, one per part.
 
     Args:
         model: The plan's model. Without weights (:func:`..models.load_structure`) they are not
             compared by hash.
         plan: The plan.
+        unfolded: Whether the model is as it was before scales were folded into it, if any were.
 
     Raises:
         ValueError: If a planned module is not in the model, or the weights are other weights.
@@ -228,11 +237,12 @@ def planned_units(model: nn.Module, plan: Plan) -> tuple[UnitInfo, ...]:
             )
     plan.original()  # raises where it is not known
     without_weights = next(model.parameters()).is_meta
-    actual = plan.model.sha256 if without_weights else state_sha256(model)
-    if actual != plan.model.sha256:
+    wanted = plan.fold.model_sha256 if plan.fold and unfolded else plan.model.sha256
+    actual = wanted if without_weights else state_sha256(model)
+    if actual != wanted:
         raise ValueError(
             f"The plan was made for other weights of {plan.model.id!r} (sha256 "
-            f"{plan.model.sha256[:12]}…, this model has {actual[:12]}…). Search again for these."
+            f"{wanted[:12]}…, this model has {actual[:12]}…). Search again for these."
         )
     planned = tuple(unit for unit in units if unit.name in plan.assignments)
     formats, count = assignment_formats(plan), byte_count(plan.runtime)

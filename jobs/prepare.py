@@ -32,10 +32,12 @@ from ..search.kv import KVTable
 from ..search.solvers import SOLVERS
 from ..sensitivity.estimate import price, provenance
 from ..sensitivity.evidence import calibrated
+from ..sensitivity.folding import NONE, check_fold
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
 from .folder import RunFolder
+from .folding import fold_model
 from .settings import NO_TEXT, ProfileSettings, SearchSettings
 
 
@@ -98,6 +100,19 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     )
     selected = bool(settings.include or settings.exclude)
     formats = resolve_formats(settings.formats, model.source_dtype)
+    fold = None
+    if settings.fold != NONE:
+        looked_at = samples if seen is None else seen
+        fold = fold_model(
+            model,
+            units,
+            settings.fold,
+            formats,
+            settings.rounding,
+            looked_at,
+            folder,
+            reporter,
+        )
     origin = provenance(
         model,
         units,
@@ -108,7 +123,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         settings.seed,
         selected,
         seen,
-    )
+    ).model_copy(update={"fold": fold})
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
         drawn += f": each price errs by about {(2 / samples.count) ** 0.5:.0%}"
@@ -167,6 +182,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     """
     METRICS.get(settings.metric)
     METHODS.get(settings.rounding)
+    check_fold(settings.fold)
     resolve_formats(settings.formats, "float32")
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")

@@ -58,6 +58,13 @@ class ProfileSettings:
         "grows least; rtn, to nearest, is a quick look that needs no data.",
         panel=PRICES,
     )
+    fold: str = setting(
+        "none",
+        "Scales that make matrices easier to round, moved into the norm or the layer before them, "
+        "so that the model computes the same: awq (by the size of activations), sinq (by the "
+        "weights alone) or none.",
+        panel=PRICES,
+    )
     calibration: str = setting(
         MIXTURE,
         "Calibration text: 'mixture' of prose, code and more that needs no download, one of "

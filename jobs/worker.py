@@ -33,11 +33,13 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
     settings, search = read_settings(job)
     settings = replace(settings, device=device)
     loaded = prepare(settings, reporter)
+    folded = loaded.provenance.fold is not None
     here, there = loaded.provenance.model.sha256, job["model"]["sha256"]
     if here != there:
+        folds = " Scales to fold come out the same on the same kind of machine." if folded else ""
         raise ValueError(
             f"The weights of {settings.model} here (sha256 {here[:12]}) are not those of the "
-            f"search ({there[:12]}). Give every worker the same model."
+            f"search ({there[:12]}). Give every worker the same model.{folds}"
         )
     inside, apart = guarded(loaded.model, settings, loaded.samples, search.guard)
     if apart.sha256 != job["guard_sha256"]:

@@ -236,6 +236,9 @@ def _quality(plan: Plan) -> list[tuple[str, str]]:
         measured += f" on {held_out.tokens:,} held-out {words.many}"
     lines.append(("KL measured", measured))
     lines += [("KL on another text", describe_also(also, words)) for also in plan.measured_also]
+    if (fold := plan.fold) is not None:
+        places = "1 norm or layer" if fold.count == 1 else f"{fold.count} norms and layers"
+        lines.append(("folded", f"scales ({fold.method}) into {places}, before all prices"))
     if (refined := plan.refinement) is not None:
         steps = "1 step" if refined.steps == 1 else f"{refined.steps} steps"
         kl = f"{number(refined.kl_before)} → {number(refined.kl_after)}"

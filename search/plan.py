@@ -21,12 +21,12 @@ from .._base.records import Record, Strict
 from ..models.coverage import Coverage
 from ..models.units import Ranges, by_matrix, matrix_name, overlap, ranges_fault
 from ..quantizers.format import Format
-from ..sensitivity.provenance import ModelRef
+from ..sensitivity.provenance import FoldRef, ModelRef
 from . import plan_schema1
 
 SCHEMA = 2
 # Left out where there is nothing: earlier versions do not know them.
-_LATER = ("evidence", "measured_also", "nearest_kl", "sequential", "tuning")
+_LATER = ("evidence", "fold", "measured_also", "nearest_kl", "sequential", "tuning")
 
 
 # NaN where nothing predicted a plan (one read from another tool's file); null in the file.
@@ -227,6 +227,8 @@ class Plan(Record):
             than the solver's first plan, and measure better.
         evidence: What the rounding method looked at besides weights, and how sums over data were
             mixed and damped; None, and not in the file, if it looked at nothing.
+        fold: Set when scales were folded into the model before it was priced: they are in the run
+            folder, and ``model`` is the folded one.
         nearest_kl: By unit, what its format would cost with weights rounded to nearest, in nats
             per token; of the units that a method with an eye on that cost has rounded.
         sequential: Set when the plan's weights were rounded again, block by block: they are in the
@@ -266,6 +268,7 @@ class Plan(Record):
     rounding: str
     calibration: dict[str, Any]
     evidence: dict[str, Any] | None = None
+    fold: FoldRef | None = None
     versions: dict[str, str]
     resident_bytes: int | None = None
     latency: Latency | None = None

@@ -107,6 +107,7 @@ def plan_from_choice(
         rounding=origin.rounding,
         calibration=origin.calibration,
         evidence=origin.evidence,
+        fold=origin.fold,
         resident_bytes=resident_bytes,
         latency=latency,
         runtime=runtime,

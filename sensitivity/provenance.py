@@ -27,6 +27,24 @@ class ModelRef(BaseModel):
     sha256: str
 
 
+class FoldRef(BaseModel):
+    """Scales that were moved between a model's matrices and what feeds them before all else.
+
+    Attributes:
+        method: How the scales were chosen: ``awq`` or ``sinq``.
+        count: Norms and linear layers that they were folded into.
+        sha256: Hash of the scales, which are kept in the run folder.
+        model_sha256: Hash of the weights before; that of the weights after is the model's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    count: int
+    sha256: str
+    model_sha256: str
+
+
 class Provenance(BaseModel):
     """What produced a table; equal provenance of two runs means equal tables.
 
@@ -48,6 +66,7 @@ class Provenance(BaseModel):
             ``embedding``, ``tied embedding``, ``convolution``.
         coverage: Which of the model's weights are in units, and which are left out and why.
         evidence: What the rounding method looked at besides weights, and what it was made from.
+        fold: Which scales were folded into the model that was priced; None for none.
         versions: Library -> version.
 
     >>> Provenance(metric="fisher", seed=0).to_json()
@@ -68,6 +87,7 @@ class Provenance(BaseModel):
     layer_types: dict[str, str] = Field(default_factory=dict)
     coverage: dict[str, Any] | None = None
     evidence: dict[str, Any] | None = None
+    fold: FoldRef | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

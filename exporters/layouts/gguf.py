@@ -216,7 +216,7 @@ def original_weight(module: nn.Module | None) -> Tensor | None:
 def copy_with(
     base: Path,
     out: Path,
-    kinds: Mapping[str, tuple[str, tuple[int, int], int]],
+    kinds: Mapping[str, tuple[str, tuple[int, ...], int]],
     block: Callable[[str, gguf.GGUFReader], Block],
     extra: Mapping[str, str | float],
 ) -> None:

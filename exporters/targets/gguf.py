@@ -7,13 +7,14 @@ import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...jobs.folding import FoldedScales
 from ...models.measure import Run
 from ...models.workload import Batch, LoadedModel
 from ...quantizers.format import Format
@@ -74,7 +75,7 @@ class Gguf(Exporter):
             if module in formats and tensor in tensors:
                 where[tensor] = module
         _check_named(modules, {module: tensor for tensor, module in where.items()}, source)
-        kinds = {}
+        kinds: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for tensor, module in where.items():
             fmt, shape = formats[module], shapes[module]
             if files.matrix_shape(tensors[tensor]) != shape:
@@ -85,9 +86,15 @@ class Gguf(Exporter):
             size = fmt.stored_bytes(shape)
             kinds[tensor] = files.TYPE_OF_FORMAT[fmt.name], shape, size
         plain = dict(source.model.module.named_modules())
+        folds = source.folds() if source.folds else None
+        vectors = _folded_vectors(source, folds, tensors) if folds else {}
+        for tensor, vector in vectors.items():
+            kinds[tensor] = "F32", tuple(vector.shape), vector.nbytes
 
         def block(tensor: str, reader: Any) -> files.Block:
             advance(1)
+            if tensor in vectors:
+                return files.Block("F32", tuple(vectors[tensor].shape), vectors[tensor].numpy())
             module = where[tensor]
             theirs = files.weight_of(tensors[tensor], None)
             ours = files.original_weight(plain.get(module))
@@ -95,6 +102,9 @@ class Gguf(Exporter):
             if ours is None:  # a packed folder: the weights it was made from are gone
                 order = files.usual_order(reader, tensor, rows)
                 return files.blocks_of(source.packed(module), order)
+
+            if folds:
+                ours = folds.unfolded(module, ours)
 
             def distance(order: torch.Tensor | None) -> float:
                 return files.relative_distance(theirs, ours if order is None else ours[order])
@@ -166,6 +176,38 @@ class Gguf(Exporter):
         if importlib.util.find_spec("llama_cpp"):
             return _llama_cpp(path)
         return _xllamacpp(path)
+
+
+def _folded_vectors(
+    source: Source, folds: FoldedScales, tensors: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The weights of norms and the biases that scales were folded into, by tensor of the file.
+
+    llama.cpp keeps the factors themselves of norms that add 1 to their weight.
+
+    Raises:
+        ValueError: If the file has no tensor for a norm.
+    """
+    from ..layouts import gguf as files
+
+    names = files.tensor_names(
+        *files.architecture_of(source.model), [fold.source for fold in folds.folds]
+    )
+    found = {}
+    for fold in folds.folds:
+        module: Any = source.model.module.get_submodule(fold.source)
+        name = names.get(fold.source, "")
+        if fold.offset is not None:
+            if name not in tensors:
+                raise ValueError(
+                    f"The file has no tensor for {fold.source!r}, which scales were folded into. "
+                    "Search again without --fold."
+                )
+            found[name] = (module.weight.detach() + fold.offset).float().contiguous()
+        bias = name.removesuffix("weight") + "bias"
+        if getattr(module, "bias", None) is not None and bias in tensors:
+            found[bias] = module.bias.detach().float().contiguous()
+    return found
 
 
 def _check_named(modules: list[str], names: dict[str, str], source: Source) -> None:

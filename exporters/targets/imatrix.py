@@ -58,6 +58,12 @@ class Imatrix(Exporter):
         with source.reporter.bar("Reading inputs", samples.count) as advance:
             task = Task(model, units, (), Renderer(model.module, units), samples, 0, advance)
             moments, positions, _ = input_moments(task, lambda x: x.square().sum(0), "imatrix")
+        if source.folds:  # of the inputs as they were before, which llama-quantize has
+            folds = source.folds()
+            moments = {
+                key: moment * folds.column_scale(key[0], len(moment)).to(moment).square()
+                for key, moment in moments.items()
+            }
         writer = gguf.GGUFWriter(out, "imatrix")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [samples.source])

@@ -26,7 +26,7 @@ from bitplan.search.frontier import Frontier
 from bitplan.search.hull import lower_hull
 from bitplan.search.plan import BudgetRef, KVCache, Plan, Refinement, SequentialRounding, Tuning
 from bitplan.search.problem import Problem
-from bitplan.sensitivity.provenance import Provenance
+from bitplan.sensitivity.provenance import FoldRef, Provenance
 from bitplan.tests.fakes import fake_run, fake_table, flat_units, transformer_units
 
 
@@ -276,6 +276,15 @@ def test_a_plan_that_was_rounded_again_says_so(run: RunData) -> None:
     assert fact(plan, "KL predicted").endswith("as rounded first")
     assert "as first rounded" in price_note(plan)
     assert "rounded again" not in dict(facts(run.plan, comparison(run.plan)))
+
+
+def test_a_folded_plan_says_so(run: RunData) -> None:
+    fold = FoldRef(method="awq", count=120, sha256="ab", model_sha256="cd")
+    plan = run.plan.model_copy(update={"fold": fold})
+    assert fact(plan, "folded") == "scales (awq) into 120 norms and layers, before all prices"
+    one = run.plan.model_copy(update={"fold": fold.model_copy(update={"count": 1})})
+    assert fact(one, "folded").startswith("scales (awq) into 1 norm or layer,")
+    assert "folded" not in dict(facts(run.plan, comparison(run.plan)))
 
 
 def test_a_tuned_plan_says_so(run: RunData) -> None:
