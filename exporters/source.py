@@ -17,6 +17,7 @@ from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
+from ..models.rest import carried, from_stored_form
 from ..models.units import UnitInfo, matrix_name
 from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
@@ -35,7 +36,7 @@ class Source:
         units: The planned matrices, one unit each, with the aliases that share their weights.
         everything: Those and the matrices that the plan leaves as they are.
         others: Makes pairs of name and tensor of everything the plan leaves as it was, in the
-            checkpoint's own dtype; shared tensors once.
+            checkpoint's own dtype, those that the model does not have included; shared tensors once.
         tied: Other names of those tensors -> the name in ``others``.
         packed: Makes the packed weight of a matrix: the codes and scales the plan was priced with.
             Made anew at every call, so a caller that lets go of each holds one at a time.
@@ -154,6 +155,8 @@ def _from_plan(
     def others() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
+        if model.origin is not None:
+            yield from model.origin.others()
 
     def packed(name: str) -> PackedTensor:
         return renderer.store.packed(name, formats[name])
@@ -167,7 +170,8 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
     plan = Plan.load(RunFolder(folder).plan)
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
-    packed, others, header = read_checkpoint(folder)
+    packed, stored, header = read_checkpoint(folder)
+    others = from_stored_form(header, stored) | carried(header, stored)
     names: dict[str, list[str]] = {matrix_name(name): [] for name in packed}
     for alias, owner in header["aliases"].items():
         names[owner].append(alias)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..models.measure import Run
 from ..models.samples import Samples, evaluation_samples
 from ..models.workload import Batch
+from .configs.own_names import read_stored
 from .export import Exported
 from .source import Source
 from .targets import EXPORTERS, Exporter, find
@@ -99,7 +100,7 @@ def weight_error(exporter: Exporter, source: Source, path: Path) -> float:
     worst = 0.0
     wanted = source.formats
     with source.reporter.bar("Comparing weights", len(wanted)) as advance:
-        for stored in exporter.read(path, source.model):
+        for stored in read_stored(exporter, path, source.model):
             if stored.name not in wanted:
                 continue
             ours = source.packed(stored.name).dequantize()

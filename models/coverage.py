@@ -35,6 +35,7 @@ class Coverage:
         left_out: Those in no unit.
         selected: Whether the user chose the units with ``--include`` or ``--exclude``.
         unreached: Experts that no calibration token reached, whose price is their type's.
+        carried: Tensors of the checkpoint that the architecture does not have; not counted above.
     """
 
     planned: int
@@ -42,6 +43,7 @@ class Coverage:
     left_out: tuple[Left, ...] = ()
     selected: bool = False
     unreached: tuple[str, ...] = ()
+    carried: tuple[Left, ...] = ()
 
     @property
     def share(self) -> float:
@@ -53,6 +55,7 @@ class Coverage:
         return asdict(self) | {
             "left_out": [asdict(left) for left in self.left_out],
             "unreached": list(self.unreached),
+            "carried": [asdict(left) for left in self.carried],
         }
 
     @classmethod
@@ -64,6 +67,7 @@ class Coverage:
             tuple(Left(**left) for left in data.get("left_out", ())),
             bool(data.get("selected", False)),
             tuple(data.get("unreached", ())),
+            tuple(Left(**left) for left in data.get("carried", ())),
         )
 
     def require(self, budget: str) -> None:

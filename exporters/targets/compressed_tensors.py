@@ -21,6 +21,7 @@ from ..configs.folder import (
     write_folder,
 )
 from ..configs.gptq import most_used
+from ..configs.own_names import OwnNames
 from ..layouts.packing import from_compressed_tensors, to_compressed_tensors
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
@@ -94,11 +95,10 @@ def _words(count: int, bits: int) -> int:
 
 def _config(source: Source) -> dict[str, Any]:
     most_used(source)  # refuses a plan that quantizes nothing
-    targets: dict[Format, list[str]] = {}
+    own, targets = OwnNames(source.model), dict[Format, list[str]]()
     for name, fmt in source.formats.items():
         if fmt.integer:
-            targets.setdefault(fmt, []).append(name)
-    quantized = {name for names in targets.values() for name in names}
+            targets.setdefault(fmt, []).extend(own.spellings(name))
     groups = {
         f"group_{i}": {
             "targets": targets[fmt],
@@ -109,11 +109,13 @@ def _config(source: Source) -> dict[str, Any]:
         }
         for i, fmt in enumerate(targets)
     }
+    formats = source.formats
+    left = [n for n in linear_names(source) if n not in formats or not formats[n].integer]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": [name for name in linear_names(source) if name not in quantized],
+        "ignore": [spelling for name in left for spelling in own.spellings(name)],
         "kv_cache_scheme": None,
         "config_groups": groups,
     }

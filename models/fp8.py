@@ -1,0 +1,91 @@
+"""Checkpoints of 8-bit floats with scales by blocks, decoded to bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METHOD = "fp8"  # the `quant_method` of these checkpoints
+SCALE = "_scale_inv"  # what a scale's name adds to its weight's
+BLOCK = 128
+# Scales of activations, which only matter where activations are rounded to 8 bits, too.
+ACTIVATIONS = (".activation_scale", ".input_scale")
+
+
+def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale; 0 is all of them.
+
+    Args:
+        config: The quantization_config.
+
+    >>> block_of({"quant_method": "fp8", "weight_block_size": [128, 64]})
+    (128, 64)
+    """
+    size = config.get("weight_block_size")
+    return (int(size[0]), int(size[1])) if size else (0, 0)
+
+
+def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """``weight * scale`` with a scale for each block, rounded to bfloat16.
+
+    Args:
+        weight: 8-bit floats [..., rows, cols].
+        scale: Scales [..., ceil(rows / block), ceil(cols / block)], or one for all.
+        block: Rows and columns that share a scale; 0 is all.
+
+    Raises:
+        ValueError: If there are not as many scales as blocks.
+
+    >>> weight = torch.ones(3, 2).to(torch.float8_e4m3fn)
+    >>> decode_fp8(weight, torch.tensor([[2.0], [4.0]]), (2, 2)).tolist()
+    [[2.0, 2.0], [2.0, 2.0], [4.0, 4.0]]
+    """
+    factor = scale.float()
+    if factor.numel() > 1:
+        for dim in (-2, -1):
+            size, count = weight.shape[dim], factor.shape[dim] if factor.dim() >= 2 else 0
+            each = block[dim] or size
+            if count != -(-size // each):
+                raise ValueError(
+                    f"it has {list(scale.shape)} scales for blocks of {list(block)} in a matrix "
+                    f"{list(weight.shape)}"
+                )
+            factor = factor.repeat_interleave(each, dim).narrow(dim, 0, size)
+    return (weight.float() * factor).bfloat16()
+
+
+def decoded_state(files: Mapping[str, Path], block: tuple[int, int]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, the 8-bit floats decoded.
+
+    Args:
+        files: Tensor -> the file that holds it.
+        block: See :func:`decode_fp8`.
+
+    Raises:
+        ValueError: If a tensor has no fitting scales; it is named.
+    """
+    from .origin import read_tensor
+
+    found = {}
+    for name in weights_of(files):
+        tensor = read_tensor(files[name], name)
+        if f"{name}{SCALE}" in files:
+            try:
+                tensor = decode_fp8(
+                    tensor, read_tensor(files[f"{name}{SCALE}"], name + SCALE), block
+                )
+            except ValueError as error:
+                raise ValueError(f"{name!r} of 8-bit floats cannot be decoded: {error}") from error
+        elif tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise ValueError(f"{name!r} is of 8-bit floats, but the file has no {name + SCALE!r}")
+        found[name] = tensor
+    return found
+
+
+def weights_of(names: Iterable[str]) -> list[str]:
+    """Tensors of a checkpoint that are no scales."""
+    return [name for name in names if not name.endswith((SCALE, *ACTIVATIONS))]
