@@ -36,7 +36,7 @@ class Source:
         units: The planned matrices, one unit each, with the aliases that share their weights.
         everything: Those and the matrices that the plan leaves as they are.
         others: Makes pairs of name and tensor of everything the plan leaves as it was, in the
-            checkpoint's own dtype, those that the model does not have included; shared tensors once.
+            checkpoint's own dtype, and of what it has and the model does not; shared ones once.
         tied: Other names of those tensors -> the name in ``others``.
         packed: Makes the packed weight of a matrix: the codes and scales the plan was priced with.
             Made anew at every call, so a caller that lets go of each holds one at a time.

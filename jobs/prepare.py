@@ -13,10 +13,11 @@ import numpy as np
 
 from .._base.progress import Reporter
 from ..models.find import find_units
+from ..models.gguf_names import check_gguf_names
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
 from ..models.mixture import parse_shares
-from ..models.names import BUILTIN, PROSE
+from ..models.names import BUILTIN, DEFAULT_MODEL, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
@@ -180,6 +181,19 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
                 Budget.parse(budget)
         if search.storage is not None:
             shown(search.storage)  # raises if it is no URL
+
+
+def check_runtime(work: Work, runtime: str | None) -> None:
+    """Find out before the slow profile whether a runtime has this architecture.
+
+    Raises:
+        ValueError: If it has not, or no place for a planned matrix.
+    """
+    if runtime != "llama.cpp" or work.model.id == DEFAULT_MODEL or work.model.id.endswith(".gguf"):
+        return
+    parts = (part for unit in work.units for part in unit.parts)
+    config = getattr(work.model.module, "config", None)
+    check_gguf_names(config, {part.module: part.shape for part in parts}, work.model.id)
 
 
 def goal_of(search: SearchSettings, model: LoadedModel) -> Goal:

@@ -16,6 +16,7 @@ from .._base.hints import closest, did_you_mean, propose
 from .families import check_family, family_of, loader_of, quiet
 from .fp8 import METHOD as FP8
 from .fp8 import block_of, decoded_state
+from .gguf_parts import gguf_parts, joined
 from .identity import function_reference
 from .names import DEFAULT_MODEL
 from .origin import origin_of, tensor_files
@@ -72,7 +73,7 @@ def load_structure(name: str) -> LoadedModel:
     gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
     try:
         if gguf.suffix == ".gguf":
-            with redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()), joined():
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
@@ -100,7 +101,7 @@ def load_tokenizer(name: str) -> Any:
         check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
-            with redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()), joined():
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
     except (OSError, ValueError, ImportError):  # ImportError: it needs a package that is not here
@@ -192,22 +193,24 @@ def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF').")
+    gguf_parts(path)  # raises where one is missing
 
 
 def _from_gguf(name: str, path: Path) -> LoadedModel:
     from transformers import AutoConfig
 
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's own bar obeys no setting
+        with redirect_stderr(io.StringIO()), joined():  # the GGUF reader's own bar obeys no setting
             options = {"gguf_file": path.name}
             config = AutoConfig.from_pretrained(str(path.parent), **options)
             module, tokenizer = _pretrained(str(path.parent), config, None, **options)
     except Exception as error:
         raise ValueError(
-            f"{path} could not be read ({type(error).__name__}: {error}). It is truncated or of an "
+            f"{path} could not be read ({_shortly(error)}). It is truncated or of an "
             "architecture transformers cannot read; check its size and download it again."
         ) from error
-    workload, size = Workload(module, tokenizer=tokenizer), path.stat().st_size
+    workload = Workload(module, tokenizer=tokenizer)
+    size = sum(part.stat().st_size for part in gguf_parts(path))
     return LoadedModel(name, module, "float32", workload, file_bytes=size)
 
 

@@ -176,6 +176,14 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor as the file's header writes it: ``BF16``."""
+        with self._open(self._file(name)) as opened:
+            return str(opened.get_slice(name).get_dtype())
+
     def modules_with(self, part: str) -> Iterator[str]:
         """Names of modules that have a tensor called ``part``, in the order of the files."""
         for name in self._file_of:

@@ -37,11 +37,12 @@ class Gguf(Exporter):
 
     def config(self, source: Source) -> str:
         """One anchored pattern per matrix for ``--tensor-type-file``; the first match counts."""
-        from ..layouts.gguf import TYPE_OF_FORMAT, architecture_of, tensor_names
+        from ...models.gguf_names import gguf_tensors
+        from ..layouts.gguf import TYPE_OF_FORMAT, architecture_of
 
         formats = source.formats
         modules = [unit.name for unit in source.everything]
-        names = tensor_names(*architecture_of(source.model), modules)
+        names = gguf_tensors(*architecture_of(source.model), modules)
         _check_named(modules, names, source)
         lines = []
         for module, tensor in names.items():
