@@ -64,6 +64,7 @@ def export(
         typer.Option(help="Interpreter of another environment that has the foreign tool."),
     ] = None,
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Write a plan's weights, or the plan itself, in the form of another tool.
 

@@ -21,7 +21,9 @@ from ..models.names import BUILTIN, DEFAULT_MODEL, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
+from ..models.text_files import split_field
 from ..models.texts import check_text
+from ..models.trust import trust
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
@@ -169,6 +171,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     METRICS.get(settings.metric)
     METHODS.get(settings.rounding)
     resolve_formats(settings.formats, "float32")
+    trust(settings.trust_remote_code)
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
     if search is not None:
@@ -282,7 +285,7 @@ def _check_held_out(text: str, option: str, settings: ProfileSettings) -> None:
 
 
 def _is_same_text(first: str, second: str) -> bool:
-    files = [Path(name) for name in (first, second)]
+    files = [split_field(name)[0] for name in (first, second)]
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
 
 

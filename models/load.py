@@ -21,7 +21,7 @@ from .identity import function_reference
 from .names import DEFAULT_MODEL
 from .origin import origin_of, tensor_files
 from .stored_form import check_plain, quantization_of
-from .trust import check_code, is_trusted
+from .trust import check_code, is_trusted, untrusted
 from .workload import LoadedModel, Workload, parameter_dtype, tie
 
 _LONG = 400  # characters of another library's message
@@ -225,6 +225,8 @@ def _from_hugging_face(name: str) -> LoadedModel:
         module, tokenizer = _pretrained(name, config, folder)
         origin = origin_of(folder, module)
     except Exception as error:
+        if "trust_remote_code" in str(error):  # an option of transformers, not of bitplan
+            raise ValueError(untrusted(name)) from error
         advice = (
             "The folder needs config.json, complete safetensors files and a tokenizer."
             if Path(name).is_dir()

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
+from torch import nn
+
 OPTION = "--trust-remote-code"
-_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
+_state = {"trusted": False}  # of the process, since models are loaded in threads, too
 
 
 @contextmanager
@@ -23,22 +24,22 @@ def trusting(wanted: bool = True) -> Iterator[None]:
     >>> is_trusted()
     False
     """
-    token = _trusted.set(wanted)
+    before = _state["trusted"]
+    _state["trusted"] = wanted
     try:
         yield
     finally:
-        _trusted.reset(token)
+        _state["trusted"] = before
 
 
 def trust(wanted: bool) -> None:
     """The same from here on: what the option of a command does."""
-    if wanted:
-        _trusted.set(True)
+    _state["trusted"] = _state["trusted"] or wanted
 
 
 def is_trusted() -> bool:
     """Whether a checkpoint's own code may run; it is never asked for at the terminal."""
-    return _trusted.get()
+    return _state["trusted"]
 
 
 def own_code(folder: Path) -> tuple[str, ...]:
@@ -61,25 +62,39 @@ def own_code(folder: Path) -> tuple[str, ...]:
 
 
 def check_code(folder: Path) -> None:
-    """Refuse a folder with modelling code of its own that nobody trusted.
+    """Refuse a folder that takes modelling code of its own, which nobody trusted.
 
     Raises:
         ValueError: Names the files and the option.
     """
     files = own_code(folder)
-    if files and not is_trusted():
-        raise ValueError(
-            f"{folder} has modelling code of its own ({', '.join(files)}), which runs with your "
-            f"rights. Read it, then allow it with {OPTION} (in Python: bitplan.trusting())."
-        )
+    if files and not is_trusted() and not _is_known(folder):
+        raise ValueError(untrusted(str(folder), files))
 
 
-def code_sha256(folder: Path) -> str | None:
-    """SHA-256 of the Python files of a folder with modelling code of its own; None without any."""
-    if not own_code(folder):
+def untrusted(name: str, files: tuple[str, ...] = ()) -> str:
+    """What to do about a model with code of its own."""
+    named = f" ({', '.join(files)})" if files else ""
+    return (
+        f"{name} has modelling code of its own{named}, which runs with your rights. Read it, then "
+        f"allow it with {OPTION} (in Python: with bitplan.trusting())."
+    )
+
+
+def code_sha256(folder: Path, module: nn.Module) -> str | None:
+    """SHA-256 of the Python files in a folder whose own code a model runs; None for any other."""
+    if not type(module).__module__.startswith("transformers_modules"):
         return None
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         digest.update(f"{file.name}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _is_known(folder: Path) -> bool:
+    """Whether transformers has a class of its own for the model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
