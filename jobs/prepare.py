@@ -38,6 +38,7 @@ from ..sensitivity.evidence import calibrated
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
+from ..sensitivity.uses import idle_units, refuse_unreached
 from .folder import RunFolder
 from .settings import NO_TEXT, ProfileSettings, SearchSettings
 
@@ -93,6 +94,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     )
     samples, seen = _sequences(model, settings, reporter)
     _note_unused(model, settings)
+    units, idle = _used(model, units, samples, reporter)
     inside = sum(unit.weights for unit in units)
     everything = sum(p.numel() for p in model.module.parameters())
     reporter.say(
@@ -111,6 +113,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         settings.seed,
         selected,
         seen,
+        idle,
     )
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
@@ -129,6 +132,27 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         reporter=reporter,
     )
     return Work(model, units, formats, samples, origin, renderer, seen)
+
+
+def _used(
+    model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, reporter: Reporter
+) -> tuple[tuple[UnitInfo, ...], tuple[str, ...]]:
+    """The units that the output depends on, and the weights of the others, which stay as they are.
+
+    Raises:
+        ValueError: If there is no such unit.
+    """
+    idle = idle_units(model, units, samples.batches)
+    if len(idle) == len(units):
+        refuse_unreached([unit.modules[0] for unit in idle])
+    if idle:
+        weights = sum(unit.weights for unit in idle)
+        reporter.say(
+            f"{len(idle):,} units with {weights:,} weights have no part in the output on the "
+            f"calibration data and stay as they are, the first {idle[0].name}"
+        )
+    kept = tuple(unit for unit in units if unit not in idle)
+    return kept, tuple(part.module for unit in idle for part in unit.parts)
 
 
 def _sequences(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ENOUGH = 0.9  # below this share, bits per weight of the units say little about the model
+IDLE = "no part in the output on the calibration data"  # why a weight is in no unit
 _NAMED = 3
 
 
@@ -50,6 +51,13 @@ class Coverage:
         """Weights in units over weights of the model: 1 if nothing is left out."""
         return self.planned / self.weights if self.weights else 1.0
 
+    @property
+    def share_of_used(self) -> float:
+        """Weights in units over those that the output depends on."""
+        idle = sum(left.weights for left in self.left_out if left.reason == IDLE)
+        used = self.weights - idle
+        return self.planned / used if used else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a profile's provenance and a plan."""
         return asdict(self) | {
@@ -79,7 +87,7 @@ class Coverage:
         Raises:
             ValueError: If units cover less than 90 % of the weights and nobody asked for that.
         """
-        if self.share >= ENOUGH or self.selected:
+        if self.share_of_used >= ENOUGH or self.selected:
             return
         largest = sorted(self.left_out, key=lambda left: -left.weights)[:_NAMED]
         named = ", ".join(f"{x.name} ({x.weights:,} weights, {x.reason})" for x in largest)

@@ -117,7 +117,7 @@ def check_coverage(table: SensitivityTable, budget: Budget | None, stacklevel: i
             ENOUGH of the weights.
     """
     found = coverage_of(table)
-    if found is None or found.selected or found.share >= ENOUGH:
+    if found is None or found.selected or found.share_of_used >= ENOUGH:
         return
     if budget is not None and budget.kind in ("bpw", "ratio"):
         found.require(budget.text)

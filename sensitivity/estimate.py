@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -221,10 +221,12 @@ def provenance(
     seed: int,
     selected: bool = False,
     seen: Samples | None = None,
+    idle: Collection[str] = (),
 ) -> Provenance:
     """What produced a table; equal provenance of two runs means equal tables.
 
-    ``seen`` are the sequences that weights are rounded by, if the method needs any.
+    ``seen`` are the sequences that weights are rounded by, if the method needs any, and ``idle``
+    the weights that are in no unit since the output does not depend on them.
     """
     apart = {"rounding_sequences": seen.count, "rounding_sha256": seen.sha256} if seen else {}
     return Provenance(
@@ -238,7 +240,7 @@ def provenance(
         outside_bytes=_outside_bytes(model, units, formats),
         file_bytes=model.file_bytes,
         coverage=replace(
-            coverage(model.module, units, selected), carried=_carried(model.origin)
+            coverage(model.module, units, selected, idle), carried=_carried(model.origin)
         ).to_json(),
         layer_types=_layer_types(model.module, units),
         evidence=_evidence(rounding, seen),
