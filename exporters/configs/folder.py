@@ -66,8 +66,8 @@ def write_folder(
 
     save_tensors(tensors(), out)
     config = read_config(out)
-    types = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
-    config |= dict.fromkeys(types, source.model.source_dtype)
+    if source.model.origin is None or not config.keys() & {"torch_dtype", "dtype"}:
+        config["dtype"] = source.model.source_dtype
     write_config(config | dict(entries), out)
     check_inventory(source, tensor_files(out))
     if source.model.origin and (missing := missing_files(source.model.origin.folder, out)):
