@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .._base.progress import Reporter
+from ..models.cache_layers import cache_layers
 from ..models.find import find_units
 from ..models.gguf_names import check_gguf_names
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
@@ -249,10 +250,26 @@ def goal_of(search: SearchSettings, model: LoadedModel) -> Goal:
 def _unpriced_cache(model: LoadedModel) -> KVTable:
     """What the KV cache of every layer takes; prices come later.
 
+    Caches of another kind than keys and values of every token have no narrower form here: where a
+    model has such, all of its cache counts as it is, at 16 bits.
+
     Raises:
-        ValueError: If the model has none that can be planned.
+        ValueError: If the model has none that can be seen.
     """
-    size = kv_bytes_per_token(getattr(model.module, "config", None), KV_BITS)
+    try:
+        size = kv_bytes_per_token(getattr(model.module, "config", None), KV_BITS)
+    except ValueError:
+        found = cache_layers(model)
+        zero = np.zeros((len(found), 1))
+        return KVTable(
+            tuple(layer.name for layer in found),
+            (16,),
+            np.array([[layer.per_token] for layer in found], dtype=np.int64),
+            zero,
+            zero,
+            windows=tuple(layer.window or 0 for layer in found),
+            constants=tuple(layer.constant for layer in found),
+        )
     zero = np.zeros(size.shape)
     layers = tuple(f"layer {i}" for i in range(len(size)))
     return KVTable(layers, KV_BITS, size, zero, zero)

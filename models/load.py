@@ -73,6 +73,7 @@ def load_structure(name: str) -> LoadedModel:
     gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
     try:
         if gguf.suffix == ".gguf":
+            gguf = gguf_parts(gguf)[0]
             with redirect_stderr(io.StringIO()), joined():
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
@@ -101,6 +102,7 @@ def load_tokenizer(name: str) -> Any:
         check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
+            gguf = gguf_parts(gguf)[0]
             with redirect_stderr(io.StringIO()), joined():
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
@@ -196,8 +198,10 @@ def _check_gguf(path: Path) -> None:
     gguf_parts(path)  # raises where one is missing
 
 
-def _from_gguf(name: str, path: Path) -> LoadedModel:
+def _from_gguf(name: str, given: Path) -> LoadedModel:
     from transformers import AutoConfig
+
+    path = gguf_parts(given)[0]  # the one with the fields
 
     try:
         with redirect_stderr(io.StringIO()), joined():  # the GGUF reader's own bar obeys no setting

@@ -60,7 +60,8 @@ def split_field(source: str) -> tuple[Path, str | None]:
     (PosixPath('no such.jsonl#body'), None)
     """
     path, mark, field = source.rpartition("#")
-    if mark and not Path(source).is_file() and Path(path).is_file():
+    named = mark and not set(field) & set(",:")  # what parts texts and weights in a mixture
+    if named and not Path(source).is_file() and Path(path).is_file():
         return Path(path), field
     return Path(source), None
 

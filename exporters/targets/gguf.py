@@ -43,11 +43,13 @@ class Gguf(Exporter):
         formats = source.formats
         modules = [unit.name for unit in source.everything]
         names = gguf_tensors(*architecture_of(source.model), modules)
-        _check_named(modules, names, source)
+        _check_named([module for module in modules if module in formats], names, source)
         lines = []
         for module, tensor in names.items():
             kind = TYPE_OF_FORMAT[formats[module].name] if module in formats else "F16"
             lines.append(f"^{re.escape(tensor)}$={kind.lower()}")
+        if len(names) < len(modules):  # matrices that are not alone in their tensor
+            lines.append(".*=f16")
         return "\n".join(lines) + "\n"
 
     def usage(self, path: Path, source: Source) -> str:

@@ -122,7 +122,11 @@ def test_exports_have_the_names_and_fields_of_the_checkpoint(
         tiny.save(folder, kind, **sizes)
         tiny.change(folder, drop_prefix)
     else:
-        experts = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}
+        experts = (
+            {"num_local_experts": 4}
+            if kind == "Mixtral"
+            else {"num_experts": 4, "num_experts_per_tok": 2}
+        )
         tiny.save(folder, kind, moe_intermediate_size=32, head_dim=16, **experts)
     before, fields = tiny.tensors(folder), tiny.read(folder)
     model = load_model(str(folder), "cpu")

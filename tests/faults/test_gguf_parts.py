@@ -135,7 +135,11 @@ def prepared(folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["Cohere", "Qwen3Moe"])
 def test_renamed_architectures_can_be_planned_for_llama_cpp(kind: str, tmp_path: Path) -> None:
-    sizes = {"num_experts": 4, "moe_intermediate_size": 32} if kind == "Qwen3Moe" else {}
+    sizes = (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        if kind == "Qwen3Moe"
+        else {}
+    )
     work = prepared(tiny.save(tmp_path / "m", kind, **sizes), include=("*self_attn*",))
     check_runtime(work, "llama.cpp")
     names = [unit.name for unit in work.units]
