@@ -37,6 +37,7 @@ from ..search.plan import Plan
 from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
 from .renderings import plan_renderer
+from .trial import check_runs
 from .tuned import tuned_renderer
 
 _HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
@@ -138,6 +139,8 @@ def quantize(
         write_checkpoint(folder, packed, rest.tensors, header, plan.row_ranges)
         plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
+        if function_reference(plan.model.id) or (folder / "config.json").is_file():
+            check_runs(lambda: load_packed(folder, tokenizer=False), model)
     return out
 
 
