@@ -60,11 +60,14 @@ class Coverage:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a profile's provenance and a plan."""
-        return asdict(self) | {
+        plain = asdict(self) | {
             "left_out": [asdict(left) for left in self.left_out],
             "unreached": list(self.unreached),
             "carried": [asdict(left) for left in self.carried],
         }
+        if not self.carried:
+            del plain["carried"]
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Coverage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,19 @@ def decoded_state(files: Mapping[str, Path], block: tuple[int, int]) -> dict[str
     return found
 
 
-def weights_of(names: Iterable[str]) -> list[str]:
+def scales_of(names: Collection[str]) -> set[str]:
+    """Scales among the tensors of a checkpoint of 8-bit floats; none in any other.
+
+    >>> sorted(scales_of({"a.weight", "a.weight_scale_inv", "a.input_scale", "b.scale_inv"}))
+    ['a.input_scale', 'a.weight_scale_inv']
+    """
+    scales = {f"{name}{SCALE}" for name in names}.intersection(names)
+    modules = {scale.rpartition(".")[0] for scale in scales}
+    inputs = {module + ending for module in modules for ending in ACTIVATIONS}
+    return scales | inputs.intersection(names)
+
+
+def weights_of(names: Collection[str]) -> list[str]:
     """Tensors of a checkpoint that are no scales."""
-    return [name for name in names if not name.endswith((SCALE, *ACTIVATIONS))]
+    scales = scales_of(names)
+    return [name for name in names if name not in scales]

@@ -7,6 +7,8 @@ had, and the tensors that the architecture in memory does not know.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .coverage import Left
+from .fp8 import SCALE, scales_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,10 @@ def origin_of(folder: Path, module: nn.Module) -> Origin:
     fp8 = {}
     for key in module.state_dict():
         (own, *more) = names.get(key, (key,)) or ("", "")
-        scale = f"{own}_scale_inv"
-        if scale in files:
-            known.add(scale)
-            if not more:
-                fp8[key] = (own, scale)
-    known |= {f"{name}_scale_inv" for name in known if f"{name}_scale_inv" in files}
-    unknown = [name for name in files if name not in known]
+        if not more and f"{own}{SCALE}" in files:
+            fp8[key] = (own, f"{own}{SCALE}")
+    scales = scales_of(files)
+    unknown = [name for name in files if name not in known and name not in scales]
     carried = tuple(Carried(name, *_size(files[name], name)) for name in unknown)
     return Origin(folder, files, names, carried, fp8)
 
@@ -116,8 +116,9 @@ def own_names(
     whole = set(reverted(module, meta))
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     names: dict[str, tuple[str, ...]] = {}
+    same = whole == meta.keys()  # nothing is renamed but for a prefix
     for key, tensor in meta.items():
-        own = _reverted_names(module, key, tensor, whole)
+        own = (key,) if same else _reverted_names(module, key, tensor, whole)
         if own and not all(name in stored for name in own):
             near = (key, key.removeprefix(prefix), prefix + key)
             own = next(((name,) for name in near if name in stored), own)
@@ -184,5 +185,12 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _size(file: Path, name: str) -> tuple[tuple[int, ...], int]:
-    tensor = read_tensor(file, name)
-    return tuple(tensor.shape), tensor.nbytes
+    """Shape and bytes of a tensor, from the header where there is one."""
+    if file.suffix != ".safetensors":
+        tensor = read_tensor(file, name)
+        return tuple(tensor.shape), tensor.nbytes
+    with safe_open(file, framework="pt") as opened:
+        found = opened.get_slice(name)
+        shape, kind = tuple(found.get_shape()), str(found.get_dtype())
+    digits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL has none
+    return shape, math.prod(shape) * int(digits[0] if digits else 8) // 8

@@ -30,8 +30,11 @@ def side_files(folder: Path) -> Iterator[Path]:
     Yields:
         Paths relative to it, config.json not among them.
     """
+    others = {sub.name for sub in folder.iterdir() if sub.is_dir() and _is_work(sub)}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder)
+        if path.parts[0] in others:
+            continue
         name = path.name
         hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
         if hidden or not file.is_file() or file.suffix in _WEIGHTS or ".index.json" in name:
@@ -72,6 +75,14 @@ def missing_files(folder: Path, out: Path) -> list[str]:
     before, after = own_config(folder) or {}, own_config(out) or {}
     missing += [f"{CONFIG}: {key}" for key in before if key not in after]
     return missing
+
+
+def _is_work(folder: Path) -> bool:
+    """Whether a folder inside holds weights or a run: another model, not a part of this one."""
+    return any(
+        file.suffix in _WEIGHTS or file.name in ("job.json", "plan.json")
+        for file in folder.rglob("*")
+    )
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

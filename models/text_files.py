@@ -225,8 +225,8 @@ def _joined(path: Path, records: Sequence[Record], field: str | None, tokenizer:
         raise ValueError(f"{path} has no records. Give a file with text.")
     fields = _fields(path, records, field)
     if len(fields) > 1:
-        chats = (_pair(record, fields) for record in records)
-        return messages_as_text(filter(None, chats), tokenizer)
+        pairs = (_pair(record, fields) for record in records)
+        return messages_as_text([pair for pair in pairs if pair is not None], tokenizer)
     values = [value for record in records if (value := record.get(fields[0])) not in (None, "", [])]
     if all(isinstance(value, str) for value in values):
         return "\n\n".join(values)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...models.fp8 import scales_of
 from ...models.origin import reverted
 from ...models.units import matrix_name
 from ...models.workload import LoadedModel
@@ -105,7 +106,7 @@ def check_inventory(source: Source, written: Mapping[str, object]) -> None:
     shared |= {
         f"{spelling}.weight" for alias in source.aliases for spelling in names.spellings(alias)
     }
-    scales = {scale for _, scale in origin.fp8.values()}
+    scales = scales_of(origin.files)
     for name in origin.files:
         parent = name.rpartition(".")[0] + "."
         if name not in written and parent not in prefixes and name not in shared | scales:

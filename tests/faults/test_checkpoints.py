@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
 
 from bitplan.exporters.export import export
 from bitplan.exporters.importing import import_plan
@@ -25,6 +21,7 @@ from bitplan.quantizers.format import Format
 from bitplan.search.coverage import coverage_of, describe_coverage
 from bitplan.sensitivity.estimate import profile
 from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
 
 Edit = Callable[[dict[str, Tensor]], None]
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
 
 from bitplan._base.progress import Reporter
 from bitplan.exporters.export import export
@@ -24,6 +20,7 @@ from bitplan.models.identity import state_sha256
 from bitplan.models.load import check_model, load_model, load_structure
 from bitplan.models.workload import LoadedModel
 from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
 
 
 def split(whole: Path, stem: Path, tensors: int) -> list[Path]:

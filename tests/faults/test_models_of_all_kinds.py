@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
 
 from bitplan._base.progress import Reporter
 from bitplan.exporters.export import export
@@ -25,6 +21,7 @@ from bitplan.models.samples import calibration_samples, evaluation_samples
 from bitplan.models.trust import trusting
 from bitplan.models.vocabulary import check_tokens
 from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
 
 TEXT = "A text of some words that is long enough to give a few sequences of it. " * 20
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
 
 from bitplan._base.tensors import bytes_of
 from bitplan.exporters.export import export
@@ -24,6 +20,7 @@ from bitplan.models.load import check_model, load_model
 from bitplan.models.workload import LoadedModel
 from bitplan.sensitivity.estimate import profile
 from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 

@@ -16,9 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
 from bitplan.exporters.export import export
 from bitplan.exporters.importing import import_plan
 from bitplan.exporters.verify import compare
@@ -32,6 +29,7 @@ from bitplan.models.load import load_model
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.search.kv import KVTable
 from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
 
 READERS = '''
 import torch, bitplan
