@@ -242,7 +242,8 @@ def _from_hugging_face(name: str) -> LoadedModel:
     if Path(name).is_dir():
         name = str(Path(name).resolve())
     workload = Workload(module, tokenizer=tokenizer)
-    stored = sum({file.stat().st_size for file in origin.files.values()}) if origin.fp8 else None
+    parts = set(origin.files.values())
+    stored = sum(part.stat().st_size for part in parts) if origin.fp8 else None
     return LoadedModel(name, module, _dtype_of(config), workload, revision, stored, origin)
 
 
