@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -80,24 +78,6 @@ def open_gguf(path: Path) -> GGUFReader:
             f"there should be {total:,}. Copy the parts again."
         )
     return reader
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Inside the block, transformers reads all parts of a GGUF file for any of them."""
-    import gguf
-
-    plain = gguf.GGUFReader
-
-    def reader(path: Any, *args: Any, **options: Any) -> Any:
-        return open_gguf(Path(path))
-
-    # transformers imports the name when it reads a file, and knows of no parts.
-    gguf.GGUFReader = reader  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = plain  # type: ignore[misc]
 
 
 def _open(path: Path) -> GGUFReader:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from .._base.hints import closest, did_you_mean, propose
 from .families import check_family, family_of, loader_of, quiet
 from .fp8 import METHOD as FP8
 from .fp8 import block_of, decoded_state
-from .gguf_parts import gguf_parts, joined
+from .gguf_files import read_once
+from .gguf_parts import gguf_parts
 from .identity import function_reference
 from .names import DEFAULT_MODEL
 from .origin import origin_of, tensor_files
@@ -74,7 +73,7 @@ def load_structure(name: str) -> LoadedModel:
     try:
         if gguf.suffix == ".gguf":
             gguf = gguf_parts(gguf)[0]
-            with redirect_stderr(io.StringIO()), joined():
+            with read_once():
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
@@ -103,7 +102,7 @@ def load_tokenizer(name: str) -> Any:
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
             gguf = gguf_parts(gguf)[0]
-            with redirect_stderr(io.StringIO()), joined():
+            with read_once():
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
     except (OSError, ValueError, ImportError):  # ImportError: it needs a package that is not here
@@ -204,7 +203,7 @@ def _from_gguf(name: str, given: Path) -> LoadedModel:
     path = gguf_parts(given)[0]  # the one with the fields
 
     try:
-        with redirect_stderr(io.StringIO()), joined():  # the GGUF reader's own bar obeys no setting
+        with read_once():
             options = {"gguf_file": path.name}
             config = AutoConfig.from_pretrained(str(path.parent), **options)
             module, tokenizer = _pretrained(str(path.parent), config, None, **options)

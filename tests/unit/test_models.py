@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,21 @@ def test_a_truncated_gguf(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03\x00\x00\x00\x05")
     with pytest.raises(ValueError, match=r"could not be read.*truncated"):
         load_model(str(path))
+
+
+def test_a_gguf_is_parsed_once(wide_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    model = load_model(str(wide_gguf), "cpu")
+    assert model.workload.tokenizer is not None
+    assert len(opened) == 1
+    assert gguf.GGUFReader is Counted  # as it was
 
 
 def test_truncated_safetensors(tiny_folder: Path, tmp_path: Path) -> None:
