@@ -18,7 +18,8 @@ def read_once() -> Iterator[None]:
 
     Config, tokenizer and weights each open the file anew, and parsing the tens of thousands of
     tokens in its header takes longer than reading the weights does; the table of tensor names is
-    made anew for every module.  Of a file in parts all are read.  The gguf package's own bar, which obeys no setting, is not shown.
+    made anew for every module.  Of a file in parts all are read.  The gguf package's own bar, which
+    obeys no setting, is not shown.
     """
     import gguf
 

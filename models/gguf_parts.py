@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_FIELDS = 64 << 20  # bytes that the fields of a file take at most
 SPLIT = "split."  # fields that only a part of a file has
 
 
@@ -31,7 +33,7 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     Raises:
         ValueError: If it is damaged, a part is missing, or its name does not say which it is.
     """
-    count = _split_count(_open(path))
+    count = _split_count(_open(path)) if _may_be_part(path) else 1
     if count <= 1:
         return (path,)
     match = _PART.fullmatch(path.name)
@@ -78,6 +80,14 @@ def open_gguf(path: Path) -> GGUFReader:
             f"there should be {total:,}. Copy the parts again."
         )
     return reader
+
+
+def _may_be_part(path: Path) -> bool:
+    """Whether the beginning of a file has the word; parsing all of its fields takes seconds."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True  # whoever opens it says what is wrong
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return content.find(b"split.count", 0, _FIELDS) >= 0
 
 
 def _open(path: Path) -> GGUFReader:
