@@ -94,7 +94,7 @@ def code_sha256(folder: Path, module: nn.Module) -> str | None:
 
 def _is_known(folder: Path) -> bool:
     """Whether transformers has a class of its own for the model."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return config.get("model_type") in CONFIG_MAPPING.keys()
