@@ -97,7 +97,7 @@ def _kept(model: LoadedModel, count: int) -> list[_Kept]:
             f"{model.id} cannot run with a KV cache ({type(error).__name__}: {error}). Use "
             "--budget in place of --vram."
         ) from error
-    caches = (getattr(output, name, None) for name in _ATTRIBUTES)
+    caches: list[Any] = [getattr(output, name, None) for name in _ATTRIBUTES]
     layers = next((cache.layers for cache in caches if hasattr(cache, "layers")), None)
     if layers is None:
         raise ValueError(

@@ -250,7 +250,7 @@ def _folder_of(name: str, config: Any) -> Path:
     """Where the files of a model are: its folder, or what was downloaded of it."""
     if Path(name).is_dir():
         return Path(name).resolve()
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(name, "config.json", revision=getattr(config, "_commit_hash", None))
     return Path(str(found)).parent

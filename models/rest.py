@@ -43,8 +43,9 @@ def to_stored_form(origin: Origin | None, others: Mapping[str, Tensor]) -> Rest:
     block = block_of(quantization_of(origin.folder) or {})
     for key in kept_as_fp8(origin, others):
         stored = dict(origin.read(origin.fp8[key]))
+        weight, scale = stored.values()
         # Only what decodes to the very weights; a model may have been changed since.
-        if torch.equal(decode_fp8(*stored.values(), block).to(others[key].dtype), others[key]):
+        if torch.equal(decode_fp8(weight, scale, block).to(others[key].dtype), others[key]):
             del tensors[key]
             tensors |= stored
             decoded[key] = [*stored, *block]

@@ -35,8 +35,8 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     config = _json(folder / "config.json")
     for section in _sections(config):
         if "bits" in section and "quant_method" not in section and "quantization" in config:
-            return {"quant_method": "mlx"} | section
-        return {"quant_method": _method(section)} | section
+            return {"quant_method": "mlx", **section}
+        return {"quant_method": _method(section), **section}
     for name, method in _FILES.items():
         if (folder / name).is_file():
             return {"quant_method": method} | _json(folder / name)

@@ -97,4 +97,4 @@ def _is_known(folder: Path) -> bool:
     from transformers import CONFIG_MAPPING
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") in CONFIG_MAPPING.keys()
+    return config.get("model_type") in CONFIG_MAPPING

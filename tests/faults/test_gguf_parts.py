@@ -52,7 +52,8 @@ def test_a_file_in_parts_is_the_whole_file(
     whole = load_model(str(wide_gguf), "cpu")
     assert state_sha256(model.module) == state_sha256(whole.module)
     assert model.file_bytes == sum(file.stat().st_size for file in parts)
-    assert load_structure(str(given)).module.config.num_hidden_layers == 2
+    config: Any = load_structure(str(given)).module.config
+    assert config.num_hidden_layers == 2
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
     plan = hand_made(wide, dict.fromkeys(names, "q4_k"), "llama.cpp")
     done = export(plan, "gguf", tmp_path / "out.gguf", model=wide, like=given)

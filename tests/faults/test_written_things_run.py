@@ -141,8 +141,8 @@ def test_a_partial_letter_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> No
             super().__init__(model=SimpleNamespace(), cpuparams=SimpleNamespace())
 
     fake = SimpleNamespace(CommonParams=Parameters, Server=Server)
-    monkeypatch.setitem(sys.modules, "xllamacpp", fake)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "xllamacpp", fake)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     from bitplan.exporters.targets.gguf import _xllamacpp
 
     logits = _xllamacpp(Path("x.gguf"))(torch.tensor([[1, 7, 2], [7, 7, 7]]))
