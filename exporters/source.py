@@ -115,7 +115,7 @@ def open_source(
     assert isinstance(plan, Plan)
     if model is None:
         name = layers or plan.original()
-        check_model(name, "cpu")
+        check_model(name, "cpu", weights)
         reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
         model = load_model(name, "cpu") if weights else load_structure(name)
     before, plan = plan, change(plan, model) if change else plan

@@ -23,7 +23,8 @@ def read_once() -> Iterator[None]:
     """
     import gguf
 
-    reader = functools.cache(lambda path: open_gguf(Path(path)))
+    plain = gguf.GGUFReader
+    reader = functools.cache(lambda path: open_gguf(Path(path), plain))
     names = functools.cache(gguf.get_tensor_name_map)
     with (
         mock.patch.object(gguf, "GGUFReader", reader),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,17 +54,21 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     return parts
 
 
-def open_gguf(path: Path) -> GGUFReader:
+def open_gguf(path: Path, read: Callable[[Path], GGUFReader] | None = None) -> GGUFReader:
     """A reader of a file, or of all parts of one: fields of the first, tensors of all.
+
+    Args:
+        path: The file, or any part of it.
+        read: Opens one; by default the reader of the gguf package.
 
     Raises:
         ValueError: If a part is damaged, missing or of another file.
     """
     first, *others = gguf_parts(path)
-    reader = _open(first)
+    reader = _open(first, read)
     found = {tensor.name for tensor in reader.tensors}
     for number, part in enumerate(others, 1):
-        more = _open(part)
+        more = _open(part, read)
         where, count = _field(more, "split.no"), _split_count(more)
         twice = next((t.name for t in more.tensors if t.name in found), None)
         if where not in (None, number) or count != len(others) + 1 or twice:
@@ -90,11 +95,11 @@ def _may_be_part(path: Path) -> bool:
         return content.find(b"split.count", 0, _FIELDS) >= 0
 
 
-def _open(path: Path) -> GGUFReader:
-    from gguf.gguf_reader import GGUFReader as Reader
+def _open(path: Path, read: Callable[[Path], GGUFReader] | None = None) -> GGUFReader:
+    import gguf
 
     try:
-        return Reader(path)
+        return (read or gguf.GGUFReader)(path)
     except Exception as error:
         raise ValueError(f"{path} is no GGUF file, or damaged ({error}).") from error
 

@@ -66,7 +66,7 @@ def load_structure(name: str) -> LoadedModel:
     """
     if function_reference(name) is not None:
         return load_model(name, "cpu")
-    check_model(name, "cpu")
+    check_model(name, "cpu", weights=False)
     from transformers import AutoConfig
 
     gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
@@ -98,7 +98,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
+        check_model(
+            name, "cpu", weights=False
+        )  # what can be no name of a model is not asked of the Hub
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
             gguf = gguf_parts(gguf)[0]
@@ -109,11 +111,17 @@ def load_tokenizer(name: str) -> Any:
         return None
 
 
-def check_model(name: str, device: str = "auto") -> None:
+def check_model(name: str, device: str = "auto", weights: bool = True) -> None:
     """Find out without loading anything whether a model's name and the device are known.
 
+    Args:
+        name: See :func:`load_model`.
+        device: Likewise.
+        weights: Whether they are needed: then they must not be quantized.
+
     Raises:
-        ValueError: If a file or folder is missing, or there is no such device.
+        ValueError: If a file or folder is missing, or there is no such device; if the weights are
+            quantized, or the model takes code of its own that is not trusted.
     """
     find_device(device)
     if (function := function_reference(name)) is not None:
@@ -141,7 +149,8 @@ def check_model(name: str, device: str = "auto") -> None:
         )
     elif Path(name).is_dir():
         check_code(Path(name))
-        check_plain(Path(name))
+        if weights:
+            check_plain(Path(name))
 
 
 def find_device(name: str) -> torch.device:
