@@ -25,16 +25,17 @@ def part_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}.gguf"
 
 
-def gguf_parts(path: Path) -> tuple[Path, ...]:
+def gguf_parts(path: Path, read: Callable[[Path], GGUFReader] | None = None) -> tuple[Path, ...]:
     """All files that a GGUF file consists of, in order, from any of them.
 
     Args:
         path: A file; one that is whole is its only part.
+        read: Opens one; by default the reader of the gguf package.
 
     Raises:
         ValueError: If it is damaged, a part is missing, or its name does not say which it is.
     """
-    count = _split_count(_open(path)) if _may_be_part(path) else 1
+    count = _split_count(_open(path, read)) if _may_be_part(path) else 1
     if count <= 1:
         return (path,)
     match = _PART.fullmatch(path.name)
@@ -64,7 +65,7 @@ def open_gguf(path: Path, read: Callable[[Path], GGUFReader] | None = None) -> G
     Raises:
         ValueError: If a part is damaged, missing or of another file.
     """
-    first, *others = gguf_parts(path)
+    first, *others = gguf_parts(path, read)
     reader = _open(first, read)
     found = {tensor.name for tensor in reader.tensors}
     for number, part in enumerate(others, 1):

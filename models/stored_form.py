@@ -118,7 +118,10 @@ def _packed_by(folder: Path) -> str:
     """The tool that the names of a folder's tensors speak of; empty if they are plain."""
     from .origin import tensor_files
 
-    names = tensor_files(folder)
+    try:
+        names = tensor_files(folder)
+    except ValueError:  # damaged; whoever loads it says how
+        return ""
     parts = {name.rpartition(".")[2] for name in names}
     return next((tool for part, tool in _PARTS.items() if part in parts), "")
 
