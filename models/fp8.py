@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 METHOD = "fp8"  # the `quant_method` of these checkpoints
@@ -56,34 +54,6 @@ def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
                 )
             factor = factor.repeat_interleave(each, dim).narrow(dim, 0, size)
     return (weight.float() * factor).bfloat16()
-
-
-def decoded_state(files: Mapping[str, Path], block: tuple[int, int]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, the 8-bit floats decoded.
-
-    Args:
-        files: Tensor -> the file that holds it.
-        block: See :func:`decode_fp8`.
-
-    Raises:
-        ValueError: If a tensor has no fitting scales; it is named.
-    """
-    from .origin import read_tensor
-
-    found = {}
-    for name in weights_of(files):
-        tensor = read_tensor(files[name], name)
-        if f"{name}{SCALE}" in files:
-            try:
-                tensor = decode_fp8(
-                    tensor, read_tensor(files[f"{name}{SCALE}"], name + SCALE), block
-                )
-            except ValueError as error:
-                raise ValueError(f"{name!r} of 8-bit floats cannot be decoded: {error}") from error
-        elif tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            raise ValueError(f"{name!r} is of 8-bit floats, but the file has no {name + SCALE!r}")
-        found[name] = tensor
-    return found
 
 
 def scales_of(names: Collection[str]) -> set[str]:

@@ -13,12 +13,12 @@ from torch import nn
 from .._base.hints import closest, did_you_mean, propose
 from .families import check_family, family_of, loader_of, quiet
 from .fp8 import METHOD as FP8
-from .fp8 import block_of, decoded_state
+from .fp8 import block_of
 from .gguf_files import read_once
 from .gguf_parts import gguf_parts
 from .identity import function_reference
 from .names import DEFAULT_MODEL
-from .origin import origin_of, tensor_files
+from .origin import decoded_state, origin_of, tensor_files
 from .stored_form import check_plain, quantization_of
 from .trust import check_code, is_trusted, untrusted
 from .workload import LoadedModel, Workload, parameter_dtype, tie

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .coverage import Left
-from .fp8 import SCALE, scales_of
+from .fp8 import SCALE, decode_fp8, scales_of, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,32 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
             return {key: folder / file for key, file in content["weight_map"].items()}
     return {}
+
+
+def decoded_state(files: Mapping[str, Path], block: tuple[int, int]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, the 8-bit floats decoded.
+
+    Args:
+        files: Tensor -> the file that holds it.
+        block: See :func:`decode_fp8`.
+
+    Raises:
+        ValueError: If a tensor has no fitting scales; it is named.
+    """
+    found = {}
+    for name in weights_of(files):
+        tensor = read_tensor(files[name], name)
+        if f"{name}{SCALE}" in files:
+            try:
+                tensor = decode_fp8(
+                    tensor, read_tensor(files[f"{name}{SCALE}"], name + SCALE), block
+                )
+            except ValueError as error:
+                raise ValueError(f"{name!r} of 8-bit floats cannot be decoded: {error}") from error
+        elif tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise ValueError(f"{name!r} is of 8-bit floats, but the file has no {name + SCALE!r}")
+        found[name] = tensor
+    return found
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
