@@ -9,7 +9,6 @@ from torch import Tensor
 
 METHOD = "fp8"  # the `quant_method` of these checkpoints
 SCALE = "_scale_inv"  # what a scale's name adds to its weight's
-BLOCK = 128
 # Scales of activations, which only matter where activations are rounded to 8 bits, too.
 ACTIVATIONS = (".activation_scale", ".input_scale")
 
