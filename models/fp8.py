@@ -37,6 +37,7 @@ def decode_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If there are not as many scales as blocks.
 
+    >>> import torch
     >>> weight = torch.ones(3, 2).to(torch.float8_e4m3fn)
     >>> decode_fp8(weight, torch.tensor([[2.0], [4.0]]), (2, 2)).tolist()
     [[2.0, 2.0], [2.0, 2.0], [4.0, 4.0]]
