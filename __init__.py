@@ -19,6 +19,7 @@ _EXPORTS = {
     "profile": ".sensitivity.estimate",
     "quantize": ".jobs.materialize",
     "solve": ".search.solve",
+    "trusting": ".models.trust",
 }
 __all__ = [
     "Budget",
@@ -33,12 +34,14 @@ __all__ = [
     "profile",
     "quantize",
     "solve",
+    "trusting",
 ]
 
 if TYPE_CHECKING:
     from .jobs.materialize import apply as apply
     from .jobs.materialize import load as load
     from .jobs.materialize import quantize as quantize
+    from .models.trust import trusting as trusting
     from .models.workload import Workload as Workload
     from .quantizers.format import Format as Format
     from .search.budget import Budget as Budget

@@ -31,6 +31,7 @@ def evaluate(
     ] = None,
     device: options.DeviceOption = "auto",
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Measure KL divergence and perplexity of a plan or a packed folder against the original."""
     from .._base.progress import Reporter

@@ -64,6 +64,7 @@ def export(
         typer.Option(help="Interpreter of another environment that has the foreign tool."),
     ] = None,
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Write a plan's weights, or the plan itself, in the form of another tool.
 
@@ -148,5 +149,8 @@ def _comparison_table(done: Exported, comparison: Comparison) -> Table:
     shown.add_row("relative error of logits", f"{comparison.relative:.3g}")
     same = "same likeliest " + ("token" if words.one == "token" else "class")
     shown.add_row(same, f"{comparison.top1:.2%}")
-    shown.add_row(words.many, f"{comparison.tokens:,}")
+    skipped = f", {comparison.skipped:,} skipped" if comparison.skipped else ""
+    shown.add_row(words.many, f"{comparison.tokens:,}{skipped}")
+    if comparison.skipped:
+        shown.add_row("skipped", "the tool gave no distribution: parts of letters")
     return shown

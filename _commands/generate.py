@@ -22,9 +22,11 @@ def generate(
     ] = "The capital of France is",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
     device: options.DeviceOption = "auto",
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Generate text with a packed model (greedy), token by token as it comes."""
     from ..jobs.materialize import load_packed
+    from ..models.vocabulary import check_tokens
     from .streaming import TimedStreamer
 
     if not prompt:
@@ -34,6 +36,7 @@ def generate(
     if tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer, so it cannot generate text.")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    check_tokens(model, inputs["input_ids"].flatten().tolist(), "--prompt")
     streamer = TimedStreamer(tokenizer)
     model.module.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer

@@ -27,6 +27,7 @@ def import_(
         typer.Option(help="The original model: needed to measure the plan, and to name modules."),
     ] = None,
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Read another tool's choice of bits per layer as a plan, to measure and compare it."""
     from .._base.progress import Reporter

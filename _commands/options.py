@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..jobs.settings import DEVICE_HELP, HELD_OUT_HELP, ProfileSettings
+from ..jobs.settings import DEVICE_HELP, HELD_OUT_HELP, TRUST_HELP, ProfileSettings
 from .derive import Given
 
 if TYPE_CHECKING:
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
 TextOption = Annotated[str, typer.Option("--text", "--eval", help=HELD_OUT_HELP)]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+def _trust(wanted: bool) -> None:
+    if wanted:
+        from ..models.trust import trust
+
+        trust(True)
+
+
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", callback=_trust, help=TRUST_HELP)]
 ProfileArgument = Annotated[
     Path, typer.Argument(metavar="PROFILE|RUN", help="A profile.safetensors, or its run folder.")
 ]

@@ -19,6 +19,7 @@ def quantize(
     plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="A plan.json, or its run.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Write the packed mixed-precision weights of a plan."""
     from .._base.progress import Reporter

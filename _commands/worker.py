@@ -23,6 +23,7 @@ def worker(
     ] = None,
     device: options.DeviceOption = "auto",
     quiet: options.QuietOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Help a search with tpe or nsga2 that runs elsewhere, until it is complete.
 

@@ -20,6 +20,7 @@ from ..search.plan import Plan
 from ..sensitivity.table import SensitivityTable
 from .card import write_card
 from .checks import check, snap
+from .configs.own_names import read_stored
 from .source import Source, open_source
 from .targets import EXPORTERS, Exporter, find
 
@@ -145,7 +146,7 @@ def check_written(exporter: Exporter, source: Source, path: Path, rules: Rules |
     count = rules.stored_bytes if rules else Format.stored_bytes
     integers = {name for name, fmt in wanted.items() if not fmt.floating}
     floats = wanted.keys() - integers
-    for stored in exporter.read(path, source.model):
+    for stored in read_stored(exporter, path, source.model):
         fmt = wanted.get(stored.name)
         if fmt is None or stored.name not in integers:
             if stored.fmt.floating:

@@ -15,6 +15,7 @@ from ..models.load import load_model
 from ..models.workload import LoadedModel
 from ..search.plan import BudgetRef, Plan
 from ..sensitivity.provenance import ModelRef
+from .configs.own_names import read_stored
 from .targets import EXPORTERS, Exporter, Stored, shown_name
 
 
@@ -40,7 +41,7 @@ def import_plan(
         if reporter:
             reporter.say(f"Loading {model}")
         model = load_model(model, "cpu")
-    found = list(exporter.read(path, model))
+    found = list(read_stored(exporter, path, model))
     if model is not None:
         _check_modules(path, found, model)
     size = sum(stored.fmt.stored_bytes(stored.shape) for stored in found)

@@ -19,6 +19,7 @@ from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
+from ..models.rest import carried, from_stored_form
 from ..models.units import UnitInfo, matrix_name
 from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
@@ -37,7 +38,7 @@ class Source:
         units: The planned matrices, one unit each, with the aliases that share their weights.
         everything: Those and the matrices that the plan leaves as they are.
         others: Makes pairs of name and tensor of everything the plan leaves as it was, in the
-            checkpoint's own dtype; shared tensors once.
+            checkpoint's own dtype, and of what it has and the model does not; shared ones once.
         tied: Other names of those tensors -> the name in ``others``.
         packed: Makes the packed weight of a matrix: the codes and scales the plan was priced with.
             Made anew at every call, so a caller that lets go of each holds one at a time.
@@ -119,7 +120,7 @@ def open_source(
     assert isinstance(plan, Plan)
     if model is None:
         name = layers or plan.original()
-        check_model(name, "cpu")
+        check_model(name, "cpu", weights)
         reporter.say(f"Loading {name}" if weights else f"Reading the layers of {name}")
         model = load_model(name, "cpu") if weights else load_structure(name)
     folded(model.module, plan, beside)
@@ -166,6 +167,8 @@ def _from_plan(
     def others() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
+        if model.origin is not None:
+            yield from model.origin.others()
 
     def packed(name: str) -> PackedTensor:
         return renderer.store.packed(name, formats[name])
@@ -181,7 +184,8 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
     plan = Plan.load(RunFolder(folder).plan)
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
-    packed, others, header = read_checkpoint(folder)
+    packed, stored, header = read_checkpoint(folder)
+    others = from_stored_form(header, stored) | carried(header, stored)
     names: dict[str, list[str]] = {matrix_name(name): [] for name in packed}
     for alias, owner in header["aliases"].items():
         names[owner].append(alias)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..models.measure import Run
 from ..models.samples import Samples, evaluation_samples
 from ..models.workload import Batch
+from .configs.own_names import read_stored
 from .export import Exported
 from .source import Source
 from .targets import EXPORTERS, Exporter, find
@@ -34,6 +35,7 @@ class Comparison:
         top1: Share of tokens with the same likeliest outcome.
         tokens: Tokens compared.
         max_kl: Most KL that the tool's own arithmetic explains.
+        skipped: Tokens that the tool gave no distribution for, and which are left out.
     """
 
     kl: float
@@ -42,6 +44,7 @@ class Comparison:
     top1: float
     tokens: int
     max_kl: float
+    skipped: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -99,7 +102,7 @@ def weight_error(exporter: Exporter, source: Source, path: Path) -> float:
     worst = 0.0
     wanted = source.formats
     with source.reporter.bar("Comparing weights", len(wanted)) as advance:
-        for stored in exporter.read(path, source.model):
+        for stored in read_stored(exporter, path, source.model):
             if stored.name not in wanted:
                 continue
             ours = source.packed(stored.name).dequantize()
@@ -115,12 +118,24 @@ def weight_error(exporter: Exporter, source: Source, path: Path) -> float:
 
 
 def compare(ours: Run, theirs: Run, batches: Sequence[Batch], max_kl: float) -> Comparison:
-    """Compare two models' logits on the same batches."""
+    """Compare two models' logits on the same batches.
+
+    Positions where the second says that it has no distribution, all -inf, are left out, and
+    counted. NaN is no such: it is a KL of NaN, which agrees with nothing.
+
+    Raises:
+        ValueError: If no position is left.
+    """
     kl = error = norm = distance = 0.0
-    same = tokens = 0
+    same = tokens = skipped = 0
     with torch.no_grad():
         for batch in batches:
             a, b = ours(batch).double(), theirs(batch).double()  # KLs of 1e-9 are told from 0
+            known = ~(b == -torch.inf).all(-1)
+            skipped += int((~known).sum())
+            a, b = a[known], b[known]
+            if not len(b):
+                continue
             p, q = a.log_softmax(-1), b.log_softmax(-1)
             kl += float((p.exp() * (p - q)).sum(-1).sum())
             likely = (p > np.log(1e-4)) & (q > np.log(1e-4))
@@ -129,9 +144,13 @@ def compare(ours: Run, theirs: Run, batches: Sequence[Batch], max_kl: float) -> 
             distance += float((b - b.mean(-1, keepdim=True) - centred).square().sum())
             norm += float(centred.square().sum())
             same += int((a.argmax(-1) == b.argmax(-1)).sum())
-            tokens += a.shape[0] * a.shape[1]
+            tokens += len(a)
+    if not tokens:
+        raise ValueError(
+            f"The tool gave no distribution for any of {skipped:,} tokens. Compare on another text."
+        )
     relative = (distance / norm) ** 0.5 if norm else 0.0
-    return Comparison(kl / tokens, error, relative, same / tokens, tokens, max_kl)
+    return Comparison(kl / tokens, error, relative, same / tokens, tokens, max_kl, skipped)
 
 
 def _elsewhere(exported: Exported, python: str, samples: Samples) -> Run:

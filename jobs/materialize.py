@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._base.files import atomic_path, check_place
 from .._base.hints import did_you_mean
 from .._base.progress import Reporter
+from ..models.families import can_be_rebuilt, loader_of, quiet
 from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.identity import function_reference, state_sha256
 from ..models.load import check_model, find_device, load_model
@@ -21,8 +22,11 @@ from ..models.packed_modules import PackedLinear
 from ..models.packed_rows import PackedRowsLinear
 from ..models.packing import compute_in, replace
 from ..models.rendering import Renderer
+from ..models.rest import from_stored_form, packed_origin, to_stored_form
 from ..models.samples import Samples
+from ..models.side_files import copy_side_files, own_config, write_config
 from ..models.sites import places
+from ..models.trust import check_code, is_trusted
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, stored_rows, write_checkpoint
@@ -35,6 +39,7 @@ from ..sensitivity.estimate import as_loaded_model
 from .folder import RunFolder
 from .folding import folded
 from .renderings import plan_renderer
+from .trial import check_runs
 from .tuned import tuned_renderer
 
 _HALVED = ("linear", "embedding", "experts")  # sites whose weights stay as they are stored
@@ -131,16 +136,19 @@ def quantize(
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
+    rest = to_stored_form(model.origin, others)
     with atomic_path(out) as folder:
         folder.mkdir()
-        header = {"aliases": _aliases(units), "tied": tied}
-        write_checkpoint(folder, packed, others, header, plan.row_ranges)
+        header = {"aliases": _aliases(units), "tied": tied} | rest.header
+        write_checkpoint(folder, packed, rest.tensors, header, plan.row_ranges)
         plan.save(RunFolder(folder).plan)
         if plan.fold and beside and (kept := beside.fold(plan.fold.sha256)).is_file():
             target = RunFolder(folder).fold(plan.fold.sha256)
             target.parent.mkdir()
             shutil.copyfile(kept, target)
         save_hugging_face_files(model, folder)
+        if function_reference(plan.model.id) or (folder / "config.json").is_file():
+            check_runs(lambda: load_packed(folder, tokenizer=False), model)
     return out
 
 
@@ -181,7 +189,8 @@ def load_packed(
 ) -> LoadedModel:
     """:func:`load` with identity and, if wanted, the tokenizer."""
     plan = Plan.load(RunFolder(folder).plan)
-    packed, others, header = read_checkpoint(folder)
+    packed, stored, header = read_checkpoint(folder)
+    others = from_stored_form(header, stored)
     rows = stored_rows(folder)
     formats = {name: tensor.fmt.name for name, tensor in packed.items()}
     if formats != plan.assignments or rows != plan.row_ranges:
@@ -212,7 +221,8 @@ def load_packed(
     for module in skeleton.modules():
         if isinstance(module, PackedLinear | PackedRowsLinear):
             module.prepare()
-    return LoadedModel(str(folder), skeleton, "float32", workload)
+    origin = packed_origin(folder, folder / FILE_NAME, header)
+    return LoadedModel(str(folder), skeleton, "float32", workload, origin=origin)
 
 
 def planned_units(model: nn.Module, plan: Plan, *, unfolded: bool = False) -> tuple[UnitInfo, ...]:
@@ -285,10 +295,17 @@ def _aliases(units: tuple[UnitInfo, ...]) -> dict[str, str]:
 
 
 def save_hugging_face_files(model: LoadedModel, folder: Path) -> None:
-    """Configuration and tokenizer, if transformers can rebuild the architecture from them."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Configuration, tokenizer and all else that lies beside a checkpoint's weights.
 
-    if type(model.module).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    A model that came from such a folder gives the files as they are there; of another one those
+    are made that transformers can rebuild the architecture from, if it can.
+    """
+    own = None if model.origin is None else own_config(model.origin.folder)
+    if model.origin is not None and own is not None:
+        copy_side_files(model.origin.folder, folder)
+        write_config(own, folder)
+        return
+    if not can_be_rebuilt(model.module):
         return
     config = copy.deepcopy(model.module.config)
     if hasattr(config, "quantization_config"):  # how the source file was stored
@@ -362,14 +379,16 @@ def _skeleton(folder: Path, plan: Plan, with_tokenizer: bool) -> tuple[nn.Module
         original = load_model(plan.model.id, "cpu")
         return original.module, original.workload
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    check_code(folder)
+    trusted = {"trust_remote_code": is_trusted()}
+    config = AutoConfig.from_pretrained(folder, **trusted)
+    with quiet(), init_empty_weights(include_buffers=False):
+        module = loader_of(config).from_config(config, dtype=torch.float32, **trusted)
     if (folder / GENERATION_FILE).is_file():
         module.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = None
     if with_tokenizer and (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
     return module, Workload(module, tokenizer=tokenizer)

@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 
 from .._base.progress import Reporter
+from ..models.cache_layers import cache_layers
 from ..models.find import find_units
+from ..models.gguf_names import check_gguf_names
 from ..models.kv_cache import KV_BITS, kv_bytes_per_token
 from ..models.load import check_model, load_model
 from ..models.mixture import parse_shares
-from ..models.names import BUILTIN, PROSE
+from ..models.names import BUILTIN, DEFAULT_MODEL, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
+from ..models.text_files import split_field
 from ..models.texts import check_text
+from ..models.trust import trust
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format, resolve_formats
@@ -36,6 +40,7 @@ from ..sensitivity.folding import NONE, check_fold
 from ..sensitivity.metrics import METRICS
 from ..sensitivity.provenance import Provenance
 from ..sensitivity.table import SensitivityTable, stored_bytes
+from ..sensitivity.uses import idle_units, refuse_unreached
 from .folder import RunFolder
 from .folding import fold_model
 from .settings import NO_TEXT, ProfileSettings, SearchSettings
@@ -92,6 +97,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     )
     samples, seen = _sequences(model, settings, reporter)
     _note_unused(model, settings)
+    units, idle = _used(model, units, samples, reporter)
     inside = sum(unit.weights for unit in units)
     everything = sum(p.numel() for p in model.module.parameters())
     reporter.say(
@@ -123,6 +129,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         settings.seed,
         selected,
         seen,
+        idle,
     ).model_copy(update={"fold": fold})
     drawn = f"{samples.count:,} calibration {origin.words.drawn}"
     if model.is_language_model:
@@ -141,6 +148,27 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         reporter=reporter,
     )
     return Work(model, units, formats, samples, origin, renderer, seen)
+
+
+def _used(
+    model: LoadedModel, units: tuple[UnitInfo, ...], samples: Samples, reporter: Reporter
+) -> tuple[tuple[UnitInfo, ...], tuple[str, ...]]:
+    """The units that the output depends on, and the weights of the others, which stay as they are.
+
+    Raises:
+        ValueError: If there is no such unit.
+    """
+    idle = idle_units(model, units, samples.batches)
+    if len(idle) == len(units):
+        refuse_unreached([unit.modules[0] for unit in idle])
+    if idle:
+        weights = sum(unit.weights for unit in idle)
+        reporter.say(
+            f"{len(idle):,} units with {weights:,} weights have no part in the output on the "
+            f"calibration data and stay as they are, the first {idle[0].name}"
+        )
+    kept = tuple(unit for unit in units if unit not in idle)
+    return kept, tuple(part.module for unit in idle for part in unit.parts)
 
 
 def _sequences(
@@ -184,6 +212,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     METHODS.get(settings.rounding)
     check_fold(settings.fold)
     resolve_formats(settings.formats, "float32")
+    trust(settings.trust_remote_code)
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
     if search is not None:
@@ -202,6 +231,19 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
                 Budget.parse(budget)
         if search.storage is not None:
             shown(search.storage)  # raises if it is no URL
+
+
+def check_runtime(work: Work, runtime: str | None) -> None:
+    """Find out before the slow profile whether a runtime has this architecture.
+
+    Raises:
+        ValueError: If it has not, or no place for a planned matrix.
+    """
+    if runtime != "llama.cpp" or work.model.id == DEFAULT_MODEL or work.model.id.endswith(".gguf"):
+        return
+    parts = (part for unit in work.units for part in unit.parts)
+    config = getattr(work.model.module, "config", None)
+    check_gguf_names(config, {part.module: part.shape for part in parts}, work.model.id)
 
 
 def goal_of(search: SearchSettings, model: LoadedModel) -> Goal:
@@ -230,10 +272,26 @@ def goal_of(search: SearchSettings, model: LoadedModel) -> Goal:
 def _unpriced_cache(model: LoadedModel) -> KVTable:
     """What the KV cache of every layer takes; prices come later.
 
+    Caches of another kind than keys and values of every token have no narrower form here: where a
+    model has such, all of its cache counts as it is, at 16 bits.
+
     Raises:
-        ValueError: If the model has none that can be planned.
+        ValueError: If the model has none that can be seen.
     """
-    size = kv_bytes_per_token(getattr(model.module, "config", None), KV_BITS)
+    try:
+        size = kv_bytes_per_token(getattr(model.module, "config", None), KV_BITS)
+    except ValueError:
+        found = cache_layers(model)
+        zero = np.zeros((len(found), 1))
+        return KVTable(
+            tuple(layer.name for layer in found),
+            (16,),
+            np.array([[layer.per_token] for layer in found], dtype=np.int64),
+            zero,
+            zero,
+            windows=tuple(layer.window or 0 for layer in found),
+            constants=tuple(layer.constant for layer in found),
+        )
     zero = np.zeros(size.shape)
     layers = tuple(f"layer {i}" for i in range(len(size)))
     return KVTable(layers, KV_BITS, size, zero, zero)
@@ -290,7 +348,7 @@ def _check_held_out(text: str, option: str, settings: ProfileSettings) -> None:
 
 
 def _is_same_text(first: str, second: str) -> bool:
-    files = [Path(name) for name in (first, second)]
+    files = [split_field(name)[0] for name in (first, second)]
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
 
 

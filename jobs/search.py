@@ -17,7 +17,7 @@ from ..sensitivity.table import SensitivityTable
 from .context import Context
 from .folder import RunFolder
 from .job import Job
-from .prepare import check, evaluation, goal_of, prepare, profiled, second_evaluation
+from .prepare import check, check_runtime, evaluation, goal_of, prepare, profiled, second_evaluation
 from .settings import ProfileSettings, SearchSettings
 from .stages import cache, confidence, profile, refine, save, sequential, solve, tune, validate
 
@@ -85,6 +85,7 @@ def _begun(
 ) -> Context:
     """The model loaded, and all found out that needs no profile."""
     work = prepare(settings, reporter, folder)
+    check_runtime(work, search.runtime)
     goal = goal_of(search, work.model)
     blank = work.blank_table()
     goal.resolve(goal.problem(blank), blank)  # what cannot fit is found out here

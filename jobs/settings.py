@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3
+TRUST_HELP = (
+    "Let a checkpoint run modelling code of its own, with your rights; it is never asked for."
+)
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
 HELD_OUT_HELP = (
     "Held-out text: 'builtin' (prose that ships with Python), 'code', 'chat', or a text file."
@@ -104,6 +107,7 @@ class ProfileSettings:
     )
     seed: int = setting(0, SEED_HELP)
     device: str = setting("auto", DEVICE_HELP)
+    trust_remote_code: bool = setting(False, TRUST_HELP)
 
 
 @dataclass(frozen=True, slots=True)

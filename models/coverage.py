@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ENOUGH = 0.9  # below this share, bits per weight of the units say little about the model
+IDLE = "no part in the output on the calibration data"  # why a weight is in no unit
 _NAMED = 3
 
 
@@ -35,6 +36,7 @@ class Coverage:
         left_out: Those in no unit.
         selected: Whether the user chose the units with ``--include`` or ``--exclude``.
         unreached: Experts that no calibration token reached, whose price is their type's.
+        carried: Tensors of the checkpoint that the architecture does not have; not counted above.
     """
 
     planned: int
@@ -42,18 +44,30 @@ class Coverage:
     left_out: tuple[Left, ...] = ()
     selected: bool = False
     unreached: tuple[str, ...] = ()
+    carried: tuple[Left, ...] = ()
 
     @property
     def share(self) -> float:
         """Weights in units over weights of the model: 1 if nothing is left out."""
         return self.planned / self.weights if self.weights else 1.0
 
+    @property
+    def share_of_used(self) -> float:
+        """Weights in units over those that the output depends on."""
+        idle = sum(left.weights for left in self.left_out if left.reason == IDLE)
+        used = self.weights - idle
+        return self.planned / used if used else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a profile's provenance and a plan."""
-        return asdict(self) | {
+        plain = asdict(self) | {
             "left_out": [asdict(left) for left in self.left_out],
             "unreached": list(self.unreached),
+            "carried": [asdict(left) for left in self.carried],
         }
+        if not self.carried:
+            del plain["carried"]
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Coverage:
@@ -64,6 +78,7 @@ class Coverage:
             tuple(Left(**left) for left in data.get("left_out", ())),
             bool(data.get("selected", False)),
             tuple(data.get("unreached", ())),
+            tuple(Left(**left) for left in data.get("carried", ())),
         )
 
     def require(self, budget: str) -> None:
@@ -75,7 +90,7 @@ class Coverage:
         Raises:
             ValueError: If units cover less than 90 % of the weights and nobody asked for that.
         """
-        if self.share >= ENOUGH or self.selected:
+        if self.share_of_used >= ENOUGH or self.selected:
             return
         largest = sorted(self.left_out, key=lambda left: -left.weights)[:_NAMED]
         named = ", ".join(f"{x.name} ({x.weights:,} weights, {x.reason})" for x in largest)

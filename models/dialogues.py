@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _LEAST, _LONGEST = 60, 1200  # characters of an answer
@@ -87,11 +87,39 @@ def rendered(found: Iterable[Dialogue], tokenizer: Any = None) -> str:
     )
 
 
+def messages_as_text(chats: Iterable[Sequence[Mapping[str, str]]], tokenizer: Any = None) -> str:
+    """Messages with roles as one text, by the tokenizer's chat template if it has one.
+
+    What the template does not take, such as a role that it does not know, becomes plain lines.
+
+    >>> messages_as_text([[{"role": "user", "content": "Hi"}]])
+    'User: Hi'
+    """
+    has_template = isinstance(getattr(tokenizer, "chat_template", None), str)
+    texts = []
+    for messages in chats:
+        text = None
+        if has_template:
+            try:
+                text = _by_template(list(messages), tokenizer)
+            except Exception:  # whatever a template raises: it is a program of the model's makers
+                text = None
+        if text is None:
+            lines = (f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+            text = "\n\n".join(lines)
+        texts.append(text)
+    return ("\n" if has_template else "\n\n").join(texts)
+
+
 def _templated(dialogue: Dialogue, tokenizer: Any) -> str:
-    messages = []
+    messages: list[Mapping[str, str]] = []
     for turn in dialogue:
         messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": turn.answer})
+    return _by_template(messages, tokenizer)
+
+
+def _by_template(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE)
     first = tokenizer.bos_token_id
     begins = first is not None and first in tokenizer("")["input_ids"][:1]

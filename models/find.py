@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._base.hints import closest
-from .coverage import Coverage, Left
+from .coverage import IDLE, Coverage, Left
 from .fusion import fuse
 from .sites import Place, places
 from .sites.experts import expert_of
@@ -104,19 +104,29 @@ def find_matrices(
     return tuple(_described(model, _weights(model), by_matrix(row_sets or {})))
 
 
-def coverage(model: nn.Module, units: Sequence[UnitInfo], selected: bool = False) -> Coverage:
+def coverage(
+    model: nn.Module,
+    units: Sequence[UnitInfo],
+    selected: bool = False,
+    idle: Collection[str] = (),
+) -> Coverage:
     """What part of a model's weights is in units.
 
     Args:
         model: The model.
         units: Its units.
         selected: Whether the user chose them with globs.
+        idle: Weights that are in none since the output does not depend on them.
     """
     planned = {part.module for unit in units for part in unit.parts}
     found = _weights(model)
     sizes = {one.place.name: one.place.parameter.numel() for one in found}
     reason = "left out by --include or --exclude" if selected else "not in the profile"
-    left = [Left(name, size, reason) for name, size in sizes.items() if name not in planned]
+    left = [
+        Left(name, size, IDLE if name in idle else reason)
+        for name, size in sizes.items()
+        if name not in planned
+    ]
     left += [
         Left(name, parameter.numel(), f"{parameter.dtype} weights")
         for name, parameter in model.named_parameters()

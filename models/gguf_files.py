@@ -6,7 +6,10 @@ import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from unittest import mock
+
+from .gguf_parts import open_gguf
 
 
 @contextmanager
@@ -15,11 +18,13 @@ def read_once() -> Iterator[None]:
 
     Config, tokenizer and weights each open the file anew, and parsing the tens of thousands of
     tokens in its header takes longer than reading the weights does; the table of tensor names is
-    made anew for every module.  The gguf package's own bar, which obeys no setting, is not shown.
+    made anew for every module.  Of a file in parts all are read.  The gguf package's own bar, which
+    obeys no setting, is not shown.
     """
     import gguf
 
-    reader = functools.cache(gguf.GGUFReader)
+    plain = gguf.GGUFReader
+    reader = functools.cache(lambda path: open_gguf(Path(path), plain))
     names = functools.cache(gguf.get_tensor_name_map)
     with (
         mock.patch.object(gguf, "GGUFReader", reader),

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from .._base.tensors import bytes_of
+from .trust import code_sha256
 from .workload import LoadedModel
 
 
@@ -31,7 +32,10 @@ def state_sha256(module: nn.Module) -> str:
 
 
 def definition_sha256(model: LoadedModel) -> str:
-    """SHA-256 of what computes with the weights: the Python file, or the model's configuration."""
+    """SHA-256 of what computes with the weights: the Python file, or the model's configuration.
+
+    Code that comes with the checkpoint is part of it.
+    """
     function = function_reference(model.id)
     if function is not None:
         return hashlib.sha256(function[0].read_bytes()).hexdigest()
@@ -40,6 +44,9 @@ def definition_sha256(model: LoadedModel) -> str:
         return hashlib.sha256(repr(model.module).encode()).hexdigest()
     entries = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
     entries.pop("_name_or_path", None)
+    code = None if model.origin is None else code_sha256(model.origin.folder, model.module)
+    if code is not None:
+        entries["code_sha256"] = code
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -176,8 +176,11 @@ def quantized_kv_cache(model: LoadedModel, bits_per_layer: Mapping[int, int]) ->
             f"{model.id!r} is not a language model, so it has no KV cache to quantize."
         )
     config = getattr(model.module, "config", None)
-    layout = kv_layout(config)
     widths = {layer: bits for layer, bits in bits_per_layer.items() if bits != 16}
+    if not widths:  # what every cache is, of whatever kind
+        yield
+        return
+    layout = kv_layout(config)
     for layer, bits in widths.items():
         _check_bits(bits)
         if not 0 <= layer < layout.layers:

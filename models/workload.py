@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .origin import Origin
+
 # One batch of model inputs: token ids [samples, positions], or whatever a workload yields.
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -48,6 +50,7 @@ class LoadedModel:
         revision: Commit of a Hugging Face checkpoint, when known.
         file_bytes: Bytes of the file it came in, where ``source_dtype`` does not give them: one
             whose weights are quantized.
+        origin: The checkpoint it came from; None for a model without one in Hugging Face's form.
     """
 
     id: str
@@ -56,6 +59,7 @@ class LoadedModel:
     workload: Workload
     revision: str | None = None
     file_bytes: int | None = None
+    origin: Origin | None = None
 
     @property
     def is_language_model(self) -> bool:

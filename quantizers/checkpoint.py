@@ -122,6 +122,18 @@ def read_checkpoint(
     return packed, tensors, header
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the weights of a folder are what :func:`write_checkpoint` wrote; reads its header."""
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "bitplan" in (opened.metadata() or {})
+    except SafetensorError:  # damaged; whoever loads it says how
+        return False
+
+
 def planned_bytes(folder: Path) -> int:
     """Bytes of the packed weights in a folder, without the other tensors.
 

@@ -59,6 +59,8 @@ def describe_coverage(found: Coverage) -> str:
     guessed = ""
     if found.unreached:
         guessed = f"; no calibration token reached {len(found.unreached):,} experts among them"
+    if found.carried:
+        guessed += f"; {describe_carried(found)}"
     if not found.left_out:
         return f"all {found.weights:,} weights are planned{guessed}"
     largest = sorted(found.left_out, key=lambda entry: -entry.weights)
@@ -67,6 +69,24 @@ def describe_coverage(found: Coverage) -> str:
     return (
         f"{planned_share(found)} of {found.weights:,} weights are planned{guessed}; not "
         f"{named}{more}"
+    )
+
+
+def describe_carried(found: Coverage) -> str:
+    """What the checkpoint has and the architecture does not, as a phrase; empty if there is none.
+
+    >>> from ..models.coverage import Left
+    >>> describe_carried(Coverage(8, 8, carried=(Left("mtp.fc.weight", 4096, ""),)))
+    '1 tensor that the architecture does not have (mtp.fc.weight) is carried along unchanged'
+    """
+    if not found.carried:
+        return ""
+    names = [entry.name for entry in found.carried]
+    named = ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+    one = len(names) == 1
+    return (
+        f"{len(names):,} tensor{'' if one else 's'} that the architecture does not have ({named}) "
+        f"{'is' if one else 'are'} carried along unchanged"
     )
 
 
@@ -97,7 +117,7 @@ def check_coverage(table: SensitivityTable, budget: Budget | None, stacklevel: i
             ENOUGH of the weights.
     """
     found = coverage_of(table)
-    if found is None or found.selected or found.share >= ENOUGH:
+    if found is None or found.selected or found.share_of_used >= ENOUGH:
         return
     if budget is not None and budget.kind in ("bpw", "ratio"):
         found.require(budget.text)

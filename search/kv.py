@@ -32,6 +32,8 @@ class KVTable:
         scores: float32 [N, L, B], per-sequence scores with ``kl = mean(scores**2)``, in sqrt(nats
             per token), on the sequences of the weights' table; None if there are none.
         indices: Indices of the layers in the model; by default 0 to L - 1.
+        windows: The most tokens each layer holds; 0 for all. By default all hold all.
+        constants: Bytes per sequence of states that do not grow. By default none.
     """
 
     layers: tuple[str, ...]
@@ -41,6 +43,8 @@ class KVTable:
     stderr: NDArray[np.float64]
     scores: NDArray[np.float32] | None = None
     indices: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    constants: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check shapes and values.
@@ -65,6 +69,24 @@ class KVTable:
     def formats(self) -> tuple[str, ...]:
         """The widths as names of formats: ``kv16``, ``kv8`` ..."""
         return tuple(f"kv{bits}" for bits in self.bits)
+
+    def sizes(self, context: int, batch: int) -> NDArray[np.int64]:
+        """Bytes int64 [L, B] of every layer's cache at every width.
+
+        Args:
+            context: Tokens per sequence.
+            batch: Sequences held at the same time.
+        """
+        count = len(self.layers)
+        windows = np.array(self.windows or (0,) * count, dtype=np.int64)
+        held = np.where(windows > 0, np.minimum(windows, context), context)
+        constants = np.array(self.constants or (0,) * count, dtype=np.int64)
+        return batch * (self.bytes_per_token * held[:, None] + constants[:, None])
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether there is more than one width to choose from."""
+        return len(self.bits) > 1
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
@@ -141,7 +163,7 @@ def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:
             f"A KV cache of {context} tokens x {batch} sequences: both must be at least 1."
         )
     rows, columns = len(kv.layers), len(kv.bits)
-    size = kv.bytes_per_token * (context * batch)
+    size = kv.sizes(context, batch)
     scores = None
     if (
         problem.scores is not None

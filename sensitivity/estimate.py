@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,12 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .._base.progress import Reporter
+from ..models.coverage import Left
 from ..models.find import as_stored, coverage, find_units, unplanned_tensors
 from ..models.identity import definition_sha256, state_sha256
 from ..models.load import load_model
 from ..models.measure import measure, plan_runner
 from ..models.names import MIXTURE
+from ..models.origin import Origin
 from ..models.rendering import Renderer
+from ..models.rest import extra_bytes, fp8_bytes, kept_as_fp8
 from ..models.rounding_samples import SEQUENCES, in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
@@ -217,10 +221,12 @@ def provenance(
     seed: int,
     selected: bool = False,
     seen: Samples | None = None,
+    idle: Collection[str] = (),
 ) -> Provenance:
     """What produced a table; equal provenance of two runs means equal tables.
 
-    ``seen`` are the sequences that weights are rounded by, if the method needs any.
+    ``seen`` are the sequences that weights are rounded by, if the method needs any, and ``idle``
+    the weights that are in no unit since the output does not depend on them.
     """
     apart = {"rounding_sequences": seen.count, "rounding_sha256": seen.sha256} if seen else {}
     return Provenance(
@@ -233,11 +239,18 @@ def provenance(
         seed=seed,
         outside_bytes=_outside_bytes(model, units, formats),
         file_bytes=model.file_bytes,
-        coverage=coverage(model.module, units, selected).to_json(),
+        coverage=replace(
+            coverage(model.module, units, selected, idle), carried=_carried(model.origin)
+        ).to_json(),
         layer_types=_layer_types(model.module, units),
         evidence=_evidence(rounding, seen),
         versions={name: version(name) for name in ("bitplan", "torch", "transformers", "numpy")},
     )
+
+
+def _carried(origin: Origin | None) -> tuple[Left, ...]:
+    """What the checkpoint has and the model does not."""
+    return () if origin is None else tuple(one.left() for one in origin.carried)
 
 
 def _evidence(rounding: str, seen: Samples | None) -> dict[str, Any] | None:
@@ -279,7 +292,11 @@ def _outside_bytes(model: LoadedModel, units: Sequence[UnitInfo], formats: Seque
     """Bytes of a written model file that are not units, header included (an upper bound)."""
     others, tied = unplanned_tensors(model.module, units)
     dtype = getattr(torch, model.source_dtype)
-    tensors = sum(as_stored(tensor, dtype).nbytes for tensor in others.values())
+    fp8 = set(kept_as_fp8(model.origin, others))
+    tensors = sum(as_stored(t, dtype).nbytes for name, t in others.items() if name not in fp8)
+    if model.origin is not None:
+        tensors += sum(fp8_bytes(model.origin, name) for name in fp8)
+        tensors += extra_bytes(model.origin, others)
     # Every tensor has an entry in the header and a checksum in bitplan's part of it, and every
     # matrix, alias and tied name an entry there, too; a matrix in parts lists its rows.
     stored = max(len(fmt.tensors((1, 1))) for fmt in formats)

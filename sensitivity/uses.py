@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..models.rendering import Renderer, first_input
 from ..models.sites import Place
 from ..models.sites.experts import expert_of
+from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, samples_in, take
 from .factors import Factors
 
@@ -125,17 +126,42 @@ def refuse_unreached(names: Sequence[str]) -> None:
     )
 
 
-def _find(model: LoadedModel, renderer: Renderer, batches: Sequence[Batch]) -> Uses:
-    experts = frozenset(
+def idle_units(
+    model: LoadedModel, units: Sequence[UnitInfo], batches: Sequence[Batch]
+) -> tuple[UnitInfo, ...]:
+    """Units that the output on some samples does not depend on, such as a tower for images.
+
+    Experts are none of them: which ones a token reaches is found out on all samples.
+
+    Args:
+        model: The original model.
+        units: Its units.
+        batches: Calibration batches, of which a few samples are run.
+    """
+    renderer = Renderer(model.module, units)
+    experts = _experts(model, renderer)
+    first = _short(model, take(batches[0], 0, 1))
+    reached, _ = _Trial(model, renderer, ()).run(first)
+    idle = set(_unreached(model, renderer, batches, reached, experts))
+    return tuple(unit for unit in units if idle.issuperset(part.module for part in unit.parts))
+
+
+def _experts(model: LoadedModel, renderer: Renderer) -> frozenset[str]:
+    return frozenset(
         part.name
         for matrix, used in renderer.places()
         for part in renderer.parts_of(matrix)
         if used[0].site.stacked or expert_of(used[0].path, model.module)
     )
+
+
+def _find(model: LoadedModel, renderer: Renderer, batches: Sequence[Batch]) -> Uses:
+    experts = _experts(model, renderer)
     candidates = list(_candidates(renderer))
     first = _short(model, take(batches[0], 0, 1))
     reached, products = _Trial(model, renderer, candidates).run(first)
-    _check_reached(model, renderer, batches, reached, experts)
+    if missing := _unreached(model, renderer, batches, reached, experts):
+        refuse_unreached(missing)
     uses = [use for use in candidates if use.matrix in products]
     autograd = {name: used[0] for name, used in renderer.places() if name not in products}
     singly = bool(autograd) or not _divides(model, uses, batches)
@@ -257,27 +283,26 @@ def _largest(values: Tensor) -> Tensor:
     return largest
 
 
-def _check_reached(
+def _unreached(
     model: LoadedModel,
     renderer: Renderer,
     batches: Sequence[Batch],
     reached: set[str],
     experts: frozenset[str],
-) -> None:
-    """Look for a gradient of every weight on more samples, before the long pass."""
+) -> list[str]:
+    """Weights without a gradient, on more samples too, found out before the long pass."""
     places = {name: used[0] for name, used in renderer.places()}
     rare = {renderer.parts[name].module for name in experts}
     missing = {name: place for name, place in places.items() if name not in reached | rare}
     samples = [(batch, i) for batch in batches for i in range(samples_in(batch))][1:]
     for batch, i in samples[:: max(1, len(samples) // _TRIALS)]:
         if not missing:
-            return
+            break
         seen = _Trial(model, renderer, ())
         seen.places = missing
         found, _ = seen.run(take(batch, i, i + 1))
         missing = {name: place for name, place in missing.items() if name not in found}
-    if missing:
-        refuse_unreached(list(missing))
+    return list(missing)
 
 
 def _divides(model: LoadedModel, uses: Sequence[Use], batches: Sequence[Batch]) -> bool:

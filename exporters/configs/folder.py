@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...jobs.materialize import save_hugging_face_files
+from ...models.families import loader_of, quiet
 from ...models.layers import layer_kind
 from ...models.measure import Run
+from ...models.origin import tensor_files
+from ...models.side_files import missing_files, write_config
+from ...models.trust import is_trusted
 from ...quantizers.packed import PackedTensor
 from ..source import Source
+from .own_names import OwnNames, check_inventory
 
 CONFIG = "config.json"
 FILE = "model.safetensors"
@@ -29,7 +34,9 @@ def write_folder(
     pack: Callable[[PackedTensor], Mapping[str, Tensor]],
     entries: Mapping[str, Any],
 ) -> None:
-    """Write the weights, config.json and the tokenizer.
+    """Write the weights, config.json and everything else of the model's own folder.
+
+    Tensors and fields have the names of the model's checkpoint, where it came from one.
 
     Args:
         source: Plan and weights of a causal language model of transformers.
@@ -38,7 +45,8 @@ def write_folder(
         entries: What the target adds to config.json.
 
     Raises:
-        ValueError: If transformers has no configuration for the model.
+        ValueError: If transformers has no configuration for the model, or something of the
+            model's own folder is missing in what was written.
     """
     save_hugging_face_files(source.model, out)
     if not (out / CONFIG).is_file():
@@ -47,18 +55,26 @@ def write_folder(
             "folders hold no other. `--to onnx` takes any module."
         )
 
+    own = OwnNames(source.model)
+
     def tensors() -> Iterator[dict[str, Tensor]]:
         for name, packed in source.each():
             parts = packed.tensors if packed.fmt.floating else pack(packed)
-            yield {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        for name, tensor in source.others():
-            yield {name: tensor}
+            module = own.module(name)
+            yield {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        yield from own.tensors(source.others())
 
     save_tensors(tensors(), out)
-    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    config["dtype"] = source.model.source_dtype
-    text = json.dumps(config | dict(entries), indent=1, ensure_ascii=False)
-    (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+    config = read_config(out)
+    if source.model.origin is None or not config.keys() & {"torch_dtype", "dtype"}:
+        config["dtype"] = source.model.source_dtype
+    write_config(config | dict(entries), out)
+    check_inventory(source, tensor_files(out))
+    if source.model.origin and (missing := missing_files(source.model.origin.folder, out)):
+        raise ValueError(
+            f"{missing[0]} of {source.model.origin.folder} is missing in what was written. "
+            "Nothing was kept; please report this."
+        )
 
 
 def save_tensors(tensors: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
@@ -160,6 +176,14 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor as the file's header writes it: ``BF16``."""
+        with self._open(self._file(name)) as opened:
+            return str(opened.get_slice(name).get_dtype())
+
     def modules_with(self, part: str) -> Iterator[str]:
         """Names of modules that have a tensor called ``part``, in the order of the files."""
         for name in self._file_of:
@@ -208,9 +232,14 @@ def transformers_logits(path: Path, dtype: torch.dtype = torch.float32) -> Run:
     Returns:
         A function from token ids [samples, positions] to float32 logits.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cpu")
+    trusted = {"trust_remote_code": is_trusted()}
+    config = AutoConfig.from_pretrained(path, **trusted)
+    with quiet():
+        loaded: Any = loader_of(config).from_pretrained(
+            path, dtype=dtype, device_map="cpu", **trusted
+        )
     model = loaded.eval()
 
     def run(batch: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ...models.gguf_names import gguf_architecture, gguf_tensors
+from ...models.gguf_parts import SPLIT, open_gguf
 from ...models.load import smollm2_path
 from ...models.workload import LoadedModel
 from ...quantizers.block_sizes import BLOCKS, INTEGER_BLOCKS
@@ -69,34 +71,18 @@ def base_file(model: LoadedModel, model_id: str, like: Path | None) -> Path:
     )
 
 
-def tensor_names(architecture: str, blocks: int, modules: Iterable[str]) -> dict[str, str]:
-    """Module name -> name of its GGUF tensor, for those of the modules that have one.
-
-    Raises:
-        ValueError: If llama.cpp does not know the architecture.
-    """
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise ValueError(f"llama.cpp has no architecture {architecture!r}.")
-    names = gguf.get_tensor_name_map(known[architecture], blocks)
-    found = {module: names.get_name(module) for module in modules}
-    return {module: f"{name}.weight" for module, name in found.items() if name}
-
-
 def architecture_of(model: LoadedModel) -> tuple[str, int]:
     """The GGUF architecture of a Hugging Face model and its number of blocks.
 
     Raises:
-        ValueError: If it is not a language model of transformers.
+        ValueError: If it is not a language model of transformers, or llama.cpp has none like it.
     """
     config: Any = getattr(model.module, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind is None:
+    if getattr(config, "model_type", None) is None:
         raise ValueError(
             f"{model.id} is no language model of transformers, so it has no GGUF form."
         )
-    renamed = {"mistral": "llama", "mixtral": "llama", "phi": "phi2", "gpt_neox": "gptneox"}
-    return renamed.get(kind, kind.replace("_text", "")), int(config.num_hidden_layers)
+    return gguf_architecture(config)
 
 
 def module_names(reader: gguf.GGUFReader, model: LoadedModel | None) -> dict[str, str]:
@@ -105,7 +91,7 @@ def module_names(reader: gguf.GGUFReader, model: LoadedModel | None) -> dict[str
     if model is not None:
         modules = [name for name, _ in model.module.named_modules()]
         return {
-            tensor: module for module, tensor in tensor_names(architecture, blocks, modules).items()
+            tensor: module for module, tensor in gguf_tensors(architecture, blocks, modules).items()
         }
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     mapping = gguf.get_tensor_name_map(known[architecture], blocks).mapping
@@ -229,11 +215,11 @@ def copy_with(
         block: Makes such a tensor.
         extra: Further metadata.
     """
-    reader = gguf.GGUFReader(base)
+    reader = open_gguf(base)
     architecture, _ = _architecture(reader)
     writer = gguf.GGUFWriter(out, architecture)
     for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+        if key.startswith(("GGUF.", SPLIT)) or key in ("general.architecture", "general.file_type"):
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
@@ -261,15 +247,12 @@ def copy_with(
 
 
 def open_reader(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file.
+    """Open a GGUF file, or all parts of one.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or a part is missing.
     """
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:
-        raise ValueError(f"{path} is no GGUF file, or damaged ({error}).") from error
+    return open_gguf(path)
 
 
 def _architecture(reader: gguf.GGUFReader) -> tuple[str, int]:

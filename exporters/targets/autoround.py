@@ -24,6 +24,7 @@ from ..configs.folder import (
     transformers_logits,
     write_folder,
 )
+from ..configs.own_names import OwnNames
 from ..layouts.packing import to_gptq
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
@@ -138,14 +139,15 @@ def _entry(fmt: Format) -> dict[str, Any]:
 
 
 def _config(source: Source, packing: str) -> dict[str, Any]:
-    usual, formats = gptq.most_used(source), source.formats
+    usual, formats, own = gptq.most_used(source), source.formats, OwnNames(source.model)
     left = {"bits": 16, "data_type": "float"}
-    extra = {}
+    extra: dict[str, Any] = {}
     for name in linear_names(source):
         fmt = formats.get(name)
         if fmt != usual:
-            extra[name] = left if fmt is None or fmt.floating else _entry(fmt)
-    quantized = [name for name, fmt in formats.items() if fmt.integer]
+            entry = left if fmt is None or fmt.floating else _entry(fmt)
+            extra |= dict.fromkeys(own.spellings(name), entry)
+    quantized = [own.module(name) for name, fmt in formats.items() if fmt.integer]
     return {
         "quant_method": "auto-round",
         "packing_format": packing,

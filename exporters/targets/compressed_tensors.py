@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,11 +20,11 @@ from ..configs.folder import (
     write_folder,
 )
 from ..configs.gptq import most_used
+from ..configs.own_names import OwnNames
+from ..configs.schemes import PARTS, class_names, group_of, packed_modules
 from ..layouts.packing import from_compressed_tensors, to_compressed_tensors
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
-
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @EXPORTERS.register("compressed_tensors")
@@ -62,8 +61,11 @@ class CompressedTensors(Exporter):
             ValueError: If a matrix has no group in the configuration, or no format of ours.
         """
         config, files = read_config(path)["quantization_config"], TensorFiles(path)
-        for module in files.modules_with("weight_packed"):
-            fmt = _format_of(path, module, config)
+        modules = dict(model.module.named_modules(remove_duplicate=False)) if model else {}
+        names = OwnNames(model) if model else None
+        for module in packed_modules(path, config, files):
+            known = modules.get(names.canonical(module)) if names else None
+            fmt = _format_of(path, module, config, class_names(known))
             parts = files.parts(module, ("weight_shape",))
             rows, cols = parts["weight_shape"].tolist()
             words, scales = (files.shape(f"{module}.{part}") for part in PARTS[:2])
@@ -94,11 +96,10 @@ def _words(count: int, bits: int) -> int:
 
 def _config(source: Source) -> dict[str, Any]:
     most_used(source)  # refuses a plan that quantizes nothing
-    targets: dict[Format, list[str]] = {}
+    own, targets = OwnNames(source.model), dict[Format, list[str]]()
     for name, fmt in source.formats.items():
         if fmt.integer:
-            targets.setdefault(fmt, []).append(name)
-    quantized = {name for names in targets.values() for name in names}
+            targets.setdefault(fmt, []).extend(own.spellings(name))
     groups = {
         f"group_{i}": {
             "targets": targets[fmt],
@@ -109,11 +110,13 @@ def _config(source: Source) -> dict[str, Any]:
         }
         for i, fmt in enumerate(targets)
     }
+    formats = source.formats
+    left = [n for n in linear_names(source) if n not in formats or not formats[n].integer]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": [name for name in linear_names(source) if name not in quantized],
+        "ignore": [spelling for name in left for spelling in own.spellings(name)],
         "kv_cache_scheme": None,
         "config_groups": groups,
     }
@@ -134,14 +137,12 @@ def _weights(fmt: Format) -> dict[str, Any]:
     }
 
 
-def _format_of(path: Path, module: str, config: dict[str, Any]) -> Format:
-    """The format of the first group whose targets name a module, its class, or match it."""
-    for group in config["config_groups"].values():
-        for target in group["targets"]:
-            regex = target.removeprefix("re:")
-            if target in {module, "Linear"} or (regex != target and re.match(regex, module)):
-                return _parse(path, module, group["weights"])
-    raise ValueError(f"{path}: {module!r} is packed, but no configuration group names it.")
+def _format_of(path: Path, module: str, config: dict[str, Any], kinds: tuple[str, ...]) -> Format:
+    """The format of the group that a module belongs to."""
+    group = group_of(module, config["config_groups"], (*kinds, "Linear"))
+    if group is None:
+        raise ValueError(f"{path}: {module!r} is packed, but no configuration group names it.")
+    return _parse(path, module, group["weights"])
 
 
 def _parse(path: Path, module: str, weights: dict[str, Any]) -> Format:

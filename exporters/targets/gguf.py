@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ...jobs.folding import FoldedScales
 from ...models.measure import Run
@@ -38,16 +39,19 @@ class Gguf(Exporter):
 
     def config(self, source: Source) -> str:
         """One anchored pattern per matrix for ``--tensor-type-file``; the first match counts."""
-        from ..layouts.gguf import TYPE_OF_FORMAT, architecture_of, tensor_names
+        from ...models.gguf_names import gguf_tensors
+        from ..layouts.gguf import TYPE_OF_FORMAT, architecture_of
 
         formats = source.formats
         modules = [unit.name for unit in source.everything]
-        names = tensor_names(*architecture_of(source.model), modules)
-        _check_named(modules, names, source)
+        names = gguf_tensors(*architecture_of(source.model), modules)
+        _check_named([module for module in modules if module in formats], names, source)
         lines = []
         for module, tensor in names.items():
             kind = TYPE_OF_FORMAT[formats[module].name] if module in formats else "F16"
             lines.append(f"^{re.escape(tensor)}$={kind.lower()}")
+        if len(names) < len(modules):  # matrices that are not alone in their tensor
+            lines.append(".*=f16")
         return "\n".join(lines) + "\n"
 
     def usage(self, path: Path, source: Source) -> str:
@@ -272,16 +276,22 @@ def _xllamacpp(path: Path) -> Run:
         server = Server(parameters)
 
     def after(tokens: list[int]) -> dict[int, float]:
+        """Log-probabilities by token; none where the likeliest is a part of a letter.
+
+        The server gives no answer then: it waits for the bytes that complete the letter.
+        """
         answer = server.handle_completions(
             {
                 "prompt": tokens,
                 "max_tokens": 1,
                 "logprobs": 1_000_000,
-                "temperature": 1.0,
+                "temperature": 0.0,  # the answer must not depend on a draw
+                "seed": 0,
                 "cache_prompt": True,
             }
         )
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        content = (answer["choices"][0].get("logprobs") or {}).get("content") or ()
+        top = content[0].get("top_logprobs", ()) if content else ()
         return {entry["id"]: entry["logprob"] for entry in top}
 
     def run(batch: Batch) -> torch.Tensor:
@@ -289,12 +299,18 @@ def _xllamacpp(path: Path) -> Run:
         rows = []
         for tokens in batch.tolist():
             found = [after(tokens[: i + 1]) for i in range(len(tokens))]
-            size = 1 + max(max(one) for one in found)
+            size = 1 + max((max(one) for one in found if one), default=0)
             logits = torch.full((len(tokens), size), -40.0)
             for i, one in enumerate(found):
                 logits[i, list(one)] = torch.tensor(list(one.values()))
-            rows.append(logits.clamp_min(-40))
-        return torch.stack(rows)
+            logits.clamp_(min=-40)
+            logits[[i for i, one in enumerate(found) if not one]] = -torch.inf
+            rows.append(logits)
+        widest = max(row.shape[1] for row in rows)
+        padded = [pad(row, (0, widest - row.shape[1]), value=-40.0) for row in rows]
+        logits = torch.stack(padded)
+        logits[logits[..., 0] == -torch.inf] = -torch.inf  # what was padded, too
+        return logits
 
     return run
 

@@ -14,6 +14,7 @@ from ...models.workload import LoadedModel
 from ...quantizers.format import Format
 from ..configs import gptq
 from ..configs.folder import linear_names, method_of, read_config, write_folder
+from ..configs.own_names import OwnNames
 from ..layouts.packing import to_gptq
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
@@ -88,11 +89,12 @@ class Gptq(Exporter):
 
 
 def _config(source: Source) -> dict[str, Any]:
-    usual, formats = gptq.most_used(source), source.formats
+    usual, formats, own = gptq.most_used(source), source.formats, OwnNames(source.model)
     by_format: dict[Format | None, list[str]] = {}
     for name in linear_names(source):
         fmt = formats.get(name)
-        by_format.setdefault(fmt if fmt and fmt.integer else None, []).append(name)
+        kept = by_format.setdefault(fmt if fmt and fmt.integer else None, [])
+        kept += own.spellings(name)
     dynamic: dict[str, dict[str, Any]] = {}
     for fmt, names in by_format.items():
         for name in names if fmt != usual else []:

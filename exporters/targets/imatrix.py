@@ -38,7 +38,8 @@ class Imatrix(Exporter):
         """
         import gguf
 
-        from ..layouts.gguf import architecture_of, tensor_names
+        from ...models.gguf_names import gguf_tensors
+        from ..layouts.gguf import architecture_of
 
         model, said = source.model, source.plan.calibration
         if any(isinstance(module, PackedModule) for module in model.module.modules()):
@@ -54,7 +55,7 @@ class Imatrix(Exporter):
             said.get("seed", 0),
         )
         units = find_matrices(model.module)  # whole ones, whatever parts the plan has
-        names = tensor_names(*architecture_of(model), [unit.name for unit in units])
+        names = gguf_tensors(*architecture_of(model), [unit.name for unit in units])
         with source.reporter.bar("Reading inputs", samples.count) as advance:
             task = Task(model, units, (), Renderer(model.module, units), samples, 0, advance)
             moments, positions, _ = input_moments(task, lambda x: x.square().sum(0), "imatrix")

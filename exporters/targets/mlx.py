@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ...models.layers import layer_kind
 from ...models.measure import Run
+from ...models.side_files import own_config
 from ...models.workload import LoadedModel
 from ...quantizers.format import Format
 from ..configs.folder import TensorFiles, linear_names, read_config, write_folder
 from ..configs.gptq import most_used
+from ..configs.own_names import OwnNames
 from ..layouts.packing import from_mlx, to_mlx
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
@@ -129,10 +131,11 @@ def _config(source: Source) -> dict[str, Any]:
     usual = _entry(most_used(source))
     config: dict[str, Any] = dict(usual)
     formats, modules = source.formats, source.model.module.named_modules()
+    names = OwnNames(source.model)
     embeddings = [name for name, m in modules if layer_kind(m) == "embedding"]
     for name in (*embeddings, *linear_names(source, also=embeddings)):
-        fmt = formats.get(name)
-        config[name] = _entry(fmt) if fmt and fmt.integer else False
+        fmt, own = formats.get(name), names.spellings(name)[0]
+        config[own] = _entry(fmt) if fmt and fmt.integer else False
     return config
 
 
@@ -141,6 +144,9 @@ def _rotations(source: Source) -> dict[str, Any]:
 
     Where it does not find them it takes its defaults, without a word.
     """
+    origin = source.model.origin
+    if origin is not None and "rope_theta" in (own_config(origin.folder) or {}):
+        return {}  # as they are in the checkpoint
     parameters = getattr(getattr(source.model.module, "config", None), "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         return {}

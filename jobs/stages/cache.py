@@ -30,4 +30,8 @@ def cache(context: Context) -> None:
     goal.cache.save(path)
 
 
-STAGE = Stage("kv cache", cache, lambda context: context.goal.cache is not None)
+def _has_widths(context: Context) -> bool:
+    return context.goal.cache is not None and context.goal.cache.is_planned
+
+
+STAGE = Stage("kv cache", cache, _has_widths)

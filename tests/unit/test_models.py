@@ -81,7 +81,7 @@ def test_a_truncated_gguf(tmp_path: Path) -> None:
 def test_a_gguf_is_parsed_once(wide_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+    class Counted(gguf.GGUFReader):  # type: ignore[misc, unused-ignore]
         def __init__(self, path: str) -> None:
             opened.append(path)
             super().__init__(path)

@@ -1,0 +1,100 @@
+"""Whether modelling code that comes with a checkpoint may run: only where the user said so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+OPTION = "--trust-remote-code"
+_state = {"trusted": False}  # of the process, since models are loaded in threads, too
+
+
+@contextmanager
+def trusting(wanted: bool = True) -> Iterator[None]:
+    """Inside the block, checkpoints may run modelling code of their own.
+
+    >>> with trusting():
+    ...     is_trusted()
+    True
+    >>> is_trusted()
+    False
+    """
+    before = _state["trusted"]
+    _state["trusted"] = wanted
+    try:
+        yield
+    finally:
+        _state["trusted"] = before
+
+
+def trust(wanted: bool) -> None:
+    """The same from here on: what the option of a command does."""
+    _state["trusted"] = _state["trusted"] or wanted
+
+
+def is_trusted() -> bool:
+    """Whether a checkpoint's own code may run; it is never asked for at the terminal."""
+    return _state["trusted"]
+
+
+def own_code(folder: Path) -> tuple[str, ...]:
+    """The Python files that the config.json of a folder names as its modelling code, if any.
+
+    A folder whose configuration names none has no code of its own, whatever files lie in it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    named = config.get("auto_map") if isinstance(config, dict) else None
+    if not isinstance(named, dict):
+        return ()
+    entries = [
+        e for value in named.values() for e in (value if isinstance(value, list) else [value])
+    ]
+    files = {str(e).rpartition("--")[2].partition(".")[0] + ".py" for e in entries if e}
+    return tuple(sorted(files))
+
+
+def check_code(folder: Path) -> None:
+    """Refuse a folder that takes modelling code of its own, which nobody trusted.
+
+    Raises:
+        ValueError: Names the files and the option.
+    """
+    files = own_code(folder)
+    if files and not is_trusted() and not _is_known(folder):
+        raise ValueError(untrusted(str(folder), files))
+
+
+def untrusted(name: str, files: tuple[str, ...] = ()) -> str:
+    """What to do about a model with code of its own."""
+    named = f" ({', '.join(files)})" if files else ""
+    return (
+        f"{name} has modelling code of its own{named}, which runs with your rights. Read it, then "
+        f"allow it with {OPTION} (in Python: with bitplan.trusting())."
+    )
+
+
+def code_sha256(folder: Path, module: nn.Module) -> str | None:
+    """SHA-256 of the Python files in a folder whose own code a model runs; None for any other."""
+    if not type(module).__module__.startswith("transformers_modules"):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(f"{file.name}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_known(folder: Path) -> bool:
+    """Whether transformers has a class of its own for the model."""
+    from transformers import CONFIG_MAPPING
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") in CONFIG_MAPPING
