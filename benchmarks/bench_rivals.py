@@ -43,6 +43,7 @@ from bitplan.search.plan import Plan
 TEXT, CODE = "WikiText-2 test", "code"
 LENGTH = 128
 CALIBRATION = 96 + 128  # sequences: what a search of bitplan prices with and rounds by
+MATRIX, NEW_MATRIX = "imatrix.gguf", "imatrix-new.gguf"
 TOOLS = Path(__file__).parent / "rivals_tools.py"
 
 
@@ -160,6 +161,8 @@ def quantized(case: Case, program: Path, work: Path) -> dict[str, Any]:
                 )
             if done.returncode:
                 return {"note": f"not run: {last_line(log.read_text(errors='replace'))}"}
+            if (new := work / NEW_MATRIX).is_file():  # whole: it is also saved on the way
+                new.rename(work / MATRIX)
         if case.tool == LLAMA:
             seconds = time.perf_counter() - clock
             write_json(made, {"tool": "llama.cpp", "seconds": seconds})
@@ -173,10 +176,10 @@ def commands(case: Case, program: Path, work: Path, out: Path) -> list[list[str 
         settings = json.dumps(case.settings)
         where = (work / "original", work / "calibration", out)
         return [[program, TOOLS, case.tool, *where, settings]]
-    matrix, plain = work / "imatrix.gguf", work / "original-F32.gguf"
+    matrix, plain = work / MATRIX, work / "original-F32.gguf"
     quantize, text = program / "llama-quantize", work / "calibration" / "text.txt"
     size = ["-c", str(LENGTH), "-b", str(LENGTH), "-t", "1"]
-    make = [program / "llama-imatrix", "-m", plain, "-f", text, "-o", matrix, *size]
+    make = [program / "llama-imatrix", "-m", plain, "-f", text, "-o", work / NEW_MATRIX, *size]
     embedding = ["--token-embedding-type", "f16"]
     kind = str(case.settings["type"])
     return [

@@ -76,16 +76,17 @@ def _autoscheme(bpw: float) -> dict[str, Any]:
 
 
 CASES: tuple[Case, ...] = (
-    *_llama("IQ4_XS", "Q2_K", "IQ3_S", "Q3_K_M"),
+    *_llama("IQ4_XS"),
     *_integers("gptqmodel", "bits", "3g64", "4g64"),
-    *_integers("hqq", "nbits", "3g64", "4g64"),
-    *_mixed("modelopt", _3_28=_modelopt(3.28), _4_3=_modelopt(4.25)),
-    *_integers("gptqmodel", "bits", "2g32"),
+    *_integers("hqq", "nbits", "3g64"),
+    *_llama("Q2_K", "Q3_K_M"),
+    *_mixed("modelopt", _3_28=_modelopt(3.28)),
     *_integers("autoround", "bits", "3g64"),
+    *_integers("gptqmodel", "bits", "2g32"),
+    *_integers("hqq", "nbits", "4g64", "2g32", "2g64"),
     *_mixed("autoscheme", _3_28=_autoscheme(3.28), _4_3=_autoscheme(4.3)),
-    *_integers("hqq", "nbits", "2g32", "2g64"),
-    *_llama("Q4_K_S", "IQ2_M", "Q4_0"),
-    *_mixed("modelopt", _3_0=_modelopt(3.0), _2_5=_modelopt(2.5)),
+    *_llama("IQ3_S", "Q4_K_S", "IQ2_M", "Q4_0"),
+    *_mixed("modelopt", _4_25=_modelopt(4.25), _3_0=_modelopt(3.0), _2_5=_modelopt(2.5)),
     *_integers("autoround", "bits", "4g64", "2g32"),
     *_integers("gptqmodel", "bits", "2g64", "3g32"),
 )
