@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-texts bench-kernels bench-exports gpu-check screenshots build clean
+.PHONY: demo test install lint type unit bench bench-search bench-texts bench-kernels bench-exports bench-rivals gpu-check screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -64,6 +64,14 @@ bench-kernels: $(VENV)/installed-dev
 EXPORT_OPTIONS ?=
 bench-exports: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_exports.py --data $(DATA) --work runs $(EXPORT_OPTIONS)
+
+# Other tools' own programs on the same model: hours on two cores; killed at any point, the same
+# command goes on. Each has an environment of its own; what is not named here is listed as not run:
+# RIVALS_OPTIONS="--llama-bin /path/llama.cpp/build/bin --python gptqmodel=/path/python
+# --python autoround=/path/python --python hqq=/path/python --python modelopt=/path/python".
+RIVALS_OPTIONS ?=
+bench-rivals: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_rivals.py --data $(DATA) --work runs/bench-rivals $(RIVALS_OPTIONS)
 
 # Minutes on one GPU, nothing is fetched: the environment's python where its torch has CUDA, else
 # the system's. Writes GPU_JSON and, beside it, a device file. See docs/kernels.md.
