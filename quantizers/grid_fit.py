@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,11 @@ def fit_integers(weight: Tensor, fmt: Format, importance: Tensor | None = None) 
 def fit_levels(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
     """Fit the scales of a format whose codes stand for ascending levels, to match importance."""
     return _fit(weight, fmt, importance, _Levels)
+
+
+def fit_normal_levels(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
+    """Fit the scales of levels for a standard normal variable, which need not reach all weights."""
+    return _fit(weight, fmt, importance, _NormalLevels)
 
 
 def clip_ratios(bits: int, weighted: bool) -> list[float]:
@@ -97,3 +104,15 @@ class _Levels(_Integers):
         cells = cells.clamp_(0, CELLS - 1).int().view(-1)
         torch.index_select(self._nearest, 0, cells, out=self._codes.view(-1))
         return self._position.sub_(self._codes)
+
+
+class _NormalLevels(_Levels):
+    """Likewise where the scale is about the group's root mean square."""
+
+    def unclipped(self, middle: float | None) -> list[tuple[Tensor, Tensor]]:
+        """Also scales around the weighted root mean square, among which the ratios then search."""
+        squares = (self.weight.square() * self.salience).sum(1) / self.salience.sum(1).clamp(
+            min=1e-30
+        )
+        largest = 2 / (1 + LEAST_RATIO[round(math.log2(self.max_code + 1))])
+        return [*super().unclipped(middle), (squares.sqrt() * largest, self.zero)]
