@@ -58,6 +58,7 @@ class Format:
         block_size: Weights that rows are stored in multiples of.
         levels: What codes stand for instead of c - z [2^b], ascending.
         base: The format of the codes, if something is added to what they stand for.
+        vector: Columns next to each other whose codes together stand for a point; 1 for none.
         rank: Of the low-rank correction ``left @ right`` that is added; 0 for none.
     """
 
@@ -73,6 +74,7 @@ class Format:
     levels: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
     base: Format | None = field(default=None, compare=False)
     rank: int = field(default=0, compare=False)
+    vector: int = field(default=1, compare=False)
 
     @staticmethod
     def parse(spec: str) -> Format:

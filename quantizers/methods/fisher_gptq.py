@@ -120,12 +120,13 @@ def _quadratic(evidence: Evidence, fmt: Format) -> Quadratic:
     cols = evidence.fisher.shape[-1]
     size = fmt.group_size if 0 < fmt.group_size < cols else cols
     kept = evidence.kept.get("fisher_gptq")  # only the last: it is twice as large as the curvature
-    if kept is None or kept[0] != size:
+    if kept is None or kept[0] != (size, fmt.vector):
         damping = DAMPING if evidence.damping is None else evidence.damping
-        kept = size, Quadratic.of(evidence.fisher.float(), damping, size)
+        quadratic = Quadratic.of(evidence.fisher.float(), damping, size, fmt.vector)
+        kept = (size, fmt.vector), quadratic
         evidence.kept["fisher_gptq"] = kept
-    quadratic: Quadratic = kept[1]
-    return quadratic
+    found: Quadratic = kept[1]
+    return found
 
 
 def _round(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
@@ -158,12 +159,12 @@ def _round_rows(
     for turn in range(ROUNDS):
         slopes = rounding.slope(weight - lattice.values(codes), quadratic)
         rounding.descend(codes, slopes, quadratic, lattice, SWEEPS)
-        if fmt.layout == "codes" and fmt.group_size != PER_TENSOR:
+        if fmt.block_size == 1 and fmt.group_size != PER_TENSOR:
             basis = lattice._replace(scale=torch.ones_like(lattice.scale)).values(codes)
             scale = rounding.refit(lattice.scale, basis, slopes, quadratic, lattice.size)
             lattice = lattice._replace(scale=scale)
             grid = grid._replace(scale=scale.half())
-        elif fmt.layout != "codes" and turn == 0:  # takes long, and gains little when repeated
+        elif fmt.block_size > 1 and turn == 0:  # takes long, and gains little when repeated
             grid = _refit(weight, fmt, grid, codes, quadratic)
             lattice = Lattice.of(fmt, grid, *weight.shape)
     return codes, grid

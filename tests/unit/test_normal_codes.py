@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bitplan.quantizers.families.normal_levels import levels
+from bitplan.quantizers.families.vector import codebook
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS, Evidence
+from bitplan.quantizers.pairs import nearest_points, values_of
 
-rtn, fisher_gptq = METHODS.get("rtn"), METHODS.get("fisher_gptq")
+fisher_gptq = METHODS.get("fisher_gptq")
 # Max (1960), table I: the positive levels, and the mean squared error.
 PUBLISHED = {
     2: ((0.4528, 1.510), 0.1175),
@@ -43,10 +45,37 @@ def test_they_suit_normal_weights_better_than_even_ones(bits: int, share: float)
     assert loss(f"nl{bits}-g64", weight) < share * loss(f"int{bits}-g64", weight)
 
 
-def test_a_row_of_many_weights_with_an_outlier_keeps_its_scale() -> None:
-    """Scales follow the root mean square, not the largest weight."""
-    weight = drawn((8, 4096), 2) / 16
-    plain = rtn(weight, Format.parse("nl3-gc"), Evidence()).tensors["scale"].clone()
-    weight[:, 7] = 1.0
-    with_outlier = rtn(weight, Format.parse("nl3-gc"), Evidence()).tensors["scale"]
-    assert (with_outlier / plain).max() < 1.3
+@pytest.mark.parametrize(("bits", "error"), [(2, 0.1078), (3, 0.02992)])
+def test_points_are_means_of_what_is_nearest_to_them(bits: int, error: float) -> None:
+    """Lloyd's condition, by a sum over small squares; one point moved, and it does not hold."""
+    points = torch.tensor(codebook(bits), dtype=torch.float64)
+    axis = torch.linspace(-5.5, 5.5, 301, dtype=torch.float64) + 0.001
+    cells = torch.cartesian_prod(axis, axis)
+    mass = (-cells.square().sum(1) / 2).exp()
+    nearest = torch.cdist(cells, points).argmin(1)
+    total = torch.zeros(len(points), dtype=torch.float64).index_add_(0, nearest, mass)
+    means = torch.zeros_like(points).index_add_(0, nearest, mass[:, None] * cells)
+    assert (means / total[:, None] - points).abs().max() < 0.03
+    squares = (cells - points[nearest]).square().sum(1) / 2
+    assert float((squares * mass).sum() / mass.sum()) == pytest.approx(error, rel=0.003)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.94), (3, 0.91)])
+def test_pairs_lose_less_than_single_levels(bits: int, share: float) -> None:
+    weight = drawn((64, 1024), 1) / 16
+    assert loss(f"vq{bits}-g64", weight) < share * loss(f"nl{bits}-g64", weight)
+
+
+@pytest.mark.parametrize("cols", [64, 65, 1])
+def test_pairs_get_the_nearest_points(cols: int) -> None:
+    """Of all, by distance; a column without a neighbour one of the first 2^b."""
+    values, points = drawn((50, cols), 3), torch.tensor(codebook(2))
+    codes = nearest_points(values, points, 2)
+    found = values_of(codes, points, 2)
+    even = cols // 2 * 2
+    pairs = values[:, :even].reshape(-1, 2)
+    best = torch.cdist(pairs.double(), points.double()).amin(1).float()
+    assert torch.allclose((pairs - found[:, :even].reshape(-1, 2)).norm(dim=1), best, atol=1e-5)
+    if cols % 2:
+        off = (values[:, -1:] - points[:4, 0]).abs().amin(1)
+        assert torch.allclose((values[:, -1] - found[:, -1]).abs(), off, atol=1e-6)
