@@ -23,6 +23,7 @@ from ..models.samples import Samples, calibration_samples, evaluation_samples
 from ..models.texts import check_text
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
+from ..quantizers.candidates import expanded
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
 from ..search.blackbox.storage import shown
@@ -97,7 +98,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         "parameters stay as they are"
     )
     selected = bool(settings.include or settings.exclude)
-    formats = resolve_formats(settings.formats, model.source_dtype)
+    formats = resolve_formats(expanded(settings.formats), model.source_dtype)
     origin = provenance(
         model,
         units,
@@ -167,7 +168,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     """
     METRICS.get(settings.metric)
     METHODS.get(settings.rounding)
-    resolve_formats(settings.formats, "float32")
+    resolve_formats(expanded(settings.formats), "float32")
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
     if search is not None:
