@@ -183,8 +183,14 @@ def encode(
         hessian: H [cols, cols]; None for plain squared errors.
         counts: [rows]; None for ones.
         damping: What is added to the diagonal of H, as a multiple of its mean.
+
+    Weights on other devices come to the CPU for its compiled loops, where there are any.
     """
-    rows, cols = weight.shape
+    device, (rows, cols) = weight.device, weight.shape
+    if device.type != "cpu" and native_trellis.LIBRARY.find()[0] is not None:
+        hessian, counts = (part if part is None else part.cpu() for part in (hessian, counts))
+        found = encode(weight.cpu(), bits, hessian, counts, damping)
+        return Coded(found.codes.to(device), found.scale.to(device))
     goal = turned(weight.contiguous())
     counts = torch.ones(rows, device=weight.device) if counts is None else counts.float()
     quadratic = None if hessian is None else _quadratic(hessian, damping)
