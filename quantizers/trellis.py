@@ -30,7 +30,6 @@ from .packed import pack_bits, unpack_bits
 
 STATE_BITS = 12  # whole codes of 2, 3 and 4 bits
 TILE = 1024  # rows of a walk: each begins in the same state
-PASSES = 1  # over all columns after the first
 COLUMNS = 8  # walks at a time without compiled loops
 
 
@@ -119,7 +118,8 @@ def _hadamard(block: Tensor) -> Tensor:
         low, high = block.view(rows, -1, 2, half).unbind(2)
         block = torch.stack([low + high, low - high], 2).view(rows, size)
         half *= 2
-    return block * float(size) ** -0.5
+    result: Tensor = block * float(size) ** -0.5
+    return result
 
 
 # ------------------------------------------------------------------ codes
@@ -131,19 +131,19 @@ class Coded(NamedTuple):
     Attributes:
         codes: Packed, uint8 [all rows, bytes].
         scale: float16 [all rows, 1].
-        index: Numbers of the rows that are meant, int64; None for all.
+        which: Numbers of the rows that are meant, int64; None for all.
     """
 
     codes: Tensor
     scale: Tensor
-    index: Tensor | None = None
+    which: Tensor | None = None
 
     def rows(self, rows: slice | Tensor) -> Coded:
         """The same for some rows of the weight."""
-        every = self.index
+        every = self.which
         if every is None:
             every = torch.arange(len(self.codes), device=self.codes.device)
-        return self._replace(index=every[rows])
+        return self._replace(which=every[rows])
 
 
 def levels(codes: Tensor, index: Tensor | None, bits: int, cols: int) -> Tensor:
@@ -168,8 +168,8 @@ def levels(codes: Tensor, index: Tensor | None, bits: int, cols: int) -> Tensor:
 
 def decode(fitted: Coded, bits: int, cols: int) -> Tensor:
     """The weight [n, cols], float32."""
-    scale = fitted.scale if fitted.index is None else fitted.scale[fitted.index]
-    return turned_back(levels(fitted.codes, fitted.index, bits, cols).mul_(scale.float()))
+    scale = fitted.scale if fitted.which is None else fitted.scale[fitted.which]
+    return turned_back(levels(fitted.codes, fitted.which, bits, cols).mul_(scale.float()))
 
 
 def encode(

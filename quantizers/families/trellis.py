@@ -104,7 +104,7 @@ class Trellis(Family["Coded"]):
         Raises:
             ValueError: If only some of the rows are meant, which cannot be read without the others.
         """
-        if fitted.index is not None:
+        if fitted.which is not None:
             raise ValueError(
                 f"Rows of a {fmt} weight depend on the rows before them and cannot be packed by "
                 "themselves. Fit the format to these rows alone."
