@@ -33,13 +33,18 @@ TILE = 1024  # rows of a walk: each begins in the same state
 COLUMNS = 8  # walks at a time without compiled loops
 
 
-@cache
+@torch.compiler.assume_constant_result
 def table(bits: int) -> tuple[float, ...]:
     """What the 2^12 states stand for: quantiles of the normal distribution, exact in float16.
 
     The 2^b states that may follow a state are spread evenly in probability, from an offset that
     depends on it as if at random; so each state alone is a quantizer of b bits.
     """
+    return _table(bits)
+
+
+@cache
+def _table(bits: int) -> tuple[float, ...]:
     width, prefixes = 2**bits, 2 ** (STATE_BITS - bits)
     mixed = _mixed(np.arange(prefixes, dtype=np.uint64))
     offset = (mixed.argsort(kind="stable").argsort() + 0.5) / prefixes
@@ -49,6 +54,7 @@ def table(bits: int) -> tuple[float, ...]:
     return tuple(float(np.float16(quantile(float(share)))) for share in shares)
 
 
+@torch.compiler.assume_constant_result
 def start(bits: int) -> int:
     """The state before the first row: the one that is followed by the most central values."""
     values = np.array(table(bits)).reshape(-1, 2**bits)
@@ -60,8 +66,8 @@ def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Whole numbers below 2^32 as if at random: the finalizer of MurmurHash3."""
     mask = np.uint64(0xFFFFFFFF)
     numbers = numbers * np.uint64(0x9E3779B1) & mask
-    for factor_, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
-        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor_) & mask
+    for multiplier, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(multiplier) & mask
     return numbers ^ (numbers >> np.uint64(16))
 
 
@@ -102,11 +108,16 @@ def _steps(cols: int, device: torch.device) -> list[tuple[Tensor, slice]]:
     """Signs of all columns, and the columns that are mixed after that."""
     size = 1 << (cols.bit_length() - 1)
     steps = []
-    for i, span in enumerate({0: slice(0, size), cols - size: slice(cols - size, cols)}.values()):
-        numbers = np.arange(cols, dtype=np.uint64) + np.uint64((i + 1) << 20)
-        signs = (_mixed(numbers) & np.uint64(1)).astype(np.float32) * 2 - 1
-        steps.append((torch.from_numpy(signs).to(device), span))
+    spans = [slice(0, size)] if size == cols else [slice(0, size), slice(cols - size, cols)]
+    for i, span in enumerate(spans):
+        steps.append((torch.tensor(_signs(cols, i), device=device), span))
     return steps
+
+
+@torch.compiler.assume_constant_result
+def _signs(cols: int, step: int) -> tuple[float, ...]:
+    numbers = np.arange(cols, dtype=np.uint64) + np.uint64((step + 1) << 20)
+    return tuple(1.0 if number & 1 else -1.0 for number in _mixed(numbers).tolist())
 
 
 def _hadamard(block: Tensor) -> Tensor:

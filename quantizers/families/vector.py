@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
 from typing import TYPE_CHECKING
 
 from ..format import GROUPS, PER_TENSOR, Format
@@ -107,7 +106,6 @@ _POINTS = {  # in that unit
 }
 
 
-@cache
 def codebook(bits: int) -> tuple[tuple[float, float], ...]:
     """4^b points of the plane with nearly the least mean squared error on two normal variables.
 

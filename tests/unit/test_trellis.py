@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitplan.kernels.layouts import StoredLayout, prepare
+from bitplan.models.packed_modules import PackedLinear
 from bitplan.quantizers import native_trellis, trellis
 from bitplan.quantizers.format import Format
 from bitplan.quantizers.methods import METHODS, Evidence
@@ -154,3 +155,7 @@ def test_layers_decode_them_before_the_product() -> None:
     layout, x = prepare(packed, torch.device("cpu")), normal(2, 40, seed=5)
     assert isinstance(layout, StoredLayout)
     assert torch.allclose(layout.linear(x, None), x @ packed.dequantize().T, atol=1e-5)
+    compiled_layer = torch.compile(
+        PackedLinear(packed, None, weight), backend="aot_eager", fullgraph=True
+    )
+    assert torch.allclose(compiled_layer(x), layout.linear(x, None), atol=1e-5)
