@@ -58,21 +58,21 @@ def main() -> None:
         }
         for facts in sorted(found, key=lambda facts: facts.bits)
     ]
-    matrices = ", ".join(MATRICES)
-    write_results(
-        "formats",
-        "What formats lose of normal weights",
-        rows=rows,
-        tables={f"Block {options.block} of SmolLM2-135M": block(options.block, options.sequences)},
-        notes=[
-            f"Bits of a matrix {SHAPE}; errors of {sample.shape[0]} x {sample.shape[1]} normal "
-            "weights, rounded to nearest on scales with the least squared error; `x bound` is the "
-            f"error times 4^bits. Of the block: {matrices}, rounded by fisher_gptq with the second "
-            f"moments of their inputs over {options.sequences} sequences of 128 tokens (prose); "
-            "errors are those of the outputs relative to these, on as many other sequences.",
-        ],
-        out=options.out,
+    note = (
+        f"Bits of a matrix {SHAPE[0]} x {SHAPE[1]}; errors of {sample.shape[0]} x {sample.shape[1]} "
+        "normal weights, rounded to nearest on scales with the least squared error; `x bound` is the "
+        "error times 4^bits."
     )
+    title = "What formats lose of normal weights"
+    write_results("formats", title, rows=rows, notes=[note], out=options.out)
+    number, sequences = options.block, options.sequences
+    also = (
+        f"Of the block: {', '.join(MATRICES)}, rounded by fisher_gptq with the second moments of "
+        f"their inputs over {sequences} sequences of 128 tokens (prose) as the curvature; errors are "
+        "those of the outputs relative to these, on as many other sequences."
+    )
+    tables = {f"Block {number} of SmolLM2-135M": block(number, sequences)}
+    write_results("formats", title, rows=rows, tables=tables, notes=[note, also], out=options.out)
 
 
 def block(number: int, sequences: int) -> list[Row]:
@@ -86,7 +86,7 @@ def block(number: int, sequences: int) -> list[Row]:
     for spec in FORMATS:
         fmt, errors, bits, weights = Format.parse(spec), [], 0, 0
         for matrix, layer in layers.items():
-            weight = layer.weight.detach().float()
+            weight = layer.get_parameter("weight").detach().float()
             evidence = Evidence(fisher=halves[0][matrix])
             packed = METHODS.get("fisher_gptq")(weight, fmt, evidence)
             other = halves[1][matrix].double()

@@ -33,7 +33,7 @@ TILE = 1024  # rows of a walk: each begins in the same state
 COLUMNS = 8  # walks at a time without compiled loops
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def table(bits: int) -> tuple[float, ...]:
     """What the 2^12 states stand for: quantiles of the normal distribution, exact in float16.
 
@@ -54,7 +54,7 @@ def _table(bits: int) -> tuple[float, ...]:
     return tuple(float(np.float16(quantile(float(share)))) for share in shares)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def start(bits: int) -> int:
     """The state before the first row: the one that is followed by the most central values."""
     values = np.array(table(bits)).reshape(-1, 2**bits)
@@ -114,7 +114,7 @@ def _steps(cols: int, device: torch.device) -> list[tuple[Tensor, slice]]:
     return steps
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _signs(cols: int, step: int) -> tuple[float, ...]:
     numbers = np.arange(cols, dtype=np.uint64) + np.uint64((step + 1) << 20)
     return tuple(1.0 if number & 1 else -1.0 for number in _mixed(numbers).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,9 +114,9 @@ def test_feedback_and_later_passes_lower_the_cost(monkeypatch: pytest.MonkeyPatc
     assert found < 0.8 * nearest
     choose = trellis.choose
 
-    def once(*args: object, given: bool) -> None:
-        if not given:
-            choose(*args, given=given)  # type: ignore[arg-type]
+    def once(*args: Any, **named: Any) -> None:
+        if not named["given"]:
+            choose(*args, **named)
 
     monkeypatch.setattr(trellis, "choose", once)
     assert found < cost(weight, fisher_gptq(weight, fmt, evidence), hessian)
