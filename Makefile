@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-texts bench-kernels bench-exports bench-rivals gpu-check screenshots build clean
+.PHONY: demo test install lint type unit bench bench-search bench-texts bench-formats bench-kernels bench-exports bench-rivals gpu-check screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -54,6 +54,10 @@ bench-search: $(VENV)/installed-dev
 # Half an hour on two cores.
 bench-texts: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_texts.py --data $(DATA)
+
+# Minutes on two cores.
+bench-formats: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_formats.py $(FORMATS_OPTIONS)
 
 # About ten minutes on two cores.
 bench-kernels: $(VENV)/installed-dev

@@ -27,6 +27,7 @@ from ..models.texts import check_text
 from ..models.trust import trust
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
+from ..quantizers.candidates import expanded
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
 from ..search.blackbox.storage import shown
@@ -105,7 +106,7 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
         "parameters stay as they are"
     )
     selected = bool(settings.include or settings.exclude)
-    formats = resolve_formats(settings.formats, model.source_dtype)
+    formats = resolve_formats(expanded(settings.formats), model.source_dtype)
     fold = None
     if settings.fold != NONE:
         looked_at = samples if seen is None else seen
@@ -211,7 +212,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     METRICS.get(settings.metric)
     METHODS.get(settings.rounding)
     check_fold(settings.fold)
-    resolve_formats(settings.formats, "float32")
+    resolve_formats(expanded(settings.formats), "float32")
     trust(settings.trust_remote_code)
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")

@@ -50,7 +50,8 @@ class ProfileSettings:
     )
     formats: tuple[str, ...] = setting(
         DEFAULT_FORMATS,
-        "Candidate formats, comma-separated; default and grammar: `bitplan formats`.",
+        "Candidate formats, comma-separated, or menus of them: default, int, all, or a runtime's; "
+        "menus and grammar: `bitplan formats`.",
         panel=PRICES,
         reads="names",
     )

@@ -91,12 +91,13 @@ class Quadratic(NamedTuple):
     pivots: Tensor
 
     @staticmethod
-    def of(matrix: Tensor, damping: float, size: int) -> Quadratic:
+    def of(matrix: Tensor, damping: float, size: int, together: int = 1) -> Quadratic:
         """Of H [parts, cols, cols] or [cols, cols], for grids of ``size`` columns a group.
 
         Columns with large diagonal entries are rounded while there are many left to make up for
         them.  Those of a group stay together, so that its grid can be fitted when it is reached and
-        nothing has to be stored of the order; a short last group stays the last.
+        nothing has to be stored of the order; a short last group stays the last.  So do columns
+        that are rounded ``together`` with their neighbours.
 
         Raises:
             ValueError: As :func:`factor`.
@@ -104,7 +105,7 @@ class Quadratic(NamedTuple):
         matrix = matrix.reshape(-1, *matrix.shape[-2:])
         parts, cols = matrix.shape[:2]
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+        order = _by_size(diagonal, together)
         full = cols // size
         sums = diagonal[:, : full * size].reshape(parts, full, size).sum(-1)
         turn = sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -122,3 +123,14 @@ class Quadratic(NamedTuple):
     def of_parts(self, some: slice) -> Quadratic:
         """That of some blocks of rows."""
         return Quadratic(*(part[some] for part in self))
+
+
+def _by_size(diagonal: Tensor, together: int) -> Tensor:
+    """Columns [parts, cols] by descending sums of ``together`` neighbours; a short rest is last."""
+    parts, cols = diagonal.shape
+    whole = cols // together * together
+    sums = diagonal[:, :whole].reshape(parts, -1, together).sum(-1)
+    first = sums.argsort(dim=-1, descending=True, stable=True)[..., None] * together
+    order = (first + torch.arange(together, device=diagonal.device)).reshape(parts, -1)
+    rest = torch.arange(whole, cols, device=diagonal.device).expand(parts, -1)
+    return torch.cat([order, rest], 1)

@@ -58,6 +58,7 @@ class Format:
         block_size: Weights that rows are stored in multiples of.
         levels: What codes stand for instead of c - z [2^b], ascending.
         base: The format of the codes, if something is added to what they stand for.
+        vector: Columns next to each other whose codes together stand for a point; 1 for none.
         rank: Of the low-rank correction ``left @ right`` that is added; 0 for none.
     """
 
@@ -73,6 +74,7 @@ class Format:
     levels: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
     base: Format | None = field(default=None, compare=False)
     rank: int = field(default=0, compare=False)
+    vector: int = field(default=1, compare=False)
 
     @staticmethod
     def parse(spec: str) -> Format:
@@ -197,6 +199,25 @@ class Family(ABC, Generic[F]):
 
         A family without this last parameter is fitted without importance; :func:`fit` asks any.
         """
+
+    def fit_under(
+        self, weight: Tensor, fmt: Format, hessian: Tensor, rows: Tensor | None, damping: float
+    ) -> F:
+        """What is kept of a weight rounded under a curvature, for a family that does so itself.
+
+        Families whose codes lie on lines leave that to rounding methods.
+
+        Args:
+            weight: The weight [rows, cols], float32.
+            fmt: The format.
+            hessian: H [cols, cols], float32.
+            rows: What an error in a row costs, float32 [rows]; None for all the same.
+            damping: What is best added to the diagonal of H, as a multiple of its mean.
+
+        Raises:
+            ValueError: If the family does not.
+        """
+        raise ValueError(f"{fmt} is rounded by methods.")
 
     def refit(self, weight: Tensor, fmt: Format, grid: F, codes: Tensor, hessian: Tensor) -> F:
         """Better scales for codes that are given; as they are, unless a family has better ones.

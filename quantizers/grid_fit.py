@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from .format import PER_TENSOR, Format
 from .group_fit import Candidates
 from .lines import Grid, grouped, row_chunks, salience, spread
+from .pairs import look_up_points, point_table
 
 # Where to clip, relative to the largest weights of a group: with few levels, far inside.
 LEAST_RATIO = {1: 0.2, 2: 0.5, 3: 0.8, 4: 0.88, 5: 0.95, 6: 0.975, 7: 0.985, 8: 0.994}
@@ -27,6 +31,26 @@ def fit_integers(weight: Tensor, fmt: Format, importance: Tensor | None = None) 
 def fit_levels(weight: Tensor, fmt: Format, importance: Tensor) -> Grid:
     """Fit the scales of a format whose codes stand for ascending levels, to match importance."""
     return _fit(weight, fmt, importance, _Levels)
+
+
+def fit_normal_levels(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
+    """Fit the scales of levels for a standard normal variable, which need not reach all weights."""
+    return _fit(weight, fmt, importance, _NormalLevels)
+
+
+def fit_points(
+    weight: Tensor,
+    fmt: Format,
+    importance: Tensor | None,
+    points: Sequence[tuple[float, float]],
+) -> Grid:
+    """Fit the scales of a format whose codes of two columns stand for a point [4^b]."""
+    table = torch.tensor(points, dtype=torch.float32, device=weight.device)
+
+    class Fit(_Points):
+        points, cells = table, point_table(table)
+
+    return _fit(weight, fmt, importance, Fit)
 
 
 def clip_ratios(bits: int, weighted: bool) -> list[float]:
@@ -97,3 +121,37 @@ class _Levels(_Integers):
         cells = cells.clamp_(0, CELLS - 1).int().view(-1)
         torch.index_select(self._nearest, 0, cells, out=self._codes.view(-1))
         return self._position.sub_(self._codes)
+
+
+class _NormalLevels(_Levels):
+    """Likewise where the scale is about the group's root mean square."""
+
+    def unclipped(self, middle: float | None) -> list[tuple[Tensor, Tensor]]:
+        """Also scales around the weighted root mean square, among which the ratios then search."""
+        return [*super().unclipped(middle), (_about_root(self), self.zero)]
+
+
+class _Points(_Integers):
+    """The best scale of every group where codes of two columns stand for a point."""
+
+    points: ClassVar[Tensor]
+    cells: ClassVar[Tensor]
+
+    def unclipped(self, middle: float | None) -> list[tuple[Tensor, Tensor]]:
+        """Scales around the root mean square, and those that reach the largest weights."""
+        self.zero.zero_()
+        reach = self.weight.abs().amax(1) / float(self.points.abs().amax())
+        return [(reach, self.zero), (_about_root(self), self.zero)]
+
+    def _round(self, scale: Tensor, zero: Tensor) -> Tensor:
+        inverse = torch.where(scale == 0, 0, 1 / scale)
+        torch.mul(self.weight, inverse[:, None], out=self._position)
+        self._codes.copy_(look_up_points(self._position, self.points, self.cells))
+        return self._position.sub_(self._codes)
+
+
+def _about_root(fit: Candidates) -> Tensor:
+    """What clipping ratios make scales around the weighted root mean square of groups of."""
+    total = fit.salience.sum(1).clamp_(min=1e-30)
+    mean = (fit.weight.square() * fit.salience).sum(1) / total
+    return mean.sqrt_() * (2 / (1 + LEAST_RATIO[fit.max_code.bit_length()]))

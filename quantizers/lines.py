@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pairs import nearest_points, values_of
+
 CHUNK = 1 << 20  # weights handled at a time, so that temporaries stay in the cache
 SLIGHT = 1e-6  # what groups without importance count beside those that have some
 
@@ -58,7 +60,7 @@ class Line(NamedTuple):
         zero: Zero points, shaped like ``scale``, or one for all (a scalar).
         offset: float32 [rows, groups]; None for 0.
         levels: What stands for a code instead of c - zero, float32 [2^b]; None for c - zero.
-            Ascending, unless they are ``whole``.
+            Ascending, unless they are ``whole``. Of vector codes, points [4^b, 2]: see ``pairs``.
         whole: Whether the levels are whole numbers from -128 to 127.
     """
 
@@ -153,7 +155,9 @@ def round_to_codes(weight: Tensor, line: Line, bits: int, size: int, out: Tensor
         else:
             torch.sub(block, line.offset[:, groups, None], out=codes)
             codes.mul_(inverse[:, groups, None])
-        if line.levels is None:
+        if line.levels is not None and line.levels.dim() == 2:
+            codes.copy_(nearest_points(codes, line.levels, bits))
+        elif line.levels is None:
             codes.add_(_zero(line, groups)).round_().clamp_(0, 2**bits - 1)
         elif line.whole:
             codes.copy_(nearest_level(codes, line.levels))
@@ -176,7 +180,10 @@ def dequantize(codes: Tensor, line: Line, size: int) -> None:
     codes, scales and their products have few bits.
     """
     for block, groups in grouped(codes, size):
-        if line.levels is None:
+        if line.levels is not None and line.levels.dim() == 2:
+            bits = (len(line.levels).bit_length() - 1) // 2
+            block.copy_(values_of(block, line.levels, bits)).mul_(line.scale[:, groups, None])
+        elif line.levels is None:
             block.sub_(_zero(line, groups)).mul_(line.scale[:, groups, None])
         else:
             block.copy_(line.levels[block.long()]).mul_(line.scale[:, groups, None])

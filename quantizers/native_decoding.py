@@ -43,6 +43,8 @@ def decode(
         return None
     if size % 8 and size < cols:
         return None
+    if line.levels is not None and line.levels.dim() == 2:
+        return None
     library, _ = LIBRARY.find()
     if library is None:
         return None

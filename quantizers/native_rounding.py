@@ -16,7 +16,7 @@ from .feedback import Quadratic
 from .sweep import Lattice, Levels
 
 SOURCE = Path(__file__).with_name("rounding.cpp")
-ABI = 1  # what bitplan_abi() says
+ABI = 2  # what bitplan_abi() says
 
 
 class _Problem(ctypes.Structure):
@@ -42,6 +42,7 @@ class _Lines(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("most", ctypes.c_int32),
         ("fit", ctypes.c_int32),
+        ("pairs", ctypes.c_int32),
     )
 
 
@@ -158,8 +159,12 @@ class _StoredLines:
     """``Lines`` of ``rounding.cpp``, and the tensors whose addresses it holds."""
 
     def __init__(self, lattice: Lattice, fit: int) -> None:
-        levels = Levels.of(lattice.levels)
-        self.kept = (lattice.scale, lattice.zero, lattice.offset, *(levels or (None, None, None)))
+        ordered: tuple[Tensor | None, ...] = (None, None, None)
+        if lattice.pairs and lattice.levels is not None:
+            ordered = (lattice.levels.contiguous(), None, None)
+        elif levels := Levels.of(lattice.levels):
+            ordered = levels
+        self.kept = (lattice.scale, lattice.zero, lattice.offset, *ordered)
         addresses = []
         for part in self.kept:
             assert part is None or part.is_contiguous()
@@ -176,6 +181,7 @@ class _StoredLines:
             lattice.size,
             2**lattice.bits - 1,
             fit,
+            lattice.pairs,
         )
 
 

@@ -23,14 +23,20 @@ struct Lines {
   float* scale;         // [rows, groups]
   float* zero;          // [rows, groups]
   const float* offset;  // [rows, groups], or null
-  const float* levels;  // ascending [count], or null
+  const float* levels;  // ascending [count], or null; of pairs, points [4^b, 2]
   const float* borders;  // half-way between them [count - 1]
   const uint8_t* names;  // codes of the ascending levels [count]
   int64_t groups;
   int64_t size;  // columns of a group
   int32_t most;  // the largest code
   int32_t fit;   // 0: scales and zeros are given; 1: fitted group by group; 2: scales alone
+  int32_t pairs;  // whether the codes of two columns together stand for a point
 };
+
+// Points that two columns can take, or one without a neighbour.
+inline int32_t point_count(const Lines& l, bool alone) {
+  return alone ? l.most + 1 : (l.most + 1) * (l.most + 1);
+}
 
 struct Problem {
   const float* matrix;   // [parts, cols, cols]: what is multiplied by errors, see each function
@@ -242,7 +248,38 @@ void sweep_tile(const Problem& p, const Lines& l, const Search& how, const float
         zero.at(group)[v] = fit.zero;
       }
     }
-    for (k = start; k < end; k++) {
+    for (k = start; l.pairs && k < end; k += 2) {  // both columns at once
+      const bool alone = k + 1 == cols;
+      const int64_t n = alone ? 1 : 2;
+      vec sums[2][V] = {};
+      std::memcpy(sums, target.at(k - start), n * sizeof sums[0]);
+      for (int64_t i = 0; i < n; i++)
+        accumulate<V, 1>(reinterpret_cast<vec(&)[1][V]>(sums[i]), back + (k + i) * cols, cols,
+                         error.at(0), start, k);
+      const float onward = alone ? 0 : back[(k + 1) * cols + k];
+      const float first = pivots[k], second = alone ? 0 : pivots[k + 1];
+      const int64_t g = order[k] / l.size;
+      const int32_t count = point_count(l, alone);
+      for (int v = 0; v < V; v++) {
+        const vec s = scale.at(g)[v], w0 = w.at(k)[v];
+        vec best = splat(std::numeric_limits<float>::infinity()), number = {}, x = {}, y = {};
+        for (int32_t i = 0; i < count; i++) {
+          const vec px = s * l.levels[2 * i], py = s * l.levels[2 * i + 1];
+          const vec off = sums[0][v] - px;
+          const vec next = sums[1][v] + onward * (w0 - px) - py;
+          const vec cost = first * off * off + second * next * next;
+          const ints better = cost < best;
+          best = better ? cost : best;
+          number = better ? splat(float(i)) : number;
+          x = better ? px : x;
+          y = better ? py : y;
+        }
+        code.at(k)[v] = number;
+        error.at(k)[v] = w0 - x;
+        if (!alone) error.at(k + 1)[v] = w.at(k + 1)[v] - y;
+      }
+    }
+    for (k = start; !l.pairs && k < end; k++) {
       vec sums[1][V];
       std::memcpy(sums, target.at(k - start), sizeof sums);
       accumulate<V, 1>(sums, back + k * cols, cols, error.at(0), start, k);
@@ -271,7 +308,12 @@ void sweep_tile(const Problem& p, const Lines& l, const Search& how, const float
   }
   for (int64_t r = 0; r < rows.count; r++) {
     uint8_t* out = codes + (rows.first + r) * cols;
-    for (int64_t k = 0; k < cols; k++) {
+    for (int64_t k = 0; l.pairs && k < cols; k += 2) {
+      const int c = int(code.floats()[k * width + r]);
+      out[order[k]] = uint8_t(c % (l.most + 1));
+      if (k + 1 < cols) out[order[k + 1]] = uint8_t(c / (l.most + 1));
+    }
+    for (int64_t k = 0; !l.pairs && k < cols; k++) {
       const int c = int(code.floats()[k * width + r]);
       out[order[k]] = l.levels ? l.names[c] : uint8_t(c);
     }
@@ -378,6 +420,46 @@ INLINE bool any_moves(const uint8_t* codes, const float* slope, const float* pul
   return moves != 0;
 }
 
+// matrix: H.  Moves the codes of two columns to the best point while all others stay.
+void descend_pairs(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, uint8_t* codes,
+                   float* slope) {
+  const int64_t cols = p.cols;
+  const float* h = p.matrix + row / p.rows * cols * cols;
+  codes += row * cols;
+  slope += row * cols;
+  std::vector<float> xs(point_count(l, false)), ys(xs.size()), costs(xs.size());
+  for (size_t i = 0; i < xs.size(); i++) xs[i] = l.levels[2 * i], ys[i] = l.levels[2 * i + 1];
+  for (int32_t sweep = 0; sweep < sweeps; sweep++) {
+    int64_t changes = 0;
+    for (int64_t k = 0; k < cols; k += 2) {
+      const bool alone = k + 1 == cols;
+      const float s = l.scale[row * l.groups + k / l.size];
+      if (s == 0) continue;
+      const float* other = h + (alone ? k : k + 1) * cols;
+      const float h00 = s * h[k * cols + k], h01 = alone ? 0 : s * other[k];
+      const float h11 = alone ? 0 : s * other[k + 1];
+      const float s0 = 2 * slope[k], s1 = alone ? 0 : 2 * slope[k + 1];
+      const int32_t now = codes[k] + (alone ? 0 : (l.most + 1) * codes[k + 1]);
+      const float x = xs[now], y = ys[now];
+      const int32_t count = point_count(l, alone);
+      for (int32_t i = 0; i < count; i++) {
+        const float dx = xs[i] - x, dy = ys[i] - y;
+        costs[i] = dx * (h00 * dx + 2 * h01 * dy - s0) + dy * (h11 * dy - s1);
+      }
+      int32_t best = now;
+      for (int32_t i = 0; i < count; i++)
+        if (costs[i] < costs[best]) best = i;
+      if (best == now) continue;
+      const float dx = s * (xs[best] - x), dy = alone ? 0 : s * (ys[best] - y);
+      for (int64_t i = 0; i < cols; i++) slope[i] -= dx * h[k * cols + i] + dy * other[i];
+      codes[k] = uint8_t(best % (l.most + 1));
+      if (!alone) codes[k + 1] = uint8_t(best / (l.most + 1));
+      changes++;
+    }
+    if (!changes) break;
+  }
+}
+
 // matrix: H; pivots: 1 / diag H [parts, cols].  Moves every code of a row to the best value while
 // all others stay.
 void descend_row(const Problem& p, const Lines& l, int64_t row, int32_t sweeps, uint8_t* codes,
@@ -473,12 +555,16 @@ void bitplan_normal(const Problem* p, int64_t spans, int64_t size, const float* 
 
 void bitplan_descend(const Problem* p, const Lines* l, int sweeps, uint8_t* codes, float* slope,
                      int threads) {
-  const Room room = room_of(*l);
+  const Room room = l->pairs ? Room{} : room_of(*l);
   const int64_t count = p->parts * p->rows;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 16) if (threads > 1)
-  for (int64_t row = 0; row < count; row++)
-    descend_row(*p, *l, row, sweeps, codes, slope, room);
+  for (int64_t row = 0; row < count; row++) {
+    if (l->pairs)
+      descend_pairs(*p, *l, row, sweeps, codes, slope);
+    else
+      descend_row(*p, *l, row, sweeps, codes, slope, room);
+  }
 }
 
-int bitplan_abi() { return 1; }
+int bitplan_abi() { return 2; }
 }

@@ -48,9 +48,9 @@ def sweep(
     parts, cols = quadratic.order.shape
     blocks = weight.view(parts, -1, cols)
     at = quadratic.order[:, None, :].expand(blocks.shape)
-    columns = Sweep(
-        blocks.gather(2, at), quadratic.back.mT, lattice.bits, Levels.of(lattice.levels)
-    )
+    points = lattice.levels if lattice.pairs else None
+    levels = None if lattice.pairs else Levels.of(lattice.levels)
+    columns = Sweep(blocks.gather(2, at), quadratic.back.mT, lattice.bits, levels, points)
     cells = _Cells(lattice, quadratic.order, blocks.shape[1])
     for start in range(0, cols, BLOCK if ratios is None else lattice.size):
         end = min(start + (BLOCK if ratios is None else lattice.size), cols)
@@ -67,6 +67,9 @@ def sweep(
                 middle,
             )
             cells.fill(start, *fitted)
+        if lattice.pairs:
+            columns.round_pairs(target, start, cells, quadratic.pivots[:, start:end])
+            continue
         columns.round(target, start, cells)
     codes = columns.code.mT
     return torch.empty_like(codes).scatter_(2, at, codes).reshape(-1, cols)
@@ -155,6 +158,10 @@ def descend(
         return
     parts, cols = quadratic.order.shape
     blocks, falling = codes.view(parts, -1, cols), slopes.view(parts, -1, cols)
+    if lattice.pairs:
+        for column in list(range(0, cols, 2)) * sweeps:
+            _descend_pair(blocks, falling, quadratic.matrix, lattice, column)
+        return
     levels = Levels.of(lattice.levels)
     natural = torch.arange(cols, device=codes.device).expand(parts, -1)
     cells = _Cells(lattice._replace(offset=None), natural, blocks.shape[1])
@@ -174,6 +181,31 @@ def descend(
             code = torch.where(change == 0, before, levels.codes[rank])
         falling -= change[..., None] * quadratic.matrix[:, None, column]
         blocks[:, :, column] = code.to(torch.uint8)
+
+
+def _descend_pair(
+    codes: Tensor, slopes: Tensor, matrix: Tensor, lattice: Lattice, column: int
+) -> None:
+    """Move the codes [parts, rows, cols] of two columns, or of a last one, to the best points."""
+    alone, points = column + 1 == codes.shape[2], lattice.levels
+    assert points is not None
+    both = slice(column, column + (1 if alone else 2))
+    scale = lattice.scale[:, column // lattice.size].view(codes.shape[:2])[..., None, None]
+    now = codes[:, :, column].long()
+    if alone:
+        points = points[: 2**lattice.bits, :1]
+    else:
+        now = now + (codes[:, :, column + 1].long() << lattice.bits)
+    moves = (points - points[now][:, :, None]) * scale  # [parts, rows, points, columns]
+    costs = (moves @ matrix[:, None, both, both] * moves).sum(-1)
+    costs -= 2 * (moves * slopes[:, :, None, both]).sum(-1)
+    least, best = costs.min(-1)
+    best = torch.where(least < 0, best, now)
+    change = moves.gather(2, best[..., None, None].expand(-1, -1, 1, moves.shape[3]))[:, :, 0]
+    slopes -= change @ matrix[:, both]
+    codes[:, :, column] = best & (2**lattice.bits - 1)
+    if not alone:
+        codes[:, :, column + 1] = best >> lattice.bits
 
 
 def _summed(values: Tensor, spans: int, size: int) -> Tensor:

@@ -22,7 +22,8 @@ class Lattice(NamedTuple):
         scale: float32 [rows, groups].
         zero: float32 [rows, groups].
         offset: float32 [rows, groups]; None for 0.
-        levels: What stands for a code instead of c - zero, float32 [2^b]; None for c - zero.
+        levels: What stands for a code instead of c - zero, float32 [2^b]; None for c - zero. Of
+            pairs of columns, points [4^b, 2].
         size: Columns of a group.
         bits: Bits of a code.
     """
@@ -33,6 +34,11 @@ class Lattice(NamedTuple):
     levels: Tensor | None
     size: int
     bits: int
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the codes of two columns together stand for a point."""
+        return self.levels is not None and self.levels.dim() == 2
 
     @staticmethod
     def of(fmt: Format, grid: Grid, rows: int, cols: int) -> Lattice:
@@ -107,12 +113,18 @@ class Sweep:
         feedback: R [parts, cols, cols] of these columns, unit upper triangular.
         bits: Bits per code.
         levels: What codes stand for instead of themselves less the zero point.
+        points: What those of two columns stand for [4^b, 2].
     """
 
     def __init__(
-        self, weight: Tensor, feedback: Tensor, bits: int, levels: Levels | None = None
+        self,
+        weight: Tensor,
+        feedback: Tensor,
+        bits: int,
+        levels: Levels | None = None,
+        points: Tensor | None = None,
     ) -> None:
-        self.weight = weight.transpose(1, 2).contiguous()
+        self.weight, self.points = weight.transpose(1, 2).contiguous(), points
         self.feedback, self.most, self.levels = feedback, 2**bits - 1, levels
         self.error = torch.zeros_like(self.weight)
         self.value = torch.empty_like(self.weight)
@@ -151,6 +163,41 @@ class Sweep:
             if column + 1 < end:
                 back = self.feedback[:, column, column + 1 : end, None]
                 target[:, column + 1 - start :].addcmul_(back, error[:, None])
+
+    def round_pairs(
+        self, target: Tensor, start: int, cells: Callable[[int], Cells], pivots: Tensor
+    ) -> None:
+        """Round columns from ``start`` on two by two, codes of a point each.
+
+        Args:
+            target: [parts, columns, rows].
+            start: The first of them, even.
+            cells: Those of a column.
+            pivots: D [parts, columns].
+        """
+        assert self.points is not None
+        end, cols = start + target.shape[1], self.weight.shape[1]
+        bits = self.most.bit_length()
+        for column in range(start, end, 2):
+            alone, scale = column + 1 == cols, cells(column).scale
+            points = self.points[: self.most + 1] if alone else self.points
+            at = column - start
+            values = scale[..., None] * points[:, 0], scale[..., None] * points[:, 1]
+            error = self.weight[:, column, :, None] - values[0]
+            costs = (target[:, at, :, None] - values[0]).square_() * pivots[:, at, None, None]
+            if not alone:
+                onward = self.feedback[:, column, column + 1, None, None]
+                off = target[:, at + 1, :, None] + onward * error - values[1]
+                costs += off.square_() * pivots[:, at + 1, None, None]
+            best = costs.argmin(-1, keepdim=True)
+            codes = best[..., 0] & self.most, best[..., 0] >> bits
+            for i in range(1 if alone else 2):
+                self.code[:, column + i] = codes[i].to(torch.uint8)
+                value = values[i].expand_as(costs).gather(-1, best)[..., 0]
+                self.value[:, column + i] = value
+                self.error[:, column + i] = self.weight[:, column + i] - value
+                back = self.feedback[:, column + i, column + 2 : end, None]
+                target[:, at + 2 :].addcmul_(back, self.error[:, column + i, None])
 
     def _nearest(self, target: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         """The nearest values and their codes, [parts, rows]."""

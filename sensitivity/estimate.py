@@ -28,7 +28,7 @@ from ..models.samples import Samples, calibration_samples, samples_from_batches
 from ..models.sites import places
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload, parameter_dtype, tie
-from ..quantizers.candidates import DEFAULT_FORMATS
+from ..quantizers.candidates import DEFAULT_FORMATS, expanded
 from ..quantizers.format import Format, resolve_formats
 from ..quantizers.methods import METHODS
 from .evidence import calibrated
@@ -85,7 +85,7 @@ def profile(
     """
     loaded = as_loaded_model(model)
     METRICS.get(metric)
-    candidates = resolve_formats(formats, loaded.source_dtype)
+    candidates = resolve_formats(expanded(formats), loaded.source_dtype)
     units = find_units(loaded.module, include, exclude, groups, per_expert)
     show = reporter or Reporter(quiet=True)
     samples, seen = _as_samples(loaded, batches, seed), None

@@ -155,7 +155,7 @@ class FamilyContract(Contract):
         """Rounding methods choose codes: a family stores those that it is given."""
         plain = packed.coded()
         grid = plain.grid()
-        if fmt.floating:
+        if fmt.floating or type(family(plain.fmt.family)).line is Family.line:
             assert grid is None
             return
         assert isinstance(grid, Grid)
@@ -189,7 +189,7 @@ class FamilyContract(Contract):
 
     def test_refitted_scales_cost_no_more(self, fmt: Format) -> None:
         """For codes that were chosen otherwise, in rows of a curvature; they are stored exactly."""
-        if fmt.floating or fmt.base is not None:
+        if fmt.base is not None or type(family(fmt.family)).line is Family.line:
             return
         weight, inputs = drawn((24, 300), 4) / 16, drawn((500, 300), 5).cumsum(1) / 8
         hessian, grid = inputs.T @ inputs / 500, fit(weight, fmt)

@@ -69,7 +69,7 @@ class LowRank(Family[Corrected]):
         structure with randomness", algorithm 4.4, for the singular vectors.
     """
 
-    grammar = "{int...|nf4...}+lr{rank}"
+    grammar = "{int...|nf4...|nl...}+lr{rank}"
     examples = ("int2-g32+lr4", "int3-g64-asym+lr16", "int4-gc+lr8", "nf4-g64+lr2")
 
     def parse(self, text: str) -> Format | None:

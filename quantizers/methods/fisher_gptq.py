@@ -23,8 +23,12 @@ SWEEPS = 4  # of descent over all columns
 
 
 def has_own_codes(fmt: Format) -> bool:
-    """Whether it has codes of its own for a format: if it is made of codes on lines."""
-    return type(family_of(fmt.base or fmt)).line is not Family.line
+    """Whether it has codes of its own for a format: of codes on lines, or rounded by its family."""
+    return type(family_of(fmt.base or fmt)).line is not Family.line or _by_family(fmt)
+
+
+def _by_family(fmt: Format) -> bool:
+    return type(family_of(fmt)).fit_under is not Family.fit_under
 
 
 @METHODS.register("fisher_gptq", needs={"fisher"}, rounds=has_own_codes, compiled=True)
@@ -42,7 +46,9 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
        family for the importance ``diag H``, before the first column.
     3. Twice: coordinate descent on the codes, then all scales of a row by least squares, float16.
        Blocks have theirs refitted once; those of the tensor stay.
-    4. A low-rank correction makes up for what the codes then cost, they are rounded again without
+    4. Families whose codes lie on no lines (trellis codes) round their columns likewise themselves;
+       rows that are parts with inputs of their own are rounded to nearest there.
+    5. A low-rank correction makes up for what the codes then cost, they are rounded again without
        it, and it is made again.
 
     No step of 3 raises the cost of a row.  Rows are independent, and what becomes of one depends
@@ -83,6 +89,8 @@ def fisher_gptq(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor
             f"A weight {list(weight.shape)} does not go with the curvature "
             f"{list(evidence.fisher.shape)} of its columns: [cols, cols] or [parts, cols, cols]."
         )
+    if _by_family(fmt):
+        return _of_family(weight, fmt, evidence)
     if fmt.base is None:
         return _round(weight, fmt, evidence)
     return _corrected(weight, fmt, fmt.base, evidence)
@@ -114,18 +122,31 @@ def _corrected(weight: Tensor, fmt: Format, base: Format, evidence: Evidence) ->
     return PackedTensor(fmt, codes.shape, parts)
 
 
+def _of_family(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
+    """Part by part as the family rounds it."""
+    assert evidence.fisher is not None
+    matrices = evidence.fisher.reshape(-1, *evidence.fisher.shape[-2:])
+    if len(matrices) > 1:  # rows of one walk have inputs of their own: as good as none
+        return rtn(weight, fmt, evidence)
+    damping = DAMPING if evidence.damping is None else evidence.damping
+    family = family_of(fmt)
+    fitted = family.fit_under(weight, fmt, matrices[0].float(), evidence.rows, damping)
+    return PackedTensor.pack(weight, fmt, fitted)
+
+
 def _quadratic(evidence: Evidence, fmt: Format) -> Quadratic:
     """The damped curvature in the order for groups as large as those of a format."""
     assert evidence.fisher is not None
     cols = evidence.fisher.shape[-1]
     size = fmt.group_size if 0 < fmt.group_size < cols else cols
     kept = evidence.kept.get("fisher_gptq")  # only the last: it is twice as large as the curvature
-    if kept is None or kept[0] != size:
+    if kept is None or kept[0] != (size, fmt.vector):
         damping = DAMPING if evidence.damping is None else evidence.damping
-        kept = size, Quadratic.of(evidence.fisher.float(), damping, size)
+        quadratic = Quadratic.of(evidence.fisher.float(), damping, size, fmt.vector)
+        kept = (size, fmt.vector), quadratic
         evidence.kept["fisher_gptq"] = kept
-    quadratic: Quadratic = kept[1]
-    return quadratic
+    found: Quadratic = kept[1]
+    return found
 
 
 def _round(weight: Tensor, fmt: Format, evidence: Evidence) -> PackedTensor:
@@ -158,12 +179,12 @@ def _round_rows(
     for turn in range(ROUNDS):
         slopes = rounding.slope(weight - lattice.values(codes), quadratic)
         rounding.descend(codes, slopes, quadratic, lattice, SWEEPS)
-        if fmt.layout == "codes" and fmt.group_size != PER_TENSOR:
+        if fmt.block_size == 1 and fmt.group_size != PER_TENSOR:
             basis = lattice._replace(scale=torch.ones_like(lattice.scale)).values(codes)
             scale = rounding.refit(lattice.scale, basis, slopes, quadratic, lattice.size)
             lattice = lattice._replace(scale=scale)
             grid = grid._replace(scale=scale.half())
-        elif fmt.layout != "codes" and turn == 0:  # takes long, and gains little when repeated
+        elif fmt.block_size > 1 and turn == 0:  # takes long, and gains little when repeated
             grid = _refit(weight, fmt, grid, codes, quadratic)
             lattice = Lattice.of(fmt, grid, *weight.shape)
     return codes, grid

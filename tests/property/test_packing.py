@@ -68,7 +68,7 @@ def test_rendering_is_decoding_the_codes(weight: Tensor, fmt: Format) -> None:
     packed = PackedTensor.pack(weight, fmt, grid)
     assert torch.equal(rendered, packed.dequantize())
     assert rendered.isfinite().all()
-    if fmt.base is None:  # codes say it all
+    if grid is not None and fmt.base is None and fmt.family != "trellis":  # codes say it all
         assert isinstance(grid, Grid)
         codes = encode(weight, fmt, grid)
         assert torch.equal(rendered, decode(codes, fmt, grid))

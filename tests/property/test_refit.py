@@ -17,7 +17,15 @@ from bitplan.quantizers.packed import PackedTensor
 from bitplan.quantizers.refit import equations, refit_scales, right_sides
 
 NAMES = [
-    *("int1-g32", "int2-g64-asym", "int3-g64", "int4-gc-asym", "int8-gt-asym", "nf4-g64", "nf4-gc"),
+    *(
+        "int1-g32",
+        "int2-g64-asym",
+        "int3-g64",
+        "int4-gc-asym",
+        "int8-gt-asym",
+        "nf4-g64",
+        "nl3-g64",
+    ),
     *("q4_1", "q5_1", "iq4_nl", "mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
 ]
 formats = st.sampled_from([Format.parse(name) for name in NAMES])

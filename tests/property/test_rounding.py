@@ -20,7 +20,7 @@ from bitplan.quantizers.sweep import Lattice
 SPECS = [
     f"int{b}-g{g}{z}" for b in (1, 2, 3, 4, 5, 8) for g in ("32", "64", "c") for z in ("", "-asym")
 ]
-SPECS += ["nf4-g32", "iq4_nl", "q2_k", "q4_1", "mxfp4"]
+SPECS += ["nf4-g32", "nl3-g32", "vq2-g32", "vq3-gc", "iq4_nl", "q2_k", "q4_1", "mxfp4"]
 fisher_gptq, rtn = METHODS.get("fisher_gptq"), METHODS.get("rtn")
 
 

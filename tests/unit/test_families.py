@@ -155,3 +155,23 @@ def test_a_plan_of_them_is_made_written_loaded_and_run(tiny_folder: Path, tmp_pa
     torch.testing.assert_close(packed.logits(ids), applied.logits(ids), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="families: it takes"):
         export(plan, "vllm", tmp_path / "vllm", model=model)
+
+
+def test_codes_for_normal_weights_from_profile_to_packed_folder(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Rounded under the curvature, priced, written, rounded again and run."""
+    model = load_model(str(tiny_folder), "cpu")
+    samples = calibration_samples(model, sequences=8, length=32)
+    table = bitplan.profile(
+        model, samples, ("nl3-g64", "vq2-g64", "tcq2", "tcq3", "int8-g64"), rounding="fisher_gptq"
+    )
+    assert (table.kl[:, 3] < table.kl[:, 2]).all()
+    pins = {"*q_proj": "tcq3", "*up_proj": "vq2-g64", "*down_proj": "nl3-g64", "*o_proj": "tcq2"}
+    plan = bitplan.solve(table, "5bpw", pins=pins)
+    assert {*pins.values()} <= {*plan.assignments.values()}
+    folder = bitplan.quantize(plan, tmp_path / "packed", batches=samples)
+    packed, applied = load_packed(folder), load_model(str(tiny_folder), "cpu")
+    bitplan.apply(applied.module, plan, samples)
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(packed.logits(ids), applied.logits(ids), atol=1e-4, rtol=1e-4)

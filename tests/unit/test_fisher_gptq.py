@@ -18,7 +18,20 @@ from bitplan.quantizers.sweep import Lattice
 from bitplan.testing.toys import drawn
 
 INTEGERS = ("int1-g32", "int2-g64-asym", "int3-g128", "int4-gc-asym", "int3-gc", "int8-g32-asym")
-LEVELS = ("nf4-g64", "nf4-gc", "q4_1", "iq4_nl", "mxfp4", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs")
+LEVELS = (
+    "nf4-g64",
+    "nl2-g64",
+    "nl3-gc",
+    "nf4-gc",
+    "q4_1",
+    "iq4_nl",
+    "mxfp4",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q6_k",
+    "iq4_xs",
+)
 OTHERS = ("int4-gt-asym", "int3-gt", "int3-g64-asym+lr4", "nf4-g64+lr2")
 fisher_gptq, gptq, rtn = (METHODS.get(name) for name in ("fisher_gptq", "gptq", "rtn"))
 

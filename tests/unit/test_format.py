@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bitplan.quantizers.candidates import expanded
 from bitplan.quantizers.format import (
     PER_CHANNEL,
     PER_TENSOR,
@@ -15,6 +16,7 @@ from bitplan.quantizers.format import (
     families,
     resolve_formats,
 )
+from bitplan.quantizers.runtimes import Rules
 
 
 def test_parse_reads_every_field() -> None:
@@ -113,3 +115,17 @@ def test_resolve_formats() -> None:
     assert resolve_formats(["keep"], "float16") == (Format.parse("fp16"),)
     with pytest.raises(ValueError, match="No format was given"):
         resolve_formats([], "bf16")
+
+
+def test_menus_stand_for_formats() -> None:
+    """By name, or by that of a runtime; what is named twice is there once."""
+    integers = resolve_formats(expanded(["int"]), "bf16")
+    assert all(fmt.integer or fmt.name == "bf16" for fmt in integers)
+    assert resolve_formats(expanded(["default"]), "float16")[:-1] == integers[:-1]
+    every = [fmt.name for fmt in resolve_formats(expanded(["all", "tcq3"]), "bf16")]
+    assert {"nl3-g64", "vq2-g64", "tcq4", "int4-g64-asym", "bf16"} <= {*every}
+    assert len(every) == len({*every})
+    rules = Rules.load("llama.cpp")
+    assert expanded(["llama.cpp", "bf16"]) == (*rules.candidates, "bf16")
+    with pytest.raises(ValueError, match="Unknown format 'alll'"):
+        resolve_formats(expanded(["alll"]), "bf16")
