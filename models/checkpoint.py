@@ -9,26 +9,26 @@ as a layer's experts, are fused one at a time and written to a temporary file, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .mapped import MappedFile, Spill, mapped_files, release
+from .mapped import Spill, mapped_files, release
 from .streamed import stream_weights
 from .workload import tie
 
 
-def streamed_model(folder: Path) -> tuple[nn.Module, list[MappedFile]]:
+def streamed_model(folder: Path) -> nn.Module:
     """The causal language model of a folder, its weights left in its files.
 
     Args:
         folder: ``config.json`` and safetensors files, single or sharded.
 
     Returns:
-        The frozen model, and its files.
+        The frozen model.
 
     Raises:
         ValueError: If its weights cannot be read like this: no safetensors, quantized weights, or
@@ -70,7 +70,8 @@ def streamed_model(folder: Path) -> tuple[nn.Module, list[MappedFile]]:
     tie(module)
     module.requires_grad_(False).eval()
     stream_weights(module)
-    return module, files
+    result: nn.Module = module
+    return result
 
 
 def _put(module: nn.Module, known: Mapping[int, tuple[str, Tensor, Tensor]]) -> None:
@@ -152,17 +153,5 @@ def streamed_bytes(folder: Path) -> int:
     Raises:
         ValueError: If it has no safetensors files.
     """
-    return sum(4 * _count(file) for file in mapped_files(folder))
-
-
-def largest(files: list[MappedFile]) -> int:
-    """Entries of the largest tensor."""
-    return max(entry.nbytes // entry.dtype.itemsize for file in files for entry in _entries(file))
-
-
-def _entries(file: MappedFile) -> Iterator[Any]:
-    yield from file.entries.values()
-
-
-def _count(file: MappedFile) -> int:
-    return sum(entry.nbytes // entry.dtype.itemsize for entry in file.entries.values())
+    entries = [entry for file in mapped_files(folder) for entry in file.entries.values()]
+    return sum(4 * (entry.nbytes // entry.dtype.itemsize) for entry in entries)

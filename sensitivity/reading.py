@@ -44,10 +44,13 @@ class UsesReader:
         return self._uses().pieces(batches)
 
     def stream(
-        self, batch: Batch, *probes: tuple[Upstream, Callable[[str, Gradient], None]]
+        self,
+        batch: Batch,
+        *probes: tuple[Upstream, Callable[[str, Gradient], None]],
+        run: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """See :func:`.probes.stream`."""
-        return stream(self._model, self._renderer, batch, *probes)
+        return stream(self._model, self._renderer, batch, *probes, run=run)
 
     def _uses(self) -> Uses:
         return uses_of(self._model, self._renderer, self._samples.batches)
