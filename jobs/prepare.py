@@ -20,6 +20,7 @@ from ..models.names import BUILTIN, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
+from ..models.streamed import is_streamed
 from ..models.texts import check_text
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
@@ -84,7 +85,13 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     """
     check(settings)
     reporter.say(f"Loading {settings.model}")
-    model = load_model(settings.model, settings.device)
+    model = load_model(settings.model, settings.device, settings.memory_bytes)
+    if is_streamed(model.module):
+        whole = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+        reporter.say(
+            f"Weights stay in their files ({whole / 2**30:.2f} GiB in float32 would not fit): "
+            "blocks are gone through one after the other"
+        )
     units = find_units(
         model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
     )
@@ -170,6 +177,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     resolve_formats(settings.formats, "float32")
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
+    _ = settings.memory_bytes
     if search is not None:
         SOLVERS.get(search.solver)
         check_text(search.evaluation, "evaluation")

@@ -20,12 +20,13 @@ from ..quantizers.format import Format, family_of
 from ..quantizers.store import Renderings, Rows
 from .lazy import LazyWeight
 from .sites import Place, entries_of, places
-from .streamed import InPlaceOf, float32_is_held, float32_of, pack, packing, unpack
+from .streamed import InPlaceOf, float32_is_held, float32_of, is_streamed, pack, packing, unpack
 from .substitute import Read, substituted
 from .units import Part, UnitInfo
 
 Assignment = Mapping[str, Format]  # part name -> format
 
+GRIDS = 1 << 28  # bytes of fitted scales at hand of a model that stays in its files
 COPIES = 1 << 27  # bytes of matrices at hand that are no views of their parameters, beyond the last
 
 
@@ -66,6 +67,8 @@ class Renderer:
         self._refusals: dict[tuple[str, str], str | None] = {}
         self._ends: dict[str, Tensor] = {}  # the smallest and the largest weight of a part
         self.store = Renderings(self.weight, rounding, folder)
+        if is_streamed(model):
+            self.store.grid_bytes = GRIDS
 
     def overlay(self) -> Renderer:
         """The same, with a store that may be handed renderings of its own."""

@@ -102,6 +102,7 @@ class WholePass(Generic[G_co]):
         self._samples, self._reader = samples, reader
         self._divided: tuple[Prefix, list[list[str]]] | None = None
         self._watched: list[Watched] = []
+        self._shared: frozenset[str] = frozenset()
 
     @property
     def samples(self) -> Samples:
@@ -112,6 +113,12 @@ class WholePass(Generic[G_co]):
     def blocks(self) -> Sequence[Sequence[str]]:
         """The canonical names of all matrices by block; the first call runs a few tokens."""
         return self._divide()[1]
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of matrices that more than one block uses."""
+        self._divide()
+        return self._shared
 
     def weight(self, name: str) -> Tensor:
         """The original matrix float32 [rows, cols]; all are there at any time."""
@@ -207,6 +214,7 @@ class WholePass(Generic[G_co]):
             for name in self._renderer.names:
                 number = trace.steps.get(name, [_place(name, named)])[0]
                 blocks[min(number, count - 1)].append(name)
+            self._shared = frozenset(n for n, steps in trace.steps.items() if len(set(steps)) > 1)
             self._divided = prefix, blocks
         return self._divided
 
