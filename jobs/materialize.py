@@ -123,14 +123,15 @@ def quantize(
         renderer = plan_renderer(
             plan, model, units, beside=beside, batches=batches, reporter=reporter
         )
-    packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
     with atomic_path(out) as folder:
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied}
-        write_checkpoint(folder, packed, others, header, plan.row_ranges)
+        packed, formats = _pack(renderer, units, plan, reporter), assignment_formats(plan)
+        sizes = {unit.name: (formats[unit.name], unit.shapes[0]) for unit in units}
+        write_checkpoint(folder, packed, others, header, plan.row_ranges, sizes)
         plan.save(RunFolder(folder).plan)
         save_hugging_face_files(model, folder)
     return out
