@@ -72,12 +72,12 @@ def main() -> None:
         "Models that stay in their files, gone through block by block, against models in memory",
         rows=rows,
         notes=[
-            f"`bitplan profile` on a CPU in a process of its own: {given.sequences} sequences of "
-            f"128 tokens, batches of 768, rounding {given.rounding}, formats {FORMATS}; checkpoints "
-            "in bfloat16. Peak is the largest resident set of the process, pages of files included; "
-            "`of float32` is its share of the weights in float32. Seconds are those of the "
-            "processor, as the machine did other work; `cpu ratio` and `peak ratio` are against the "
-            "model in memory, `largest difference` that of any price, relative.",
+            f"`bitplan profile` on a CPU in a process of its own: {given.sequences} sequences "
+            f"of 128 tokens, batches of 768, rounding {given.rounding}, formats {FORMATS}; "
+            "checkpoints in bfloat16. Peak is the largest resident set of the process, pages of "
+            "files included; `of float32` is its share of the weights in float32. Seconds are "
+            "those of the processor, as the machine did other work; `cpu ratio` and `peak ratio` "
+            "are against the model in memory, `largest difference` that of any price, relative.",
         ],
     )
 
@@ -118,13 +118,14 @@ def checkpoint(name: str, work: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     known = load_model("smollm2", "cpu")
-    module: Any = known.module
-    if name != "smollm2":
-        torch.manual_seed(0)
-        module = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[name]), dtype=torch.bfloat16)
-    if hasattr(module.config, "quantization_config"):
-        del module.config.quantization_config
-    module.to(torch.bfloat16).save_pretrained(folder)
+    torch.manual_seed(0)
+    config: Any = LlamaConfig(**SHAPES[name]) if name in SHAPES else known.module.config
+    if hasattr(config, "quantization_config"):  # how the file it came in was stored
+        del config.quantization_config
+    module: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if name not in SHAPES:
+        module.load_state_dict(known.module.state_dict())
+    module.save_pretrained(folder)
     tokenizer: Any = known.workload.tokenizer
     tokenizer.save_pretrained(folder)
     return folder

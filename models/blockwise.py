@@ -79,18 +79,18 @@ class BlockwisePass(WholePass[G_co]):
         positions = np.zeros(self._samples.count, np.int64)
         watched = [use for use in self._watch() if names is None or use.name in names]
         batches = list(numbered(self._samples.batches))
-        borders, done = Borders(self._limit), _Progress(advance, self._samples.count)
+        borders, done = Borders(self._limit), Progress(advance, self._samples.count)
         last = len(prefix.blocks) + 1
         with torch.no_grad():
             for number in range(1, last + 1):
-                with self._there(prefix, number):
+                with block_there(self._model, prefix, number):
                     for i, (batch, samples) in enumerate(batches):
                         state = self._state(borders, i) if number > 1 else None
                         with (
                             prefix.counted() as step,
                             visiting(watched, visit, samples, partial(_is_in, step, number)),
                         ):
-                            found = self._segment(prefix, number, batch, state)
+                            found = segment(self._model, prefix, number, batch, state)
                         if number < last:
                             borders.put(i, found)
                         else:
@@ -110,7 +110,7 @@ class BlockwisePass(WholePass[G_co]):
             return super().backward(*probes, advance=advance)
         pieces = list(numbered(self._reader.pieces(self._samples.batches)))
         positions = np.zeros(self._samples.count, np.int64)
-        self._sweep(prefix, pieces, probes, positions, _Progress(advance, self._samples.count))
+        self._sweep(prefix, pieces, probes, positions, Progress(advance, self._samples.count))
         return positions
 
     def _sweep(
@@ -119,7 +119,7 @@ class BlockwisePass(WholePass[G_co]):
         pieces: Sequence[tuple[Batch, range]],
         probes: Sequence[tuple[Upstream, GradientVisitor[G_co]]],
         positions: NDArray[np.int64],
-        done: _Progress,
+        done: Progress,
     ) -> None:
         """Forward through all blocks, and backward through all."""
         last = len(prefix.blocks) + 1
@@ -127,14 +127,14 @@ class BlockwisePass(WholePass[G_co]):
         work = last * (1 + _BACKWARD)
         with torch.no_grad():
             for number in range(1, last):
-                with self._there(prefix, number):
+                with block_there(self._model, prefix, number):
                     for i, (batch, _) in enumerate(pieces):
                         below = self._state(states, (number - 1, i)) if number > 1 else None
-                        states.put((number, i), self._segment(prefix, number, batch, below))
+                        states.put((number, i), segment(self._model, prefix, number, batch, below))
                 give_back()
                 done.to(number / work)
         for number in range(last, 0, -1):
-            with self._there(prefix, number):
+            with block_there(self._model, prefix, number):
                 for i, (batch, samples) in enumerate(pieces):
                     shape = self._back(prefix, number, i, batch, samples, probes, states, gradients)
                     if number == last:
@@ -179,47 +179,19 @@ class BlockwisePass(WholePass[G_co]):
 
         def run() -> Tensor:
             state = None if leaf is None else joined_state(leaf, rest)
-            found = self._segment(prefix, number, batch, state)
+            found = segment(self._model, prefix, number, batch, state)
             return found if last else split_state(found)[0]
 
-        told = [
-            (upstream_of(i), tell(visit, samples)) for i, (_, visit) in enumerate(probes)
-        ]
+        told = [(upstream_of(i), tell(visit, samples)) for i, (_, visit) in enumerate(probes)]
         if leaf is not None:
             leaf.register_post_accumulate_grad_hook(hand_down)
         return self._reader.stream(batch, *told, run=run).shape
 
-    def _segment(self, prefix: Prefix, number: int, batch: Batch, state: State) -> Any:
-        """What block ``number`` gives from the state before it; the logits for the part after all.
-
-        What comes before the first block runs with it.
-        """
-        below = number - 1
-        states = {below: state} if below else {}
-        if number <= len(prefix.blocks):
-            return prefix.until(self._model.logits, batch, states, below, number)
-        return prefix.run(self._model.logits, batch, states, below)[0]
-
     def _state(self, borders: Borders, key: Any) -> State:
         return joined_state(*borders.get(key))
 
-    @contextmanager
-    def _there(self, prefix: Prefix, number: int) -> Iterator[None]:
-        """Keep the weights of a block, or of what comes after all, in float32."""
-        if number <= len(prefix.blocks):
-            parameters = list(prefix.blocks[number - 1].parameters())
-        else:
-            inside = {id(p) for block in prefix.blocks for p in block.parameters()}
-            parameters = [
-                place.parameter
-                for place in places(self._model.module)
-                if not place.site.lookups and id(place.parameter) not in inside
-            ]
-        with held(parameters):
-            yield
-
     def _try(self, prefix: Prefix, trial: Batch) -> None:
-        """Give the blocks up unless block by block every use has the gradients it has as a whole."""
+        """Give the blocks up unless every use has the gradients block by block that it has else."""
         if not prefix.blocks:
             return
         found: list[list[tuple[str, float]]] = [[], []]
@@ -241,7 +213,7 @@ class BlockwisePass(WholePass[G_co]):
                 self._reader.stream(piece, (upstream, note(0)))
                 blockwise = note(1)
                 visit: Any = lambda name, gradient, _: blockwise(name, gradient)  # noqa: E731
-                positions, done = np.zeros(len(samples), np.int64), _Progress(lambda _: None, 1)
+                positions, done = np.zeros(len(samples), np.int64), Progress(lambda _: None, 1)
                 self._sweep(prefix, [(piece, samples)], [(upstream, visit)], positions, done)
         except Exception:  # whatever a model's code does with an input that was not processed
             prefix.blocks = []
@@ -255,7 +227,35 @@ class BlockwisePass(WholePass[G_co]):
             prefix.blocks = []
 
 
-class _Progress:
+def segment(model: LoadedModel, prefix: Prefix, number: int, batch: Batch, state: State) -> Any:
+    """What block ``number`` gives from the state before it; the logits for the part after all.
+
+    What comes before the first block runs with it.
+    """
+    below = number - 1
+    states = {below: state} if below else {}
+    if number <= len(prefix.blocks):
+        return prefix.until(model.logits, batch, states, below, number)
+    return prefix.run(model.logits, batch, states, below)[0]
+
+
+@contextmanager
+def block_there(model: LoadedModel, prefix: Prefix, number: int) -> Iterator[None]:
+    """Keep the weights of a block, or of what comes after all, in float32."""
+    if number <= len(prefix.blocks):
+        parameters = list(prefix.blocks[number - 1].parameters())
+    else:
+        inside = {id(p) for block in prefix.blocks for p in block.parameters()}
+        parameters = [
+            place.parameter
+            for place in places(model.module)
+            if not place.site.lookups and id(place.parameter) not in inside
+        ]
+    with held(parameters):
+        yield
+
+
+class Progress:
     """Tells samples as shares of the work are done."""
 
     def __init__(self, advance: Advance, count: int) -> None:

@@ -9,16 +9,20 @@ as a layer's experts, are fused one at a time and written to a temporary file, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .mapped import Spill, mapped_files, release
+from .mapped import MappedFile, Spill, mapped_files, release
 from .streamed import stream_weights
 from .workload import tie
+
+FILES = "_bitplan_files"  # of a module: a hash of the files its weights are in
 
 
 def streamed_model(folder: Path) -> nn.Module:
@@ -42,9 +46,7 @@ def streamed_model(folder: Path) -> nn.Module:
     files = list(mapped_files(folder))
     tensors = {name: file.tensor(name) for file in files for name in file.entries}
     with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        )
+        skeleton: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     tensors = _fused(skeleton, tensors)
     known, placeholders = {}, {}
     for name, tensor in tensors.items():
@@ -70,8 +72,20 @@ def streamed_model(folder: Path) -> nn.Module:
     tie(module)
     module.requires_grad_(False).eval()
     stream_weights(module)
+    setattr(module, FILES, _files_key(files, config))
     result: nn.Module = module
     return result
+
+
+def _files_key(files: Sequence[MappedFile], config: Any) -> str:
+    """What the weights depend on, as a hash: files by size, time and header; the configuration."""
+    digest = hashlib.sha256(config.to_json_string().encode())
+    digest.update(version("transformers").encode())
+    for file in files:
+        about = file.path.stat()
+        digest.update(f"{file.path.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
+        digest.update(file.header)
+    return digest.hexdigest()
 
 
 def _put(module: nn.Module, known: Mapping[int, tuple[str, Tensor, Tensor]]) -> None:

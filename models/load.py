@@ -83,6 +83,7 @@ def load_structure(name: str) -> LoadedModel:
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             config = AutoConfig.from_pretrained(name)
+        dtype = _dtype_of(config)  # which becomes that of the skeleton
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
@@ -90,7 +91,7 @@ def load_structure(name: str) -> LoadedModel:
             f"The layers of {name!r} are not known ({type(error).__name__}: {error}). A folder "
             "needs its config.json, of an architecture that transformers has."
         ) from error
-    return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module))
+    return LoadedModel(name, module.eval(), dtype, Workload(module))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -239,9 +240,7 @@ def _left_in_files(name: str, device: torch.device, memory: int | None) -> Loade
     if not folder.is_dir():
         return None
     try:
-        needed = streamed_bytes(folder) + WORKING
-        room = available_memory() if memory is None else memory
-        if needed <= room:
+        if fits(folder, memory):
             return None
         if device.type != "cpu":
             raise ValueError("weights are read from files on a CPU only (--device cpu)")
@@ -252,12 +251,23 @@ def _left_in_files(name: str, device: torch.device, memory: int | None) -> Loade
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         if (folder / "config.json").is_file():
-            warnings.warn(
-                f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3
-            )
+            warnings.warn(f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3)
         return None
     dtype = _dtype_of(AutoConfig.from_pretrained(name))
     return LoadedModel(str(folder.resolve()), module, dtype, Workload(module, tokenizer=tokenizer))
+
+
+def fits(folder: Path, memory: int | None) -> bool:
+    """Whether a folder's weights in float32 and what a run takes besides fit the memory.
+
+    Args:
+        folder: With safetensors files.
+        memory: Bytes; by default what is available.
+
+    Raises:
+        ValueError: If it has no such files.
+    """
+    return streamed_bytes(folder) + WORKING <= (available_memory() if memory is None else memory)
 
 
 @contextmanager

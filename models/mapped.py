@@ -89,7 +89,9 @@ class MappedFile:
                 self.entries = {name: _entry(about, 8 + size) for name, about in found.items()}
                 self._map = _map(file)
         except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be mapped ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{path} cannot be mapped ({type(error).__name__}: {error})"
+            ) from error
         for name, entry in self.entries.items():
             if entry.begin + entry.nbytes > len(self._map):
                 raise ValueError(f"{path} is truncated: it ends before the tensor {name!r} does")

@@ -41,6 +41,7 @@ class Renderer:
 
     Attributes:
         store: The renderings.
+        units: The units.
         parts: The parts of the units by name.
     """
 
@@ -51,6 +52,7 @@ class Renderer:
         rounding: str = "rtn",
         folder: Path | None = None,
     ) -> None:
+        self.units = tuple(units)
         known = {place.name: place for place in places(model)}
         self.parts: dict[str, Part] = {part.name: part for unit in units for part in unit.parts}
         self._names: dict[str, list[str]] = {}  # matrix -> its parts
@@ -69,6 +71,7 @@ class Renderer:
         self.store = Renderings(self.weight, rounding, folder)
         if is_streamed(model):
             self.store.grid_bytes = GRIDS
+            self.store.device = torch.device("cpu")
 
     def overlay(self) -> Renderer:
         """The same, with a store that may be handed renderings of its own."""
@@ -151,14 +154,18 @@ class Renderer:
         return self.store.rows(name, fmt, rows, out)
 
     @contextmanager
-    def applied(self, assignment: Assignment) -> Iterator[None]:
+    def applied(self, assignment: Assignment, hold: bool = False) -> Iterator[None]:
         """Run the model with rendered weights inside the block.
 
         Whoever reads a weight, its module or another one, gets the rendered one, which is made
         when it is read and forgotten when the next one is; a backward pass renders it again.
+
+        Args:
+            assignment: The formats.
+            hold: Keep what is rendered until the end instead.
         """
         self.store.complete(assignment.items())  # runs the model, so not while it is changed
-        swap = _Swap(self, assignment)
+        swap = _Swap(self, assignment, hold)
         reads: list[tuple[Place, Read]] = [
             (place, swap.reader(matrix, place))
             for matrix, used in self._places.items()
@@ -224,8 +231,9 @@ class _Swap:
     What a backward pass needs of a rendered weight is rendered again when it is needed.
     """
 
-    def __init__(self, renderer: Renderer, assignment: Assignment) -> None:
+    def __init__(self, renderer: Renderer, assignment: Assignment, hold: bool) -> None:
         self.renderer, self.assignment = renderer, assignment
+        self.held: dict[str, Tensor] | None = {} if hold else None
         self.last: tuple[str, Tensor] | None = None
         self.matrices: dict[int, str] = {}  # address of a rendered matrix that exists -> its name
         self.alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -256,6 +264,8 @@ class _Swap:
 
     def rendered(self, matrix: str) -> Tensor:
         """A rendered matrix; the last one is kept, for who reads a weight more than once."""
+        if self.held is not None and matrix in self.held:
+            return self.held[matrix]
         if self.last is None or self.last[0] != matrix:
             self.last = None  # before the next one is made
             tensor = self.renderer.assembled(matrix, self.assignment)
@@ -265,12 +275,14 @@ class _Swap:
                 tensor,
                 matrix,
             )
+            if self.held is not None:
+                self.held[matrix] = tensor
         return self.last[1]
 
     def pack(self, tensor: Tensor) -> Any:
         """Save a view of a rendered matrix as what it is a view of."""
         if not self.alive or tensor.layout != torch.strided:
-            return tensor
+            return pack(tensor)
         address = tensor.untyped_storage().data_ptr()
         if address not in self.alive:
             return pack(tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
 from typing import Any, NamedTuple
@@ -26,11 +27,25 @@ from .substitute import Read, substitute
 
 _STREAMED = "_bitplan_streamed"
 
+
+@dataclass(slots=True)
+class _Now:
+    """What is in force.
+
+    Attributes:
+        holding: Addresses of the parameters to be held.
+        held: Address of a parameter -> it in float32.
+        packing: Depth of :func:`packing`.
+    """
+
+    holding: frozenset[int] = frozenset()
+    held: dict[int, Tensor] = field(default_factory=dict)
+    packing: int = 0
+
+
+_now = _Now()
 _lock = RLock()
-_held: dict[int, Tensor] | None = None  # address of a parameter -> it in float32
-_holding: set[int] | None = None  # addresses of those to be held
 _made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # address of a copy -> it
-_packing = 0  # depth of packing
 _origins: dict[int, Tensor] = {}  # address of a copy -> the parameter
 
 
@@ -75,21 +90,21 @@ def float32_of(parameter: Tensor) -> Tensor:
         _made[made], _origins[made] = copy, parameter
         for gone in [key for key in _origins if key not in _made]:
             del _origins[gone]
-        if _held is not None and _holding is not None and address in _holding:
-            _held[address] = copy
+        if address in _now.holding:
+            _now.held[address] = copy
     return copy
 
 
 @contextmanager
 def held(parameters: list[Tensor]) -> Iterator[None]:
     """Keep these parameters in float32 from when they are first read until the end."""
-    global _held, _holding
-    before = _held, _holding
-    _held, _holding = {}, {p.untyped_storage().data_ptr() for p in parameters}
+    before = _now.held, _now.holding
+    _now.held = {}
+    _now.holding = frozenset(p.untyped_storage().data_ptr() for p in parameters)
     try:
         yield
     finally:
-        _held, _holding = before
+        _now.held, _now.holding = before
         for parameter in parameters:
             release(parameter)
 
@@ -100,7 +115,7 @@ def read_again(module: nn.Module) -> Iterator[None]:
 
     Within :func:`packing`, whose hooks ask :func:`pack` themselves, nothing is added.
     """
-    if _packing or not is_streamed(module):
+    if _now.packing or not is_streamed(module):
         yield
         return
     with saved_tensors_hooks(pack, unpack):
@@ -110,13 +125,12 @@ def read_again(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def packing(pack_by: Callable[[Tensor], Any], unpack_by: Callable[[Any], Tensor]) -> Iterator[None]:
     """``saved_tensors_hooks`` which :func:`read_again` leaves in force."""
-    global _packing
-    _packing += 1
+    _now.packing += 1
     try:
         with saved_tensors_hooks(pack_by, unpack_by):
             yield
     finally:
-        _packing -= 1
+        _now.packing -= 1
 
 
 class _Saved(NamedTuple):
@@ -149,7 +163,7 @@ def unpack(saved: Tensor | _Saved) -> Tensor:
 
 
 def _held_address(address: int) -> int:
-    copy = (_held or {}).get(address)
+    copy = _now.held.get(address)
     return -1 if copy is None else copy.untyped_storage().data_ptr()
 
 

@@ -265,6 +265,7 @@ def numbered(batches: Iterable[Batch]) -> Iterator[tuple[Batch, range]]:
 
 
 def tell(visit: GradientVisitor[G_contra], samples: range) -> Callable[[str, G_contra], None]:
+    """What sees gradients of some samples for a visitor that is told which."""
     return lambda name, gradient: visit(name, gradient, samples)
 
 

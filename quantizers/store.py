@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .._base.memory import Room, give_back, memory_of_machine
@@ -58,6 +59,7 @@ class Renderings:
         rounding: Name of the rounding method.
         evidence: Where the method's evidence comes from; needed if it needs any.
         grid_bytes: Most bytes of grids at hand, the last used ones; None for all.
+        device: Where all weights are, which need not be made to find out; None if not known.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Renderings:
         self._rounds: Callable[[Format], bool] = METHODS.trait(rounding, "rounds", lambda _: True)
         self._only_grids = grid is not None
         self.grid_bytes: int | None = None
+        self.device: torch.device | None = None
         self._grids: OrderedDict[tuple[str, str], Fitted | None] = OrderedDict()
         self._grids_size = 0
         self._lock = RLock()
@@ -174,6 +177,8 @@ class Renderings:
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
+        if self.device is not None and not room_on(self.device):
+            return self._dequantized(name, fmt, rows, out)
         weight, given = self.weight(name), self._given.get((name, fmt.name))
         whole = self._rendered.get(
             (name, fmt.name), given, weight, lambda: self._dequantized(name, fmt)
@@ -195,11 +200,10 @@ class Renderings:
         """A matrix as it is stored in a format: decodes to :meth:`rows` bit for bit."""
         if (given := self._given.get((name, fmt.name))) is not None:
             return given
-        weight = self.weight(name)
         if not self.keeps(fmt):
-            return PackedTensor.pack(weight, fmt, self._grid(name, fmt))
+            return PackedTensor.pack(self.weight(name), fmt, self._grid(name, fmt))
         self.prepare(name, fmt)
-        packed = self._shelf.get(self._key(name, fmt), weight.device)
+        packed = self._shelf.get(self._key(name, fmt), self._device_of(name))
         assert packed is not None, f"{name} was rounded to {fmt}, but is not on the shelf"
         return packed
 
@@ -284,10 +288,13 @@ class Renderings:
         if pair in self._given:
             return True
         if pair not in self._ready:
-            device = self.weight(name).device
+            device = self._device_of(name)
             if self._shelf.get(self._key(name, fmt), device) is not None:
                 self._ready.add(pair)
         return pair in self._ready
+
+    def _device_of(self, name: str) -> torch.device:
+        return self.device or self.weight(name).device
 
     def _key(self, name: str, fmt: Format) -> str:
         """What the codes of a matrix in a format depend on, as a hash."""

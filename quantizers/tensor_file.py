@@ -37,6 +37,7 @@ _LARGEST_CRC = (1 << 32) - 1
 
 Metadata = Callable[[Mapping[str, int]], Mapping[str, str]]
 
+
 class TensorFile:
     """Tensors are put in any order, each at the place that its size and name give it.
 
