@@ -64,7 +64,7 @@ def search(
         from ..jobs.forecast import forecast
 
         for line in forecast(settings, wanted):
-            out.print(line, markup=False)
+            out.print(line, markup=False, soft_wrap=True)
         return
     plan = run_search(settings, wanted, run, Reporter(quiet))
     *_, report = write_report(run)

@@ -73,8 +73,8 @@ def main() -> None:
         rows=rows,
         notes=[
             f"`bitplan profile` on a CPU in a process of its own: {given.sequences} sequences "
-            f"of 128 tokens, batches of 768, rounding {given.rounding}, formats {FORMATS}; "
-            "checkpoints in bfloat16. Peak is the largest resident set of the process, pages of "
+            f"of 128 tokens of prose, batches of 768, rounding {given.rounding}, formats "
+            f"{FORMATS}; checkpoints in bfloat16. Peak is the largest resident set of the process, pages of "
             "files included; `of float32` is its share of the weights in float32. Seconds are "
             "those of the processor, as the machine did other work; `cpu ratio` and `peak ratio` "
             "are against the model in memory, `largest difference` that of any price, relative.",
@@ -138,6 +138,7 @@ def profiled(folder: Path, run: Path, memory: str, sequences: int, rounding: str
     command = [sys.executable, "-m", "bitplan", "profile", str(folder), "--out", str(run)]
     command += ["--memory", memory, "--sequences", str(sequences), "--rounding", rounding]
     command += ["--rounding-sequences", str(sequences), "--formats", FORMATS, "--device", "cpu"]
+    command += ["--calibration", "prose"]  # the mixture has text that the model itself writes
     start = os.times().elapsed
     process = subprocess.Popen([*command, "--quiet"])
     _, status, used = os.wait4(process.pid, 0)

@@ -90,7 +90,8 @@ def _computed(
     """Passes over the weights, and operations."""
 
     def line(what: str, tokens: int, cost: int, reads: int) -> str:
-        read = f", the weights read {reads} times" if streamed else ""
+        times = "once" if reads == 1 else f"{reads} times"
+        read = f", the weights read {times}" if streamed else ""
         return f"{what}: {tokens:,} tokens, {cost * weights * tokens / 1e12:,.1f} TFLOP{read}"
 
     both, again = FORWARD + BACKWARD, FORWARD if streamed else 0

@@ -82,6 +82,7 @@ def quantize(
     reporter: Reporter | None = None,
     renderer: Renderer | None = None,
     batches: Samples | Sequence[Batch] | None = None,
+    memory: int | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -97,6 +98,7 @@ def quantize(
         renderer: That of the run which made the plan, when it is at hand.
         batches: Calibration batches of the profile, for rounding methods that need data; by
             default those that the plan names.
+        memory: Bytes to load the original model in, see :func:`..models.load.load_model`.
 
     Returns:
         The folder.
@@ -114,7 +116,7 @@ def quantize(
         original = plan.original()
         check_model(original, "cpu")
         reporter.say(f"Loading {original}")
-        model = load_model(original, "cpu")
+        model = load_model(original, "cpu", memory)
     model = as_loaded_model(model)
     units = planned_units(model.module, plan)
     if renderer is not None:

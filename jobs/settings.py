@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 REFINE_ABOVE = 0.2  # nats per token: above this predicted KL a plan is refined by default
 REFINE_STEPS = 3
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
+MEMORY_HELP = (
+    "Main memory to do with, such as 3GiB, by default what is available: weights of a folder that "
+    "would not fit stay in its files and are gone through block by block."
+)
 HELD_OUT_HELP = (
     "Held-out text: 'builtin' (prose that ships with Python), 'code', 'chat', or a text file."
 )
@@ -97,11 +101,7 @@ class ProfileSettings:
     )
     seed: int = setting(0, SEED_HELP)
     device: str = setting("auto", DEVICE_HELP)
-    memory: str | None = setting(
-        None,
-        "Main memory to do with, such as 3GiB, by default what is available: weights of a folder "
-        "that would not fit stay in its files and are gone through block by block.",
-    )
+    memory: str | None = setting(None, MEMORY_HELP)
 
     @property
     def memory_bytes(self) -> int | None:
