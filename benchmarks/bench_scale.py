@@ -74,7 +74,7 @@ def main() -> None:
         notes=[
             f"`bitplan profile` on a CPU in a process of its own: {given.sequences} sequences "
             f"of 128 tokens of prose, batches of 768, rounding {given.rounding}, formats "
-            f"{FORMATS}; checkpoints in bfloat16. Peak is the largest resident set of the process, pages of "
+            f"{FORMATS}; checkpoints in bfloat16. Peak is the largest resident set, pages of "
             "files included; `of float32` is its share of the weights in float32. Seconds are "
             "those of the processor, as the machine did other work; `cpu ratio` and `peak ratio` "
             "are against the model in memory, `largest difference` that of any price, relative.",
