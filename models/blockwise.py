@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from .prefix import Prefix, State
 from .rendering import Renderer
 from .samples import Samples
 from .sites import places
-from .streamed import held
+from .streamed import held, is_streamed
 from .units import UnitInfo
 from .whole import Reader, WholePass, numbered, tell, visiting
 from .workload import Batch, LoadedModel
@@ -215,9 +216,10 @@ class BlockwisePass(WholePass[G_co]):
                 visit: Any = lambda name, gradient, _: blockwise(name, gradient)  # noqa: E731
                 positions, done = np.zeros(len(samples), np.int64), Progress(lambda _: None, 1)
                 self._sweep(prefix, [(piece, samples)], [(upstream, visit)], positions, done)
+        except MemoryError:
+            raise
         except Exception:  # whatever a model's code does with an input that was not processed
-            prefix.blocks = []
-            return
+            found[1].clear()
         scale = max((size for _, size in found[0]), default=0.0)
         same = [name for name, _ in found[0]] == [name for name, _ in found[1]] and all(
             abs(a - b) <= _TOLERANCE * max(a, 1e-3 * scale)
@@ -225,6 +227,12 @@ class BlockwisePass(WholePass[G_co]):
         )
         if not same:
             prefix.blocks = []
+            if is_streamed(self._model.module):
+                warnings.warn(
+                    f"{self._model.id} cannot be run from between its blocks: it is gone through "
+                    "as a whole, and its files are read once for every batch.",
+                    stacklevel=2,
+                )
 
 
 def segment(model: LoadedModel, prefix: Prefix, number: int, batch: Batch, state: State) -> Any:

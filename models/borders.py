@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Hashable
 from typing import Any
@@ -45,15 +44,13 @@ class Borders:
             self._bytes += hidden.nbytes
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=spill_folder(), buffering=0)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115
         begin, shape, dtype = self._slots.get(key, (self._end, hidden.shape, hidden.dtype))
         if (shape, dtype) != (hidden.shape, hidden.dtype) or begin == self._end:
             begin, self._end = self._end, self._end + hidden.nbytes
         self._slots[key] = begin, hidden.shape, hidden.dtype
-        data = bytes_of(hidden)
-        while data:
-            done = os.pwrite(self._file.fileno(), data, begin)
-            data, begin = data[done:], begin + done
+        self._file.seek(begin)
+        self._file.write(bytes_of(hidden))
 
     def get(self, key: Hashable) -> tuple[Tensor, Any]:
         """The tensor of a state, a copy, and what makes the state of such a tensor again."""
@@ -63,12 +60,9 @@ class Borders:
     def _read(self, key: Hashable) -> Tensor:
         begin, shape, dtype = self._slots[key]
         found = torch.empty(shape, dtype=dtype)
-        data = bytes_of(found)
-        while data:
-            done = os.preadv(self._file.fileno(), [data], begin)
-            if not done:
-                raise OSError("the temporary file of states between blocks was cut short")
-            data, begin = data[done:], begin + done
+        self._file.seek(begin)
+        if self._file.readinto(bytes_of(found)) != found.nbytes:
+            raise OSError("The temporary file of states between blocks was cut short.")
         return found
 
     def __contains__(self, key: Hashable) -> bool:

@@ -36,11 +36,13 @@ class _Now:
         holding: Addresses of the parameters to be held.
         held: Address of a parameter -> it in float32.
         packing: Depth of :func:`packing`.
+        last: The last copy that was made for a graph, which is alive until it has been saved there.
     """
 
     holding: frozenset[int] = frozenset()
     held: dict[int, Tensor] = field(default_factory=dict)
     packing: int = 0
+    last: Tensor | None = None
 
 
 _now = _Now()
@@ -63,7 +65,7 @@ def stream_weights(module: nn.Module) -> None:
         if id(parameter) not in streamed:
             parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter
     for place in found:
-        place.parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+        place.parameter.grad_dtype = torch.float32
         substitute(place, _reader(place))
     setattr(module, _STREAMED, True)
 
@@ -90,6 +92,8 @@ def float32_of(parameter: Tensor) -> Tensor:
         _made[made], _origins[made] = copy, parameter
         for gone in [key for key in _origins if key not in _made]:
             del _origins[gone]
+        if torch.is_grad_enabled():
+            _now.last = copy
         if address in _now.holding:
             _now.held[address] = copy
     return copy
@@ -118,8 +122,11 @@ def read_again(module: nn.Module) -> Iterator[None]:
     if _now.packing or not is_streamed(module):
         yield
         return
-    with saved_tensors_hooks(pack, unpack):
-        yield
+    try:
+        with saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _now.last = None
 
 
 @contextmanager
@@ -131,6 +138,7 @@ def packing(pack_by: Callable[[Tensor], Any], unpack_by: Callable[[Any], Tensor]
             yield
     finally:
         _now.packing -= 1
+        _now.last = None
 
 
 class _Saved(NamedTuple):

@@ -306,5 +306,5 @@ class Renderings:
 
 def _nbytes(grid: Fitted | None) -> int:
     """Bytes of what a family keeps of a weight."""
-    parts = grid if isinstance(grid, tuple) else ()
+    parts: tuple[object, ...] = grid if isinstance(grid, tuple) else ()
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))

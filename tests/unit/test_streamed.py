@@ -27,7 +27,7 @@ from bitplan.models.mapped import is_mapped
 from bitplan.models.measure import measure, plan_runner
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import samples_from_batches
-from bitplan.models.streamed import float32_of, held, is_streamed
+from bitplan.models.streamed import _made, float32_of, held, is_streamed, read_again
 from bitplan.models.together import measure_together
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
@@ -95,6 +95,21 @@ def test_a_weight_is_float32_only_while_it_is_read(folders: dict[str, Path]) -> 
         kept = module.weight
         assert isinstance(kept, Tensor) and kept.data_ptr() == float32_of(parameter).data_ptr()
     assert torch.equal(kept, first)
+
+
+def test_a_graph_keeps_no_weight_that_can_be_made_again(folders: dict[str, Path]) -> None:
+    _, streamed = both(folders["llama"])
+    ids = torch.arange(40).view(2, 20)
+    for parameter in streamed.module.parameters():
+        parameter.requires_grad_(True)
+    with read_again(streamed.module):
+        logits = streamed.logits(ids)
+        assert len(_made) <= 1, "the last one, and no other"
+        logits.sum().backward()
+        assert len(_made) <= 1
+    assert not _made
+    for parameter in streamed.module.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
 
 
 def test_pages_are_let_go_of_and_read_again(folders: dict[str, Path]) -> None:
@@ -221,7 +236,10 @@ def test_a_search_and_its_packed_folder_are_the_same(
         plan = run_search(settings, search, run, Reporter(quiet=True))
         model = load_model(str(folders["llama"]), "cpu", memory_bytes(memory))
         out = quantize(run / "plan.json", tmp_path / f"packed {memory}", model=model)
-        written.append((plan, (out / "model.safetensors").read_bytes()))
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert {"model.safetensors", "config.json", "plan.json"} < files.keys()
+        del files["plan.json"]  # with the time it was made
+        written.append((plan, files))
     (first, whole), (second, streamed) = written
     assert first.assignments == second.assignments
     assert first.measured is not None and second.measured is not None
