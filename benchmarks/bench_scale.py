@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bitplan.models.checkpoint import streamed_bytes
 from bitplan.sensitivity.table import SensitivityTable
 
 FORMATS = "int2-g64-asym,int3-g64-asym,int4-g64-asym,int4-g128,int8-gc"
-WHOLE, IN_FILES = "1TiB", "1MiB"  # what --memory says to make a run go one way or the other
+MODES = {"in memory": "1TiB", "in their files": "1MiB"}  # and --memory that makes them so
 
 # Shapes of models with random weights, as the arguments of a LlamaConfig.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,18 +68,24 @@ def main() -> None:
             for name in given.model or ["smollm2"]
             for row in compared(name, work, given.sequences, given.rounding)
         ]
+    write(rows, given.sequences, given.rounding)
+
+
+def write(rows: list[Row], sequences: int, rounding: str, command: str | None = None) -> None:
+    """Write the results, with what they are."""
     write_results(
         "scale",
         "Models that stay in their files, gone through block by block, against models in memory",
         rows=rows,
         notes=[
-            f"`bitplan profile` on a CPU in a process of its own: {given.sequences} sequences "
-            f"of 128 tokens of prose, batches of 768, rounding {given.rounding}, formats "
-            f"{FORMATS}; checkpoints in bfloat16. Peak is the largest resident set, pages of "
-            "files included; `of float32` is its share of the weights in float32. Seconds are "
-            "those of the processor, as the machine did other work; `cpu ratio` and `peak ratio` "
-            "are against the model in memory, `largest difference` that of any price, relative.",
+            f"`bitplan profile` on a CPU in a process of its own: {sequences} sequences of 128 "
+            f"tokens of prose, batches of 768, rounding {rounding}, formats {FORMATS}; "
+            "checkpoints in bfloat16. Peak is the largest resident set, pages of files included; "
+            "`of float32` is its share of the weights in float32. Seconds are those of the "
+            "processor, as the machine did other work; `cpu ratio` and `peak ratio` are against "
+            "the model in memory, `largest difference` that of any price, relative.",
         ],
+        command=command,
     )
 
 
@@ -86,25 +93,30 @@ def compared(name: str, work: Path, sequences: int, rounding: str) -> list[Row]:
     """A profile of a model in memory and one of it in its files."""
     folder = checkpoint(name, work)
     size = streamed_bytes(folder)
-    rows: list[Row] = []
     found: dict[str, Ran] = {}
-    for mode, memory in (("in memory", WHOLE), ("in its files", IN_FILES)):
-        found[mode] = ran = profiled(folder, work / f"{name}-{mode}", memory, sequences, rounding)
-        first = found["in memory"]
-        rows.append(
-            {
-                "model": name,
-                "weights": mode,
-                "float32 MiB": size / 2**20,
-                "peak MiB": ran.peak / 2**20,
-                "of float32": ran.peak / size,
-                "peak ratio": ran.peak / first.peak,
-                "cpu s": ran.cpu,
-                "cpu ratio": ran.cpu / first.cpu,
-                "largest difference": float(np.abs(ran.table.kl / first.table.kl - 1).max()),
-            }
-        )
-    return rows
+    for mode, memory in MODES.items():
+        run = work / f"{name}-{mode.replace(' ', '-')}"
+        found[mode] = profiled(folder, run, memory, sequences, rounding)
+    return rows_of(name, size, found)
+
+
+def rows_of(name: str, size: int, found: Mapping[str, Ran]) -> list[Row]:
+    """The rows of a model whose weights take ``size`` bytes in float32."""
+    first = next(iter(found.values()))
+    return [
+        {
+            "model": name,
+            "weights": mode,
+            "float32 MiB": size / 2**20,
+            "peak MiB": ran.peak / 2**20,
+            "of float32": ran.peak / size,
+            "peak ratio": ran.peak / first.peak,
+            "cpu s": ran.cpu,
+            "cpu ratio": ran.cpu / first.cpu,
+            "largest difference": float(np.abs(ran.table.kl / first.table.kl - 1).max()),
+        }
+        for mode, ran in found.items()
+    ]
 
 
 def checkpoint(name: str, work: Path) -> Path:

@@ -8,7 +8,7 @@ through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,7 +100,7 @@ def float32_of(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def held(parameters: list[Tensor]) -> Iterator[None]:
+def held(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep these parameters in float32 from when they are first read until the end."""
     before = _now.held, _now.holding
     _now.held = {}

@@ -46,6 +46,7 @@ def _gpt2() -> PreTrainedConfig:
 
 
 def _moe() -> PreTrainedConfig:
+    options: dict[str, Any] = {"head_dim": 16}  # which the annotations do not know
     return Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -54,10 +55,10 @@ def _moe() -> PreTrainedConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
         decoder_sparse_step=1,
+        **options,
     )
 
 
