@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from .sites import places
 from .streamed import held, is_streamed
 from .units import UnitInfo
 from .whole import Reader, WholePass, numbered, tell, visiting
-from .workload import Batch, LoadedModel
+from .workload import Batch, LoadedModel, samples_in, take
 
+LOGITS = 1 << 26  # bytes of the logits of a piece of text on the way back; several are there
 _TOLERANCE = 1e-4  # relative difference of gradients that are the same
 _BACKWARD = 3  # times the work of a forward pass, for progress
 
@@ -36,6 +37,8 @@ class BlockwisePass(WholePass[G_co]):
     A backward pass goes forward once, keeping the states at all borders, and then from the last
     block to the first, which each run again from the state below them.  Weights that lie in files
     (:mod:`.streamed`) are made float32 once per block and direction.
+
+    The logits of a long text, and what is made of them, are there for a few samples at a time.
 
     Masks, positions and the like are the model's own: it runs its own code, with all blocks but
     one left out.  Whether that gives the gradients of the whole model is tried out on a few tokens.
@@ -61,6 +64,7 @@ class BlockwisePass(WholePass[G_co]):
     ) -> None:
         super().__init__(model, renderer, units, samples, reader)
         self._limit = limit
+        self._classes = 1  # of the logits
 
     @property
     def is_blockwise(self) -> bool:
@@ -109,10 +113,21 @@ class BlockwisePass(WholePass[G_co]):
         prefix, _ = self._divide()
         if not prefix.blocks:
             return super().backward(*probes, advance=advance)
-        pieces = list(numbered(self._reader.pieces(self._samples.batches)))
+        pieces = list(numbered(self._cut(self._reader.pieces(self._samples.batches))))
         positions = np.zeros(self._samples.count, np.int64)
         self._sweep(prefix, pieces, probes, positions, Progress(advance, self._samples.count))
         return positions
+
+    def _cut(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, those of texts in pieces of few enough samples for their logits."""
+        for batch in batches:
+            count = step = samples_in(batch)
+            if self._model.is_language_model and isinstance(batch, Tensor):
+                step = max(1, LOGITS // (4 * batch.shape[1] * self._classes))
+            if step >= count:
+                yield batch
+            else:
+                yield from (take(batch, i, i + step) for i in range(0, count, step))
 
     def _sweep(
         self,
@@ -205,6 +220,7 @@ class BlockwisePass(WholePass[G_co]):
             return visit
 
         def upstream(logits: Tensor, _batch: Batch) -> Tensor:
+            self._classes = logits.shape[-1]
             generator = torch.Generator().manual_seed(0)
             return torch.randn(logits.shape, generator=generator).to(logits.device)
 

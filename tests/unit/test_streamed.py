@@ -32,6 +32,8 @@ from bitplan.models.together import measure_together
 from bitplan.models.workload import LoadedModel
 from bitplan.quantizers.format import Format
 from bitplan.search.budget import format_bytes
+from bitplan.sensitivity.factors import Gradient
+from bitplan.sensitivity.probes import label_upstream
 from bitplan.sensitivity.reading import passes_for
 from tests.folders import CONFIGS, save_model
 
@@ -182,6 +184,39 @@ def test_each_block_is_read_once_forward_and_once_backward(
     passes.backward((lambda logits, _: torch.ones_like(logits), lambda *_: None))
     up = "model.layers.1.mlp.up_proj.weight"
     assert reads[up] == 4, "made float32 and left, forward and backward, whatever the batches"
+
+
+def test_long_texts_are_cut_and_the_scores_stay(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for limit in (1 << 26, 4 * 16 * 512 * 2):  # the second holds the logits of two samples
+        monkeypatch.setattr(blockwise, "LOGITS", limit)
+        _, model = both(folders["llama"])
+        units = find_units(model.module)
+        renderer = Renderer(model.module, units)
+        ids = torch.arange(80).view(5, 16)
+        samples = samples_from_batches([ids], model, "toy", 0)
+        sizes: list[int] = []
+        sums = torch.zeros(5, 96, 64)
+
+        def visit(
+            name: str,
+            gradient: Gradient,
+            who: range,
+            sizes: list[int] = sizes,
+            sums: Tensor = sums,
+        ) -> None:
+            if name == "model.layers.1.mlp.up_proj":
+                sizes.append(gradient.samples)
+                sums[who.start : who.stop] += gradient.gradient(slice(None))
+
+        labels = label_upstream(torch.Generator().manual_seed(0))
+        passes_for(model, renderer, units, samples).backward((labels, visit))
+        found.append((sizes, sums))
+    (whole, first), (cut, second) = found
+    assert whole == [5] and cut == [2, 2, 1]
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
 
 
 def test_what_cannot_stay_in_its_files_is_loaded_whole_and_says_why(
