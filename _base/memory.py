@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Condition
@@ -46,6 +46,19 @@ def memory_of_machine() -> int:
     for path in map(Path, _CGROUPS):
         text = path.read_text().strip() if path.is_file() else ""
         found = min(found, int(text)) if text.isdigit() else found
+    return found
+
+
+def available_memory() -> int:
+    """Bytes that could be taken without pushing anything out: free, or filled with copies of files.
+
+    What the machine has, where it does not say.
+    """
+    found = memory_of_machine()
+    with suppress(OSError, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+        found = min(found, 1024 * int(line.split()[1]))
     return found
 
 

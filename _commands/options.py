@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..jobs.settings import DEVICE_HELP, HELD_OUT_HELP, TRUST_HELP, ProfileSettings
+from ..jobs.settings import (
+    DEVICE_HELP,
+    HELD_OUT_HELP,
+    MEMORY_HELP,
+    TRUST_HELP,
+    ProfileSettings,
+)
 from .derive import Given
 
 if TYPE_CHECKING:
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
 TextOption = Annotated[str, typer.Option("--text", "--eval", help=HELD_OUT_HELP)]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+MemoryOption = Annotated[str | None, typer.Option(help=MEMORY_HELP)]
 
 
 def _trust(wanted: bool) -> None:

@@ -18,6 +18,7 @@ app = verb()
 def quantize(
     plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="A plan.json, or its run.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    memory: options.MemoryOption = None,
     quiet: options.QuietOption = False,
     trust_remote_code: options.TrustOption = False,
 ) -> None:
@@ -25,12 +26,14 @@ def quantize(
     from .._base.progress import Reporter
     from ..jobs.folder import plan_path
     from ..jobs.materialize import quantize as write
+    from ..jobs.settings import memory_bytes
     from ..quantizers.checkpoint import FILE_NAME, planned_bytes
     from ..search.budget import format_bytes
     from ..search.plan import Plan
 
     plan = plan_path(plan)
-    write(plan, folder, reporter=Reporter(quiet))
+    room = None if memory is None else memory_bytes(memory)
+    write(plan, folder, reporter=Reporter(quiet), memory=room)
     whole, planned = (folder / FILE_NAME).stat().st_size, planned_bytes(folder)
     out.print(
         f"{format_bytes(whole)}: {format_bytes(planned)} of planned weights, and "

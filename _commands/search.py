@@ -31,6 +31,10 @@ def search(
     ] = None,
     profile: Given[ProfileSettings],
     asked: Given[SearchSettings],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be read, held and computed, and stop."),
+    ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """The main job: profile, solve with a certificate, refine, validate on held-out text, report.
@@ -56,6 +60,12 @@ def search(
         wanted = asked.build(budget=budget, command=options.command())
         settings = options.profile_settings(profile, wanted.runtime)
         run = run or Path("runs") / f"{options.run_name(settings.model)}-{wanted.goal}"
+    if dry_run:
+        from ..jobs.forecast import forecast
+
+        for line in forecast(settings, wanted):
+            out.print(line, markup=False, soft_wrap=True)
+        return
     plan = run_search(settings, wanted, run, Reporter(quiet))
     *_, report = write_report(run)
     print_summary(out, plan, {"report": report})

@@ -17,7 +17,9 @@ from ..models.load import check_model, load_model
 from ..models.measure import Chooser, Measurement, Run, measure, plan_runner, standard_error
 from ..models.rendering import Renderer
 from ..models.samples import Samples, evaluation_samples
+from ..models.streamed import is_streamed
 from ..models.texts import check_text
+from ..models.together import measure_together
 from ..models.workload import LoadedModel
 from ..search.goals import Goal
 from ..search.plan import Baseline, KVCache, Measured, MeasuredAlso, Plan, plan_key
@@ -85,10 +87,22 @@ class HeldOut:
             }
             steps = len(self.samples.batches) * (1 + len(runs))
             what = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} plans"
+            together = is_streamed(self._model.module) and not any(
+                plan.kv_cache for plan in todo.values()
+            )
             with self._reporter.bar(f"Validating {what}", steps) as advance:
-                fresh, self._known.ppl_original = measure(
-                    self._model, runs, self.samples, lambda: advance(1), keep=keep
-                )
+                if together:
+                    assigned = {
+                        name: (self._renderer_of(plan), assignment_formats(plan))
+                        for name, plan in todo.items()
+                    }
+                    fresh, self._known.ppl_original = measure_together(
+                        self._model, assigned, self.samples, lambda: advance(1), keep
+                    )
+                else:
+                    fresh, self._known.ppl_original = measure(
+                        self._model, runs, self.samples, lambda: advance(1), keep=keep
+                    )
             for name, m in fresh.items():
                 self._known.plans[keys[name]] = Figures(
                     kl=m.kl.tolist(),

@@ -90,6 +90,7 @@ def quantize(
     reporter: Reporter | None = None,
     renderer: Renderer | None = None,
     batches: Samples | Sequence[Batch] | None = None,
+    memory: int | None = None,
 ) -> Path:
     """Write the packed weights a plan describes as a folder.
 
@@ -105,6 +106,7 @@ def quantize(
         renderer: That of the run which made the plan, when it is at hand.
         batches: Calibration batches of the profile, for rounding methods that need data; by
             default those that the plan names.
+        memory: Bytes to load the original model in, see :func:`..models.load.load_model`.
 
     Returns:
         The folder.
@@ -122,7 +124,7 @@ def quantize(
         original = plan.original()
         check_model(original, "cpu")
         reporter.say(f"Loading {original}")
-        model = load_model(original, "cpu")
+        model = load_model(original, "cpu", memory)
     model = as_loaded_model(model)
     folded(model.module, plan, beside)
     units = planned_units(model.module, plan)
@@ -132,7 +134,6 @@ def quantize(
         renderer = plan_renderer(
             plan, model, units, beside=beside, batches=batches, reporter=reporter
         )
-    packed = dict(_pack(renderer, units, plan, reporter))
     dtype = getattr(torch, model.source_dtype)
     unplanned, tied = unplanned_tensors(model.module, units)
     others = {name: as_stored(tensor, dtype).contiguous() for name, tensor in unplanned.items()}
@@ -140,7 +141,9 @@ def quantize(
     with atomic_path(out) as folder:
         folder.mkdir()
         header = {"aliases": _aliases(units), "tied": tied} | rest.header
-        write_checkpoint(folder, packed, rest.tensors, header, plan.row_ranges)
+        packed, formats = _pack(renderer, units, plan, reporter), assignment_formats(plan)
+        sizes = {unit.name: (formats[unit.name], unit.shapes[0]) for unit in units}
+        write_checkpoint(folder, packed, rest.tensors, header, plan.row_ranges, sizes)
         plan.save(RunFolder(folder).plan)
         if plan.fold and beside and (kept := beside.fold(plan.fold.sha256)).is_file():
             target = RunFolder(folder).fold(plan.fold.sha256)

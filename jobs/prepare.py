@@ -22,6 +22,7 @@ from ..models.names import BUILTIN, DEFAULT_MODEL, PROSE
 from ..models.rendering import Renderer
 from ..models.rounding_samples import in_halves, rounding_samples
 from ..models.samples import Samples, calibration_samples, evaluation_samples
+from ..models.streamed import is_streamed
 from ..models.text_files import split_field
 from ..models.texts import check_text
 from ..models.trust import trust
@@ -92,7 +93,13 @@ def prepare(settings: ProfileSettings, reporter: Reporter, folder: RunFolder | N
     """
     check(settings)
     reporter.say(f"Loading {settings.model}")
-    model = load_model(settings.model, settings.device)
+    model = load_model(settings.model, settings.device, settings.memory_bytes)
+    if is_streamed(model.module):
+        whole = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+        reporter.say(
+            f"Weights stay in their files ({whole / 2**30:.2f} GiB in float32 would not fit): "
+            "blocks are gone through one after the other"
+        )
     units = find_units(
         model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
     )
@@ -216,6 +223,7 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     trust(settings.trust_remote_code)
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
+    _ = settings.memory_bytes
     if search is not None:
         SOLVERS.get(search.solver)
         if search.sequential and not METHODS.trait(settings.rounding, "needs"):

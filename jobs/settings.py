@@ -29,6 +29,10 @@ TRUST_HELP = (
     "Let a checkpoint run modelling code of its own, with your rights; it is never asked for."
 )
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one."
+MEMORY_HELP = (
+    "Main memory to do with, such as 3GiB, by default what is available: weights of a folder that "
+    "would not fit stay in its files and are gone through block by block."
+)
 HELD_OUT_HELP = (
     "Held-out text: 'builtin' (prose that ships with Python), 'code', 'chat', or a text file."
 )
@@ -108,7 +112,37 @@ class ProfileSettings:
     )
     seed: int = setting(0, SEED_HELP)
     device: str = setting("auto", DEVICE_HELP)
+    memory: str | None = setting(None, MEMORY_HELP)
     trust_remote_code: bool = setting(False, TRUST_HELP)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The same in bytes.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return None if self.memory is None else memory_bytes(self.memory)
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of memory as a user writes them.
+
+    >>> memory_bytes("3GiB")
+    3221225472
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    from ..search.budget import Budget
+
+    try:
+        found = Budget.parse(text)
+    except ValueError:
+        found = None
+    if found is None or found.kind != "bytes":
+        raise ValueError(f"Cannot read the memory {text!r}. Write it as 3GiB, 500MB or 4294967296.")
+    return int(found.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,12 +60,14 @@ def can_be_rebuilt(module: nn.Module) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block, transformers and what it uses print nothing but errors."""
+def quiet(bars: bool = True) -> Iterator[None]:
+    """Inside the block, transformers prints nothing but errors; bars of progress only if asked."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     tokenizers = standard.getLogger("tokenizers")
     level = tokenizers.level
     tokenizers.setLevel(standard.ERROR)
@@ -76,6 +78,8 @@ def quiet() -> Iterator[None]:
     finally:
         tokenizers.setLevel(level)
         logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_in(loader: Any, config: Any) -> bool:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
 
+from .._base.files import atomic_path
 from .._base.tensors import bytes_of
+from .checkpoint import FILES
+from .mapped import release, spill_folder
 from .trust import code_sha256
 from .workload import LoadedModel
+
+_DIGITS = 64  # of a SHA-256
 
 
 def state_sha256(module: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all parameters and buffers, shared ones once.
 
     Floating point values are hashed as float32, so a bfloat16 checkpoint has the same hash in
-    whichever precision it was loaded.
+    whichever precision it was loaded.  The hash of weights that stay in their files is kept in the
+    user's cache, by the size, time and header of the files.
     """
+    key = getattr(module, FILES, None)
+    folder = spill_folder() if key else None
+    kept = folder / "hashes" / str(key) if folder else None
+    if kept is not None and kept.is_file() and len(found := kept.read_text("ascii")) == _DIGITS:
+        return found
     digest = hashlib.sha256()
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():
@@ -28,6 +40,10 @@ def state_sha256(module: nn.Module) -> str:
         plain = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(bytes_of(plain))
+        release(tensor)
+    if kept is not None:
+        with suppress(OSError), atomic_path(kept) as temporary:
+            temporary.write_text(digest.hexdigest(), "ascii")
     return digest.hexdigest()
 
 

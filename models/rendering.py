@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from .._base.progress import Reporter
 from ..quantizers.format import Format, family_of
 from ..quantizers.store import Renderings, Rows
 from .lazy import LazyWeight
 from .sites import Place, entries_of, places
+from .streamed import InPlaceOf, float32_is_held, float32_of, is_streamed, pack, packing, unpack
 from .substitute import Read, substituted
 from .units import Part, UnitInfo
 
 Assignment = Mapping[str, Format]  # part name -> format
+
+GRIDS = 1 << 28  # bytes of fitted scales at hand of a model that stays in its files
+COPIES = 1 << 27  # bytes of matrices at hand that are no views of their parameters, beyond the last
 
 
 class Renderer:
@@ -36,6 +41,7 @@ class Renderer:
 
     Attributes:
         store: The renderings.
+        units: The units.
         parts: The parts of the units by name.
     """
 
@@ -46,6 +52,7 @@ class Renderer:
         rounding: str = "rtn",
         folder: Path | None = None,
     ) -> None:
+        self.units = tuple(units)
         known = {place.name: place for place in places(model)}
         self.parts: dict[str, Part] = {part.name: part for unit in units for part in unit.parts}
         self._names: dict[str, list[str]] = {}  # matrix -> its parts
@@ -57,10 +64,14 @@ class Renderer:
         for place in known.values():
             if place.name in aliases:
                 self._places[owners[id(place.parameter)]].append(place)
-        self._copied: tuple[str, int, Tensor] | None = None
+        self._copied: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()
+        self._lock = Lock()
         self._refusals: dict[tuple[str, str], str | None] = {}
         self._ends: dict[str, Tensor] = {}  # the smallest and the largest weight of a part
         self.store = Renderings(self.weight, rounding, folder)
+        if is_streamed(model):
+            self.store.grid_bytes = GRIDS
+            self.store.device = torch.device("cpu")
 
     def overlay(self) -> Renderer:
         """The same, with a store that may be handed renderings of its own."""
@@ -143,14 +154,18 @@ class Renderer:
         return self.store.rows(name, fmt, rows, out)
 
     @contextmanager
-    def applied(self, assignment: Assignment) -> Iterator[None]:
+    def applied(self, assignment: Assignment, hold: bool = False) -> Iterator[None]:
         """Run the model with rendered weights inside the block.
 
         Whoever reads a weight, its module or another one, gets the rendered one, which is made
         when it is read and forgotten when the next one is; a backward pass renders it again.
+
+        Args:
+            assignment: The formats.
+            hold: Keep what is rendered until the end instead.
         """
         self.store.complete(assignment.items())  # runs the model, so not while it is changed
-        swap = _Swap(self, assignment)
+        swap = _Swap(self, assignment, hold)
         reads: list[tuple[Place, Read]] = [
             (place, swap.reader(matrix, place))
             for matrix, used in self._places.items()
@@ -159,7 +174,7 @@ class Renderer:
         ]
         with ExitStack() as undo:
             if torch.is_grad_enabled():
-                undo.enter_context(saved_tensors_hooks(swap.pack, swap.unpack))
+                undo.enter_context(packing(swap.pack, swap.unpack))
             undo.enter_context(substituted(reads))
             yield
 
@@ -178,16 +193,29 @@ class Renderer:
         return result
 
     def _matrix(self, name: str) -> Tensor:
-        """The original matrix; where it is no view of the parameter, the last one is kept."""
+        """The original matrix; where it is no view of the parameter, the last ones are kept."""
         place = self._places[name][0]
         parameter = place.parameter.detach()
-        kept = self._copied
-        if kept is not None and kept[:2] == (name, parameter._version):
-            return kept[2]
-        matrix = place.matrix(parameter).float()
-        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-            self._copied = (name, parameter._version, matrix)
+        version = parameter._version
+        with self._lock:
+            kept = self._copied.get(name)
+            if kept is not None and kept[0] == version:
+                self._copied.move_to_end(name)
+                return kept[1]
+        held = float32_is_held(parameter)
+        source = float32_of(parameter)
+        matrix = place.matrix(source)
+        address = matrix.untyped_storage().data_ptr()
+        if address != (source if held else parameter).untyped_storage().data_ptr():
+            with self._lock:
+                self._copied[name] = version, matrix
+                while len(self._copied) > 1 and _nbytes(self._copied) > COPIES:
+                    self._copied.popitem(last=False)
         return matrix
+
+
+def _nbytes(copied: Mapping[str, tuple[int, Tensor]]) -> int:
+    return sum(matrix.nbytes for _, matrix in copied.values())
 
 
 def rows_of(matrix: Tensor, part: Part) -> Tensor:
@@ -203,8 +231,9 @@ class _Swap:
     What a backward pass needs of a rendered weight is rendered again when it is needed.
     """
 
-    def __init__(self, renderer: Renderer, assignment: Assignment) -> None:
+    def __init__(self, renderer: Renderer, assignment: Assignment, hold: bool) -> None:
         self.renderer, self.assignment = renderer, assignment
+        self.held: dict[str, Tensor] | None = {} if hold else None
         self.last: tuple[str, Tensor] | None = None
         self.matrices: dict[int, str] = {}  # address of a rendered matrix that exists -> its name
         self.alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -216,10 +245,11 @@ class _Swap:
         def read(_module: nn.Module) -> Any:
             parameter = place.parameter
             if torch.is_grad_enabled() and parameter.requires_grad:
-                standing_in: Any = _InPlaceOf.apply
+                standing_in: Any = InPlaceOf.apply
                 return standing_in(parameter, place.restored(self.rendered(matrix)))
             if place.site.by_index and whole is not None:
-                return LazyWeight(torch.Size(parameter.shape), parameter, dense, some)
+                like = torch.empty(0, device=parameter.device)
+                return LazyWeight(torch.Size(parameter.shape), like, dense, some)
             return dense()
 
         def dense() -> Tensor:
@@ -234,6 +264,8 @@ class _Swap:
 
     def rendered(self, matrix: str) -> Tensor:
         """A rendered matrix; the last one is kept, for who reads a weight more than once."""
+        if self.held is not None and matrix in self.held:
+            return self.held[matrix]
         if self.last is None or self.last[0] != matrix:
             self.last = None  # before the next one is made
             tensor = self.renderer.assembled(matrix, self.assignment)
@@ -243,38 +275,26 @@ class _Swap:
                 tensor,
                 matrix,
             )
+            if self.held is not None:
+                self.held[matrix] = tensor
         return self.last[1]
 
-    def pack(self, tensor: Tensor) -> Tensor | _View:
+    def pack(self, tensor: Tensor) -> Any:
         """Save a view of a rendered matrix as what it is a view of."""
         if not self.alive or tensor.layout != torch.strided:
-            return tensor
+            return pack(tensor)
         address = tensor.untyped_storage().data_ptr()
         if address not in self.alive:
-            return tensor
+            return pack(tensor)
         shape = (tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return _View(self.matrices[address], *shape)
 
-    def unpack(self, saved: Tensor | _View) -> Tensor:
+    def unpack(self, saved: Any) -> Tensor:
         """Invert :meth:`pack`."""
-        if isinstance(saved, Tensor):
-            return saved
+        if not isinstance(saved, _View):
+            return unpack(saved)
         matrix = self.renderer.assembled(saved.matrix, self.assignment)
         return matrix.as_strided(saved.size, saved.stride, saved.offset)
-
-
-class _InPlaceOf(torch.autograd.Function):
-    """A rendered weight whose gradient is that of the parameter it stands for."""
-
-    @staticmethod
-    def forward(_ctx: Any, _parameter: Tensor, rendered: Tensor) -> Tensor:
-        """The rendered weight."""
-        return rendered.view_as(rendered)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient as it is."""
-        return gradients[0], None
 
 
 class _View(NamedTuple):

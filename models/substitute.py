@@ -20,6 +20,8 @@ _KEYS = "_bitplan_keys"
 def substitute(place: Place, read: Read, packed: bool = False) -> None:
     """Let whoever reads ``module.attribute`` get ``read(module)``, until :func:`restore`.
 
+    Of several for one parameter the last counts.
+
     The module's class becomes a subclass of it with a property in the parameter's name; what the
     module is to ``isinstance`` and to its parents stays the same.
 
@@ -29,17 +31,23 @@ def substitute(place: Place, read: Read, packed: bool = False) -> None:
         packed: Whether the parameter is gone for good.
     """
     module = place.module
-    reads = module.__dict__.get(_READS, {}) | {place.attribute: read}
+    reads = dict(module.__dict__.get(_READS, {}))
+    reads[place.attribute] = (*reads.get(place.attribute, ()), read)
     keys = (*module.__dict__.get(_KEYS, ()), (place.attribute, place.site_name, packed))
     _become(module, original_class(module), reads, keys)
 
 
 def restore(place: Place) -> None:
-    """Undo :func:`substitute`; nothing happens where there is nothing to undo."""
+    """Undo the last :func:`substitute`; nothing happens where there is nothing to undo."""
     module = place.module
-    reads = {k: v for k, v in module.__dict__.get(_READS, {}).items() if k != place.attribute}
-    keys = tuple(key for key in module.__dict__.get(_KEYS, ()) if key[0] != place.attribute)
-    _become(module, original_class(module), reads, keys)
+    reads, keys = dict(module.__dict__.get(_READS, {})), list(module.__dict__.get(_KEYS, ()))
+    if left := reads.pop(place.attribute, ())[:-1]:
+        reads[place.attribute] = left
+    for i in reversed(range(len(keys))):
+        if keys[i][0] == place.attribute:
+            del keys[i]
+            break
+    _become(module, original_class(module), reads, tuple(keys))
 
 
 @contextmanager
@@ -48,11 +56,11 @@ def substituted(reads: Sequence[tuple[Place, Read]]) -> Iterator[None]:
     done: list[Place] = []
     try:
         for place, read in reads:
-            done.append(place)
             substitute(place, read)
+            done.append(place)
         yield
     finally:
-        for place in done:
+        for place in reversed(done):
             restore(place)
 
 
@@ -62,7 +70,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def _become(module: nn.Module, kind: Any, reads: dict[str, Read], keys: Any) -> None:
+def _become(module: nn.Module, kind: Any, reads: dict[str, tuple[Read, ...]], keys: Any) -> None:
     if reads:
         module.__dict__[_READS], module.__dict__[_KEYS] = reads, keys
         object.__setattr__(module, "__class__", kind)  # for the sites to look at
@@ -93,7 +101,7 @@ def _subclass(kind: Any, keys: tuple[tuple[str, str, bool], ...]) -> type[nn.Mod
 def _getter(attribute: str) -> Callable[[nn.Module], Any]:
     def get(self: nn.Module) -> Any:
         try:
-            return self.__dict__[_READS][attribute](self)
+            return self.__dict__[_READS][attribute][-1](self)
         except AttributeError as error:  # modules would answer with what the parameter was
             raise RuntimeError(
                 f"What stands for {attribute!r} of a {type(self).__name__} failed: {error}"

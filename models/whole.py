@@ -62,11 +62,21 @@ class Reader(Protocol[G_co]):
     def pieces(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """The batches cut, in order, as :meth:`stream` can take them."""
 
-    def stream(self, batch: Batch, *probes: tuple[Upstream, Callable[[str, G_co], None]]) -> Tensor:
+    def stream(
+        self,
+        batch: Batch,
+        *probes: tuple[Upstream, Callable[[str, G_co], None]],
+        run: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """One forward pass, and a backward pass for every upstream, whose gradients are shown.
 
+        Args:
+            batch: What the model is run on.
+            *probes: Gradients at the logits, and who sees those of matrices.
+            run: Runs a part of the model instead; gradients are those at what it gives.
+
         Returns:
-            The logits [samples, positions, classes].
+            The logits [samples, positions, classes], or what ``run`` gives.
         """
 
 
@@ -93,6 +103,7 @@ class WholePass(Generic[G_co]):
         self._samples, self._reader = samples, reader
         self._divided: tuple[Prefix, list[list[str]]] | None = None
         self._watched: list[Watched] = []
+        self._shared: frozenset[str] = frozenset()
 
     @property
     def samples(self) -> Samples:
@@ -103,6 +114,12 @@ class WholePass(Generic[G_co]):
     def blocks(self) -> Sequence[Sequence[str]]:
         """The canonical names of all matrices by block; the first call runs a few tokens."""
         return self._divide()[1]
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of matrices that more than one block uses."""
+        self._divide()
+        return self._shared
 
     def weight(self, name: str) -> Tensor:
         """The original matrix float32 [rows, cols]; all are there at any time."""
@@ -118,8 +135,8 @@ class WholePass(Generic[G_co]):
         positions = np.zeros(self._samples.count, np.int64)
         watched = [use for use in self._watch() if names is None or use.name in names]
         with torch.no_grad():
-            for batch, samples in _numbered(self._samples.batches):
-                with _visiting(watched, visit, samples):
+            for batch, samples in numbered(self._samples.batches):
+                with visiting(watched, visit, samples):
                     logits = self._model.logits(batch)
                 positions[samples.start : samples.stop] = logits.shape[1]
                 del logits  # or they would stay in memory during the next batch
@@ -133,8 +150,8 @@ class WholePass(Generic[G_co]):
     ) -> NDArray[np.int64]:
         """See :meth:`Pass.backward`; raises a ValueError as the reader does."""
         positions = np.zeros(self._samples.count, np.int64)
-        for batch, samples in _numbered(self._reader.pieces(self._samples.batches)):
-            told = [(upstream, _tell(visit, samples)) for upstream, visit in probes]
+        for batch, samples in numbered(self._reader.pieces(self._samples.batches)):
+            told = [(upstream, tell(visit, samples)) for upstream, visit in probes]
             shape = self._reader.stream(batch, *told).shape
             positions[samples.start : samples.stop] = shape[1]
             give_back()
@@ -158,7 +175,7 @@ class WholePass(Generic[G_co]):
         prefix, blocks = self._divide()
         if visit is not None or original is not None:
             self._watch()
-        batches = list(_numbered(self._samples.batches))
+        batches = list(numbered(self._samples.batches))
         states: list[State] = [None] * len(batches)
         unchanged: list[State] = [None] * len(batches)
         changed: dict[str, Format] = {}
@@ -197,7 +214,7 @@ class WholePass(Generic[G_co]):
         """Run a block and show its inputs; what runs along before it is not shown again."""
         with (
             prefix.counted() as step,
-            _visiting(self._watched, visit, samples, partial(_is_at, step, number)),
+            visiting(self._watched, visit, samples, partial(_is_at, step, number)),
         ):
             return self._run_block(prefix, number, batch, state)
 
@@ -219,14 +236,19 @@ class WholePass(Generic[G_co]):
             trial = trial_inputs(batch, model.is_language_model)
             with torch.no_grad():
                 trace = prefix.trace(model.logits, trial, self._renderer.hooked_modules())
-                prefix.can_skip(model.logits, trial, range(1, len(prefix.blocks) + 1))
+                self._try(prefix, trial)
             count = len(prefix.blocks) + 2 if prefix.blocks else 1
             blocks: list[list[str]] = [[] for _ in range(count)]
             for name in self._renderer.names:
                 number = trace.steps.get(name, [_place(name, named)])[0]
                 blocks[min(number, count - 1)].append(name)
+            self._shared = frozenset(n for n, steps in trace.steps.items() if len(set(steps)) > 1)
             self._divided = prefix, blocks
         return self._divided
+
+    def _try(self, prefix: Prefix, trial: Batch) -> None:
+        """Give the blocks of a prefix up if the model cannot be run from between them."""
+        prefix.can_skip(self._model.logits, trial, range(1, len(prefix.blocks) + 1))
 
     def _watch(self) -> list[Watched]:
         """The uses that inputs are shown of, found out before anything else runs the model."""
@@ -235,7 +257,7 @@ class WholePass(Generic[G_co]):
 
 
 @contextmanager
-def _visiting(
+def visiting(
     watched: Iterable[Watched],
     visit: InputVisitor,
     samples: range,
@@ -263,14 +285,15 @@ def _is_at(step: Callable[[], int], number: int) -> bool:
     return step() == number
 
 
-def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[Batch, range]]:
+def numbered(batches: Iterable[Batch]) -> Iterator[tuple[Batch, range]]:
     """Batches with the numbers of their samples."""
     first = 0
     for batch in batches:
         yield batch, range(first, first := first + samples_in(batch))
 
 
-def _tell(visit: GradientVisitor[G_contra], samples: range) -> Callable[[str, G_contra], None]:
+def tell(visit: GradientVisitor[G_contra], samples: range) -> Callable[[str, G_contra], None]:
+    """What sees gradients of some samples for a visitor that is told which."""
     return lambda name, gradient: visit(name, gradient, samples)
 
 

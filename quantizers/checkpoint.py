@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._base.tensors import bytes_of
 from .format import Format
 from .packed import PackedTensor
+from .tensor_file import TensorFile
 
 FILE_NAME = "model.safetensors"
 VERSION = "2"
@@ -30,10 +29,11 @@ _Module = tuple[str, tuple[int, int], Ranges | None]  # format, shape, rows of a
 
 def write_checkpoint(
     folder: Path,
-    packed: Mapping[str, PackedTensor],
+    packed: Mapping[str, PackedTensor] | Iterable[tuple[str, PackedTensor]],
     others: Mapping[str, Tensor],
     header: Mapping[str, Any],
     rows: Mapping[str, Ranges] | None = None,
+    formats: Mapping[str, tuple[Format, tuple[int, int]]] | None = None,
 ) -> None:
     """Write ``model.safetensors`` into an existing folder.
 
@@ -46,34 +46,51 @@ def write_checkpoint(
     Args:
         folder: Where to write: for an atomic result, and a full disk explained, a folder made
             within ``atomic_path``.
-        packed: Packed weights by module name.
+        packed: Packed weights by module name; as pairs they are written one after the other, and
+            none is kept.
         others: All other tensors of the model by their ``state_dict`` names.
         header: JSON data to keep with the weights, for example the plan.
         rows: The rows of the packed weights that are parts of a matrix.
+        formats: Format and shape by module name, where ``packed`` are pairs.
 
     Raises:
         ValueError: If a name occurs both as a packed part and in ``others``.
-        SafetensorError: If the file cannot be written.
+        OSError: If the file cannot be written.
     """
+    if isinstance(packed, Mapping):
+        formats = {module: (weight.fmt, weight.shape) for module, weight in packed.items()}
+        packed = packed.items()
+    assert formats is not None, "pairs need formats"
     parts = {
-        f"{module}.{part}": tensor
-        for module, weight in packed.items()
-        for part, tensor in weight.tensors.items()
+        f"{module}.{part}": (dtype, tuple(shape))
+        for module, (fmt, size) in formats.items()
+        for part, (shape, dtype) in fmt.tensors(size).items()
     }
     if twice := sorted(parts.keys() & others.keys()):
         raise ValueError(f"Tensor {twice[0]!r} is given both packed and unpacked; keep one.")
     modules: dict[str, dict[str, Any]] = {
-        module: {"format": weight.fmt.name, "shape": list(weight.shape)}
-        for module, weight in packed.items()
+        module: {"format": fmt.name, "shape": list(size)} for module, (fmt, size) in formats.items()
     }
     for module, ranges in (rows or {}).items():
         modules[module]["rows"] = [list(pair) for pair in ranges]
-    tensors = parts | {name: tensor.detach().contiguous() for name, tensor in others.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    content = {"modules": modules, "header": dict(header), "crc32": checksums}
+    content = {"modules": modules, "header": dict(header)}
     version = WITH_ROWS if rows else VERSION
-    metadata = {"format": "pt", "bitplan_version": version, "bitplan": json.dumps(content)}
-    save_file(tensors, folder / FILE_NAME, metadata)
+    sizes = parts | {
+        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in others.items()
+    }
+
+    def metadata(checksums: Mapping[str, int]) -> dict[str, str]:
+        text = json.dumps(content | {"crc32": dict(checksums)})
+        return {"format": "pt", "bitplan_version": version, "bitplan": text}
+
+    with TensorFile(folder / FILE_NAME, sizes, metadata) as file:
+        for module, weight in packed:
+            for part, tensor in weight.tensors.items():
+                file.put(f"{module}.{part}", tensor)
+        for name, tensor in others.items():
+            file.put(name, tensor)
+        file.finish()
 
 
 def read_checkpoint(
@@ -156,11 +173,6 @@ def stored_rows(folder: Path) -> dict[str, Ranges]:
     with safe_open(path, framework="pt") as file:
         modules, _, _ = _parse_metadata(path, file.metadata() or {})
     return {name: rows for name, (_, _, rows) in modules.items() if rows is not None}
-
-
-def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a tensor."""
-    return zlib.crc32(bytes_of(tensor))
 
 
 def _file_checksums(path: Path) -> dict[str, int]:

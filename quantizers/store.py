@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from threading import RLock
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .._base.memory import Room, give_back, memory_of_machine
@@ -55,6 +58,8 @@ class Renderings:
     Attributes:
         rounding: Name of the rounding method.
         evidence: Where the method's evidence comes from; needed if it needs any.
+        grid_bytes: Most bytes of grids at hand, the last used ones; None for all.
+        device: Where all weights are, which need not be made to find out; None if not known.
     """
 
     def __init__(
@@ -72,7 +77,11 @@ class Renderings:
         self._fit_grid = grid or METHODS.trait("rtn", "grid")
         self._rounds: Callable[[Format], bool] = METHODS.trait(rounding, "rounds", lambda _: True)
         self._only_grids = grid is not None
-        self._grids: dict[tuple[str, str], Fitted | None] = {}
+        self.grid_bytes: int | None = None
+        self.device: torch.device | None = None
+        self._grids: OrderedDict[tuple[str, str], Fitted | None] = OrderedDict()
+        self._grids_size = 0
+        self._lock = RLock()
         self._shelf = Shelf(folder, memory)
         self._hashes: dict[str, str] = {}
         self._ready: set[tuple[str, str]] = set()
@@ -124,7 +133,7 @@ class Renderings:
         reporter = reporter or Reporter(quiet=True)
         self.complete(((name, fmt) for name in names for fmt in formats), reporter)
         fitted = [fmt for fmt in formats if not self.keeps(fmt)]
-        if not fitted:
+        if not fitted or self.grid_bytes is not None:  # those are fitted when they are needed
             return
 
         def work(name: str) -> None:
@@ -168,6 +177,8 @@ class Renderings:
         self, name: str, fmt: Format, rows: Rows = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """The dequantized rows of a matrix in a format, float32 [rows, cols]."""
+        if self.device is not None and not room_on(self.device):
+            return self._dequantized(name, fmt, rows, out)
         weight, given = self.weight(name), self._given.get((name, fmt.name))
         whole = self._rendered.get(
             (name, fmt.name), given, weight, lambda: self._dequantized(name, fmt)
@@ -189,11 +200,10 @@ class Renderings:
         """A matrix as it is stored in a format: decodes to :meth:`rows` bit for bit."""
         if (given := self._given.get((name, fmt.name))) is not None:
             return given
-        weight = self.weight(name)
         if not self.keeps(fmt):
-            return PackedTensor.pack(weight, fmt, self._grid(name, fmt))
+            return PackedTensor.pack(self.weight(name), fmt, self._grid(name, fmt))
         self.prepare(name, fmt)
-        packed = self._shelf.get(self._key(name, fmt), weight.device)
+        packed = self._shelf.get(self._key(name, fmt), self._device_of(name))
         assert packed is not None, f"{name} was rounded to {fmt}, but is not on the shelf"
         return packed
 
@@ -232,12 +242,22 @@ class Renderings:
 
     def _grid(self, name: str, fmt: Format) -> Fitted | None:
         key = (name, fmt.name)
-        if key not in self._grids:
-            try:
-                self._grids[key] = self._fit_grid(self.weight(name), fmt)
-            except ValueError as error:
-                raise ValueError(f"{name!r}: {error}") from error
-        return self._grids[key]
+        with self._lock:
+            if key in self._grids:
+                self._grids.move_to_end(key)
+                return self._grids[key]
+        try:
+            grid = self._fit_grid(self.weight(name), fmt)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+        with self._lock:
+            if key not in self._grids:
+                self._grids[key] = grid
+                self._grids_size += _nbytes(grid)
+            limit = self.grid_bytes
+            while limit is not None and self._grids_size > limit and len(self._grids) > 1:
+                self._grids_size -= _nbytes(self._grids.popitem(last=False)[1])
+        return grid
 
     def _gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
         needs = METHODS.trait(self.rounding, "needs", ())
@@ -287,10 +307,13 @@ class Renderings:
         if pair in self._given:
             return True
         if pair not in self._ready:
-            device = self.weight(name).device
+            device = self._device_of(name)
             if self._shelf.get(self._key(name, fmt), device) is not None:
                 self._ready.add(pair)
         return pair in self._ready
+
+    def _device_of(self, name: str) -> torch.device:
+        return self.device or self.weight(name).device
 
     def _key(self, name: str, fmt: Format) -> str:
         """What the codes of a matrix in a format depend on, as a hash."""
@@ -298,3 +321,9 @@ class Renderings:
             self._hashes[name] = hashlib.sha256(bytes_of(self.weight(name))).hexdigest()
         parts = (self.origin, fmt.name, self._hashes[name], name if self.evidence else "")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _nbytes(grid: Fitted | None) -> int:
+    """Bytes of what a family keeps of a weight."""
+    parts: tuple[object, ...] = grid if isinstance(grid, tuple) else ()
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..models.passes import Upstream
 from ..models.rendering import Renderer, first_input, rows_of
 from ..models.sites import Place
+from ..models.streamed import read_again
 from ..models.workload import Batch, LoadedModel, samples_in
 from .factors import DenseGradient, Factors, Gradient
 from .uses import Use, check_unchanged, gradients_to, uses_of
@@ -31,6 +32,7 @@ def stream(
     renderer: Renderer,
     batch: Batch,
     *passes: tuple[Upstream, Visitor],
+    run: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """One forward pass and a backward pass for every (upstream, visitor).
 
@@ -43,9 +45,11 @@ def stream(
             visitor is called during the backward pass with the name of a part and its gradient,
             last module first. A module used twice, or tied to another, is visited once
             per use; one that does not influence the output is not visited.
+        run: Runs a part of the model instead of all of it; the gradients are those at what it
+            gives.
 
     Returns:
-        The logits [samples, positions, classes].
+        The logits [samples, positions, classes], or what ``run`` gives.
 
     Raises:
         ValueError: If a module's input cannot be told apart by sample, or is overwritten before
@@ -104,8 +108,8 @@ def stream(
     ]
     wanted = [(place.parameter, by_autograd(m, place)) for m, place in uses.by_autograd.items()]
     try:
-        with gradients_to(wanted), torch.enable_grad():
-            logits = model.logits(batch)
+        with gradients_to(wanted), read_again(model.module), torch.enable_grad():
+            logits = model.logits(batch) if run is None else run()
             for i, (upstream, chosen) in enumerate(passes, 1):
                 visit = chosen
                 gradient = upstream(logits.detach(), batch)

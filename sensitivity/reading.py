@@ -1,4 +1,4 @@
-"""Passes of a model in memory that read inputs by their sites and gradients from the stream."""
+"""Passes of a model that read inputs by their sites and gradients from the stream."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from functools import partial
 
 from torch import Tensor
 
+from ..models.blockwise import BlockwisePass
 from ..models.passes import Pass, Upstream
 from ..models.rendering import Renderer
 from ..models.samples import Samples
+from ..models.streamed import is_streamed
 from ..models.units import UnitInfo
 from ..models.whole import Watched, WholePass
 from ..models.workload import Batch, LoadedModel
@@ -44,13 +46,26 @@ class UsesReader:
         return self._uses().pieces(batches)
 
     def stream(
-        self, batch: Batch, *probes: tuple[Upstream, Callable[[str, Gradient], None]]
+        self,
+        batch: Batch,
+        *probes: tuple[Upstream, Callable[[str, Gradient], None]],
+        run: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """See :func:`.probes.stream`."""
-        return stream(self._model, self._renderer, batch, *probes)
+        return stream(self._model, self._renderer, batch, *probes, run=run)
 
     def _uses(self) -> Uses:
         return uses_of(self._model, self._renderer, self._samples.batches)
+
+
+def passes_for(
+    model: LoadedModel, renderer: Renderer, units: Sequence[UnitInfo], samples: Samples
+) -> WholePass[Gradient]:
+    """A pass over samples: block by block through a model whose weights stay in its files."""
+    if is_streamed(model.module):
+        reader = UsesReader(model, renderer, samples)
+        return BlockwisePass(model, renderer, units, samples, reader)
+    return WholePass(model, renderer, units, samples, UsesReader(model, renderer, samples))
 
 
 def whole_pass(

@@ -17,17 +17,20 @@ from torch import Tensor
 from .._base.files import write_json
 from .._base.memory import give_back
 from .._base.progress import Advance, Reporter
+from ..models.blockwise import BlockwisePass
 from ..models.rendering import Renderer
 from ..models.samples import Samples
 from ..models.sites import Place
 from ..models.units import UnitInfo, module_kinds
-from ..models.workload import Batch, LoadedModel, samples_in, take
+from ..models.whole import WholePass
+from ..models.workload import Batch, LoadedModel, take
 from ..quantizers.methods import METHODS, Evidence, rounding_device
 from .curvature import Sums, Triangle, entries
 from .factors import DenseGradient, Factors, Gradient
 from .kept_sums import Kept
 from .mixture import GRID, UNTESTED, Mixture, Trial, choose
-from .probes import label_upstream, positions_in, stream
+from .probes import label_upstream, positions_in
+from .reading import passes_for
 from .shared_inputs import cut_again, in_rounds, shared_inputs
 from .uses import Uses, uses_of
 
@@ -113,6 +116,7 @@ class Statistics:
         limit: int = LIMIT,
     ) -> None:
         self._model, self._renderer, self._samples = model, renderer, samples
+        self._units = units
         self._seed, self._limit = seed, limit
         self._reporter = reporter or Reporter(quiet=True)
         self._kinds = {
@@ -221,12 +225,22 @@ class Statistics:
         """Gather and keep the sums of matrices, as many at a time as there is room for."""
         batches = cut_again(self._samples(), TOKENS)
         uses = uses_of(self._model, self._renderer, batches)
-        rounds = in_rounds(self._shared(names, uses, batches), self._limit, lambda one: one.nbytes)
-        count = sum(samples_in(batch) for batch in batches)
+        samples = self._samples().of_batches(batches)
+        passes = passes_for(self._model, self._renderer, self._units, samples)
+        together: dict[int, list[_Shared]] = {}  # by the block after which they are complete
+        owners = _owners(passes)
+        for one in self._shared(names, uses, batches):
+            together.setdefault(min(owners.get(n, 0) for n in one.rows), []).append(one)
+        rounds: list[list[_Shared]] = []
+        for some in together.values():
+            for i, those in enumerate(in_rounds(some, self._limit, lambda one: one.nbytes)):
+                if i == len(rounds):
+                    rounds.append([])
+                rounds[i].extend(those)
         for i, some in enumerate(rounds, 1):
             which = f" {i} of {len(rounds)}" if len(rounds) > 1 else ""
-            with self._reporter.bar(f"Curvature of the KL{which}", count) as advance:
-                self._sum(some, uses, batches, advance)
+            with self._reporter.bar(f"Curvature of the KL{which}", samples.count) as advance:
+                self._sum(some, passes, owners, advance)
 
     def _shared(self, names: Sequence[str], uses: Uses, batches: Sequence[Batch]) -> list[_Shared]:
         wanted, places = set(names), dict[str, list[Place]]()
@@ -250,17 +264,29 @@ class Statistics:
         return found
 
     def _sum(
-        self, shared: Sequence[_Shared], uses: Uses, batches: Sequence[Batch], advance: Advance
+        self,
+        shared: Sequence[_Shared],
+        passes: WholePass[Gradient],
+        owners: Mapping[str, int],
+        advance: Advance,
     ) -> None:
-        sums: dict[str, list[Sums]] = {}
-        for one in shared:
-            sums |= one.zeros(self._model.device)
+        """Sums of some matrices in one pass, written as soon as they are complete."""
+        group = {name: one for one in shared for name in one.rows}
         first = {next(iter(one.rows)) for one in shared}  # these add to the plain sums
+        sums: dict[str, list[Sums]] = {}
+        written: set[str] = set()
         tokens = [0, 0]  # of the sequences of either fold
-        start = 0
+        seen, here = 0, max(owners.values(), default=0)
 
-        def visit(name: str, source: Gradient) -> None:
-            folds = sums.get(name, [])
+        def visit(name: str, source: Gradient, samples: range) -> None:
+            nonlocal here
+            owner = owners.get(name, 0)
+            if owner < here and name not in passes.shared:  # the blocks above are done
+                write([n for n in sums if owners.get(n, 0) > owner])
+                here = owner
+            if name in group and name not in sums:
+                sums.update(group[name].zeros(self._model.device))
+            folds, start = sums.get(name, []), samples.start
             if isinstance(source, DenseGradient) and folds:
                 folds[fold_of(start) % len(folds)].add_dense(source)
             elif isinstance(source, Factors) and source.x.is_floating_point():
@@ -268,20 +294,28 @@ class Statistics:
                     some = [j for j in range(source.samples) if fold_of(start + j) == i]
                     fold.add(source, some if len(folds) > 1 else slice(None), plain=name in first)
 
-        upstream = label_upstream(torch.Generator().manual_seed(self._seed))
-        for batch in uses.pieces(batches):
-            # No name for the logits: these would stay in memory during the next batch.
-            positions = positions_in(stream(self._model, self._renderer, batch, (upstream, visit)))
-            for _ in range(samples_in(batch)):
-                tokens[fold_of(start)] += positions
-                start += 1
+        def write(names: Sequence[str]) -> None:
+            for name in names:
+                folds = sums.pop(name)
+                written.add(name)
+                self._kept.write(name, tokens if len(folds) > 1 else [sum(tokens)], folds)
             give_back()
-            advance(samples_in(batch))
-        for name in list(sums):
-            folds = sums.pop(name)
-            self._kept.write(name, tokens if len(folds) > 1 else [sum(tokens)], folds)
-            del folds
-        give_back()
+
+        def upstream(logits: Tensor, batch: Batch) -> Tensor:
+            nonlocal seen
+            for _ in range(len(logits)):
+                tokens[fold_of(seen)] += positions_in(logits)
+                seen += 1
+            return labels(logits, batch)
+
+        labels = label_upstream(torch.Generator().manual_seed(self._seed))
+        passes.backward((upstream, visit), advance=advance)
+        write(list(sums))
+        for one in shared:  # what nothing has reached
+            if rest := [name for name in one.rows if name not in written]:
+                sums |= one.zeros(self._model.device)
+                write(rest)
+                sums.clear()
 
     def _choose(self, kinds: Sequence[str]) -> None:
         """Choose and keep the mixtures of kinds of matrices."""
@@ -312,6 +346,13 @@ class Statistics:
         parts = (self.key, rounding, str(METHODS.trait(rounding, "revision", 1)))
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return self._kept.folder / f"mixtures-{digest[:12]}.json"
+
+
+def _owners(passes: WholePass[Gradient]) -> dict[str, int]:
+    """The block after which a backward pass is done with a matrix, by name; 0 batch by batch."""
+    if not isinstance(passes, BlockwisePass) or not passes.is_blockwise:
+        return {}
+    return {name: max(i, 1) for i, names in enumerate(passes.blocks) for name in names}
 
 
 def fold_of(number: int) -> int:

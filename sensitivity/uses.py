@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..models.rendering import Renderer, first_input
 from ..models.sites import Place
 from ..models.sites.experts import expert_of
+from ..models.streamed import read_again
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, samples_in, take
 from .factors import Factors
@@ -203,7 +204,7 @@ class _Trial:
         hooks = [(place.parameter, self._compare(name)) for name, place in self.places.items()]
         generator = torch.Generator().manual_seed(0)
         try:
-            with gradients_to(hooks), torch.enable_grad():
+            with gradients_to(hooks), read_again(self.model.module), torch.enable_grad():
                 logits = self.model.logits(sample)
                 direction = torch.randn(logits.shape, generator=generator).to(logits.device)
                 if logits.requires_grad:

@@ -49,9 +49,9 @@ class Task:
     @property
     def passes(self) -> Pass[Gradient]:
         """Takes the samples through the model and shows inputs and gradients."""
-        from ..reading import whole_pass
+        from ..reading import passes_for
 
-        return whole_pass(self.model, self.renderer, self.units, self.samples)
+        return passes_for(self.model, self.renderer, self.units, self.samples)
 
     def unit_index(self) -> dict[str, int]:
         """Canonical module name -> index of its unit."""

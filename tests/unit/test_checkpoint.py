@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bitplan._base.files import atomic_path
@@ -161,13 +160,26 @@ def test_version_1_has_no_checksums(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bitplan.quantizers.checkpoint.save_file", fail)
+    monkeypatch.setattr("bitplan.quantizers.tensor_file.TensorFile.put", fail)
     message = "The disk is full: .*packed could not be written"
     with pytest.raises(OSError, match=message), atomic_path(tmp_path / "packed") as folder:
         folder.mkdir()
         write_checkpoint(folder, packed_weights(), {}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_come_one_by_one_in_any_order_are_aligned(tmp_path: Path) -> None:
+    packed, others = packed_weights(), {"odd": torch.arange(3).to(torch.uint8), "f": torch.ones(2)}
+    sizes = {name: (weight.fmt, weight.shape) for name, weight in packed.items()}
+    write_checkpoint(tmp_path, reversed(packed.items()), others, {}, formats=sizes)
+    path = tmp_path / FILE_NAME
+    start = 8 + int(struct.unpack("<Q", path.read_bytes()[:8])[0])
+    entries = json.loads(path.read_bytes()[8:start])
+    for name, tensor in load_file(path).items():
+        assert (start + entries[name]["data_offsets"][0]) % tensor.element_size() == 0
+    again, found, _ = read_checkpoint(tmp_path)
+    assert torch.equal(found["odd"], others["odd"]) and torch.equal(found["f"], others["f"])
+    for name, weight in packed.items():
+        assert torch.equal(again[name].dequantize(), weight.dequantize())

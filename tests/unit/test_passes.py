@@ -1,7 +1,8 @@
-"""The pass with the whole model in memory, against hooks and autograd by hand."""
+"""The passes, whole and block by block, against hooks and autograd by hand."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitplan.models.blockwise import BlockwisePass
 from bitplan.models.find import find_units
 from bitplan.models.passes import Inputs, Pass
 from bitplan.models.rendering import Assignment, Renderer
@@ -17,7 +19,7 @@ from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.factors import Factors, Gradient
 from bitplan.sensitivity.probes import data_upstream, stream
-from bitplan.sensitivity.reading import whole_pass
+from bitplan.sensitivity.reading import UsesReader, whole_pass
 from tests.toys import softmax_regression
 
 COARSE = Format.parse("int3-g32-asym")
@@ -111,6 +113,22 @@ CASES: dict[str, Callable[[], tuple[LoadedModel, Samples]]] = {
 def whole(model: LoadedModel, samples: Samples) -> Pass[Gradient]:
     units = find_units(model.module)
     return whole_pass(model, Renderer(model.module, units), units, samples)
+
+
+def blockwise(model: LoadedModel, samples: Samples) -> Pass[Gradient]:
+    """All states between blocks in a file."""
+    units = find_units(model.module)
+    renderer = Renderer(model.module, units)
+    reader = UsesReader(model, renderer, samples)
+    return BlockwisePass(model, renderer, units, samples, reader, limit=0)
+
+
+@pytest.fixture(autouse=True, params=["whole", "blockwise"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs over every implementation: what ``whole`` makes here is another pass."""
+    if request.param == "blockwise":
+        monkeypatch.setattr(sys.modules[__name__], "whole", blockwise)
+    return str(request.param)
 
 
 def by_hand(model: LoadedModel, samples: Samples, plan: Assignment) -> Seen:
@@ -225,7 +243,7 @@ def test_backward_factors_are_the_weight_gradients_of_autograd(case: str) -> Non
     upstreams = torch.randn(2, *logits.shape)
     starts = iter([s for b in range(0, samples.count, len(samples.batches[0])) for s in (b, b)])
     found: list[dict[str, Tensor]] = [{}, {}]
-    order: list[tuple[int, int]] = []
+    order: dict[tuple[int, int], list[int]] = {}
 
     def probe(number: int) -> Any:
         def upstream(logits: Tensor, batch: Any) -> Tensor:
@@ -233,7 +251,8 @@ def test_backward_factors_are_the_weight_gradients_of_autograd(case: str) -> Non
             return upstreams[number, start : start + len(batch)].clone()  # may be overwritten
 
         def visit(name: str, factors: Gradient, who: range) -> None:
-            order.append((who.start, number))
+            if name not in ("shared", "embed"):  # used in several blocks
+                order.setdefault((who.start, block_of[name]), []).append(number)
             rows = factors.touched_rows()
             gradient = factors.gradient(slice(None) if rows is None else rows)
             matrix = passes.weight(name)
@@ -243,9 +262,11 @@ def test_backward_factors_are_the_weight_gradients_of_autograd(case: str) -> Non
         return upstream, visit
 
     passes = whole(model, samples)
+    block_of = {name: i for i, names in enumerate(passes.blocks) for name in names}
     told: list[int] = []
     positions = passes.backward(probe(0), probe(1), advance=told.append)
-    assert order == sorted(order), "batch by batch, and in each the first probe first"
+    for numbers in order.values():
+        assert numbers == sorted(numbers), "of a batch and a block, the first probe comes first"
     assert sum(told) == samples.count
     assert positions.tolist() == [logits.shape[1]] * samples.count
     inputs = [batch[i : i + 1] for batch in batches_of(samples) for i in range(len(batch))]
@@ -390,5 +411,12 @@ def test_text_labels_reach_the_upstream_through_a_pass() -> None:
     for batch in samples.batches:
         stream(model, renderer, batch, (upstream, keep_plain))
     assert len(found) == len(expected) == 3 * 11
-    for (name, delta), (other, wanted) in zip(found, expected, strict=True):
-        assert name == other and torch.equal(delta, wanted)
+    for name in dict(expected):  # blocks come one after the other, or batches
+        for one, other in zip(of(found, name), of(expected, name), strict=True):
+            assert torch.equal(one, other)
+
+
+def of(found: list[tuple[str, Tensor]], name: str) -> list[Tensor]:
+    """What was seen of a matrix, in an order of its own."""
+    tensors = [tensor for other, tensor in found if other == name]
+    return sorted(tensors, key=lambda tensor: tensor.flatten().tolist())

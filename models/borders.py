@@ -1,0 +1,89 @@
+"""States at the borders between blocks: in memory up to a limit, and beyond it in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._base.tensors import bytes_of
+from .mapped import spill_folder
+
+LIMIT = 1 << 26  # bytes in memory
+
+
+class Borders:
+    """What blocks hand on, by a key such as border and batch.
+
+    A state is a tensor, or a tuple that starts with one and holds no other.
+
+    Args:
+        limit: Most bytes in memory; what is put when there are so many goes to a temporary file
+            without a name.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit, self._bytes = limit, 0
+        self._memory: dict[Hashable, Tensor] = {}
+        self._slots: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
+        self._rest: dict[Hashable, tuple[Any, ...]] = {}
+        self._file: Any = None
+        self._end = 0
+
+    def put(self, key: Hashable, state: Any) -> None:
+        """Keep a state, in place of what was there."""
+        hidden, rest = split_state(state)
+        if rest is not None:
+            self._rest[key] = rest
+        self._bytes -= self._memory.pop(key, hidden[:0]).nbytes
+        if self._bytes + hidden.nbytes <= self._limit:
+            self._memory[key] = hidden.detach().clone()
+            self._bytes += hidden.nbytes
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115
+        begin, shape, dtype = self._slots.get(key, (self._end, hidden.shape, hidden.dtype))
+        if (shape, dtype) != (hidden.shape, hidden.dtype) or begin == self._end:
+            begin, self._end = self._end, self._end + hidden.nbytes
+        self._slots[key] = begin, hidden.shape, hidden.dtype
+        self._file.seek(begin)
+        self._file.write(bytes_of(hidden))
+
+    def get(self, key: Hashable) -> tuple[Tensor, Any]:
+        """The tensor of a state, a copy, and what makes the state of such a tensor again."""
+        hidden = self._memory[key].clone() if key in self._memory else self._read(key)
+        return hidden, self._rest.get(key)
+
+    def _read(self, key: Hashable) -> Tensor:
+        begin, shape, dtype = self._slots[key]
+        found = torch.empty(shape, dtype=dtype)
+        self._file.seek(begin)
+        if self._file.readinto(bytes_of(found)) != found.nbytes:
+            raise OSError("The temporary file of states between blocks was cut short.")
+        return found
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether there is a state of a key."""
+        return key in self._memory or key in self._slots
+
+
+def split_state(state: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The tensor of a state, and the rest of its tuple; None if it is none.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    if isinstance(state, Tensor):
+        return state, None
+    tensors = isinstance(state, tuple) and [isinstance(part, Tensor) for part in state]
+    if not tensors or not tensors[0] or any(tensors[1:]):
+        raise ValueError("a block hands on more than one tensor")
+    return state[0], state[1:]
+
+
+def joined_state(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
+    """Invert :func:`split_state`."""
+    return hidden if rest is None else (hidden, *rest)
