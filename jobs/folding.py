@@ -20,6 +20,7 @@ from ..models.fold_tracing import find_folds, within
 from ..models.folds import Fold, apply_fold, effective_scale
 from ..models.identity import definition_sha256, state_sha256
 from ..models.samples import Samples
+from ..models.streamed import is_streamed
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import Format
@@ -136,8 +137,9 @@ def fold_model(
         What the plan says of it; None if the model has nothing to fold.
 
     Raises:
-        ValueError: If the folded model gives other logits.
+        ValueError: If the folded model gives other logits, or its weights stay in files.
     """
+    _check_in_memory(model.module)
     before = state_sha256(model.module)
     parts: list[object] = [before, definition_sha256(model), model.source_dtype, method, rounding]
     parts += [
@@ -198,13 +200,22 @@ def folded(model: nn.Module, plan: Plan, beside: RunFolder | None) -> None:
         beside: The folder the plan lies in.
 
     Raises:
-        ValueError: If the scales are not there, or are damaged.
+        ValueError: If the scales are not there, or are damaged, or weights stay in files.
     """
     if plan.fold is None or next(model.parameters()).is_meta:
         return
     if state_sha256(model) != plan.fold.model_sha256:
         return
+    _check_in_memory(model)
     folded_scales(plan, beside).apply(model)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    if is_streamed(model):
+        raise ValueError(
+            "Folded scales change weights, and this model's stay in its files. Give it more "
+            "--memory, or search without --fold."
+        )
 
 
 def folded_scales(plan: Plan, beside: RunFolder | None) -> FoldedScales:
