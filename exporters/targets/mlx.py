@@ -60,7 +60,7 @@ class Mlx(Exporter):
         """Write affine weights, and the section under both names that mlx-lm writes."""
         config = _config(source)
         entries = {"quantization": config, "quantization_config": config}
-        write_folder(source, out, to_mlx, entries | _rotations(source))
+        write_folder(source, out, to_mlx, entries | _as_before(source))
 
     def recognizes(self, path: Path) -> bool:
         """A folder whose config.json has a section ``quantization`` with bits."""
@@ -139,20 +139,39 @@ def _config(source: Source) -> dict[str, Any]:
     return config
 
 
-def _rotations(source: Source) -> dict[str, Any]:
-    """The rotary embedding under the names from before transformers 5, which mlx-lm reads.
+def _as_before(source: Source) -> dict[str, Any]:
+    """Entries of config.json under the names from before transformers 5, which mlx-lm reads.
 
     Where it does not find them it takes its defaults, without a word.
     """
-    origin = source.model.origin
-    if origin is not None and "rope_theta" in (own_config(origin.folder) or {}):
-        return {}  # as they are in the checkpoint
-    parameters = getattr(getattr(source.model.module, "config", None), "rope_parameters", None)
+    origin, module = source.model.origin, source.model.module
+    config = None if origin is None else own_config(origin.folder)
+    if config is None:
+        made: Any = getattr(module, "config", None)
+        config = made.to_dict() if hasattr(made, "to_dict") else {}
+    entries = _rotations(config)
+    if isinstance(text := config.get("text_config"), dict):  # a model of images and text
+        if "vocab_size" in text and "vocab_size" not in config:
+            entries["vocab_size"] = text["vocab_size"]
+        if inner := _rotations(text):
+            entries["text_config"] = text | inner
+    return entries
+
+
+def _rotations(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a configuration that has it in the new form alone."""
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or "rope_theta" in config:
+        return {}
+    local = parameters.get("sliding_attention")
+    parameters = parameters.get("full_attention", parameters)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         return {}
     entries: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
     if parameters.get("rope_type", "default") != "default":
         entries["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    if isinstance(local, dict) and "rope_theta" in local:
+        entries["rope_local_base_freq"] = local["rope_theta"]
     return entries
 
 
