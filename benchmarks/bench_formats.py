@@ -59,17 +59,17 @@ def main() -> None:
         for facts in sorted(found, key=lambda facts: facts.bits)
     ]
     note = (
-        f"Bits of a matrix {SHAPE[0]} x {SHAPE[1]}; errors of {sample.shape[0]} x {sample.shape[1]} "
-        "normal weights, rounded to nearest on scales with the least squared error; `x bound` is the "
-        "error times 4^bits."
+        f"Bits of a matrix {SHAPE[0]} x {SHAPE[1]}; errors of {sample.shape[0]} x "
+        f"{sample.shape[1]} normal weights, rounded to nearest on scales with the least squared "
+        "error; `x bound` is the error times 4^bits."
     )
     title = "What formats lose of normal weights"
     write_results("formats", title, rows=rows, notes=[note], out=options.out)
     number, sequences = options.block, options.sequences
     also = (
         f"Of the block: {', '.join(MATRICES)}, rounded by fisher_gptq with the second moments of "
-        f"their inputs over {sequences} sequences of 128 tokens (prose) as the curvature; errors are "
-        "those of the outputs relative to these, on as many other sequences."
+        f"their inputs over {sequences} sequences of 128 tokens (prose) as the curvature; errors "
+        "are those of the outputs relative to these, on as many other sequences."
     )
     tables = {f"Block {number} of SmolLM2-135M": block(number, sequences)}
     write_results("formats", title, rows=rows, tables=tables, notes=[note, also], out=options.out)

@@ -16,6 +16,7 @@ from .feedback import Quadratic
 from .sweep import Lattice, Levels
 
 SOURCE = Path(__file__).with_name("rounding.cpp")
+HEADER = Path(__file__).with_name("rounding_types.h")
 ABI = 2  # what bitplan_abi() says
 
 
@@ -208,4 +209,4 @@ def _declare(loaded: ctypes.CDLL) -> None:
         function.argtypes, function.restype = types, None
 
 
-LIBRARY = Library("rounding loops", (SOURCE,), ABI, _declare)
+LIBRARY = Library("rounding loops", (SOURCE, HEADER), ABI, _declare)
