@@ -179,7 +179,16 @@ def commands(case: Case, program: Path, work: Path, out: Path) -> list[list[str 
     matrix, plain = work / MATRIX, work / "original-F32.gguf"
     quantize, text = program / "llama-quantize", work / "calibration" / "text.txt"
     size = ["-c", str(LENGTH), "-b", str(LENGTH), "-t", "1"]
-    make = [program / "llama-imatrix", "-m", plain, "-f", text, "-o", work / NEW_MATRIX, *size]
+    make: list[str | Path] = [
+        program / "llama-imatrix",
+        "-m",
+        plain,
+        "-f",
+        text,
+        "-o",
+        work / NEW_MATRIX,
+        *size,
+    ]
     embedding = ["--token-embedding-type", "f16"]
     kind = str(case.settings["type"])
     return [

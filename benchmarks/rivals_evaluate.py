@@ -213,4 +213,4 @@ def substituted(model: LoadedModel, matrices: Iterable[Matrix]) -> Iterator[None
     finally:
         for name, original in before.items():
             with torch.no_grad():
-                model.module.get_submodule(name).weight.copy_(original)  # type: ignore[operator,union-attr]
+                model.module.get_submodule(name).weight.copy_(original)  # type: ignore[operator]

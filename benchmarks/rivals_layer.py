@@ -56,7 +56,7 @@ def taken(model: LoadedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     )
     with torch.no_grad():
         for batch in ids.split(8):
-            model.module.model(input_ids=batch, use_cache=False)  # type: ignore[operator,union-attr]
+            model.module.model(input_ids=batch, use_cache=False)  # type: ignore[operator]
     hook.remove()
     return module.weight.detach().clone(), torch.cat(seen).contiguous()
 

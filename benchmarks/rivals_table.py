@@ -94,8 +94,8 @@ def at(points: Sequence[Point], bpw: float) -> tuple[float, float] | None:
     >>> points = [Point(2.0, 0.4, 0.04, None), Point(3.0, 0.1, 0.01, None)]
     >>> [round(value, 3) for value in at(points, 2.5)]
     [0.2, 0.02]
-    >>> at(points, 4.0), at(points, 1.9)
-    ((0.1, 0.01), None)
+    >>> [round(value, 3) for value in at(points, 4.0)], at(points, 1.9)
+    ([0.1, 0.01], None)
     """
     bits = [point.bpw for point in points]
     if not bits or bpw < bits[0] - 0.005:  # a budget is missed by bytes, not by hundredths

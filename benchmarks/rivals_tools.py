@@ -148,14 +148,13 @@ def modelopt(original: Path, calibration: Path, out: Path, settings: Settings) -
     batches = [{"input_ids": rows, "labels": rows} for rows in ids_of(calibration).split(8)]
 
     def config(bits: int) -> dict[str, Any]:
-        quantizer = {"num_bits": bits, "block_sizes": {-1: settings["group_size"]}, "enable": True}
+        numbers = {"num_bits": bits, "block_sizes": {-1: settings["group_size"]}}
         return {
-            "quant_cfg": {
-                "*weight_quantizer": quantizer,
-                "*input_quantizer": {"enable": False},
-                "default": {"enable": False},
-            },
-            "algorithm": settings.get("algorithm", "max"),
+            "quant_cfg": [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "*weight_quantizer", "cfg": numbers},
+            ],
+            "algorithm": "max",
         }
 
     model, _ = mtq.auto_quantize(

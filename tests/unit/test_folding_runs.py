@@ -167,5 +167,5 @@ def test_an_unknown_fold_is_found_out_early(tiny_folder: Path, tmp_path: Path) -
 
 def test_weights_that_stay_in_files_are_not_folded(tiny_folder: Path, tmp_path: Path) -> None:
     there = settings(tiny_folder, "awq", memory="1MB")
-    with pytest.raises(ValueError, match="stay in its files.*--memory, or search without --fold"):
+    with pytest.raises(ValueError, match=r"stay in its files.*--memory, or search without --fold"):
         run_profile(there, tmp_path / "run", Said())
