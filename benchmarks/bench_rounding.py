@@ -25,10 +25,12 @@ from bitplan._base.progress import Reporter
 from bitplan.benchmarks.common import RESULTS, origin, write_results
 from bitplan.jobs.search import run_search
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
+from bitplan.quantizers.candidates import DEFAULT_FORMATS
 
 BUDGETS = ("4.3bpw", "3.28bpw", "3.0bpw", "2.5bpw")
 LAYERS = "model.layers.*"  # linear layers; the embedding stays as it is
 TUNED = 200  # steps
+TRELLIS = ("tcq2", "tcq3", "tcq4", *(f"int{bits}-g64-asym" for bits in (4, 5, 6, 8)))
 GPU_TOKENS = 3072  # per pass, where small ones leave a GPU idle
 
 
@@ -41,12 +43,21 @@ class Variant:
         rounding: The rounding method.
         tune: Steps of tuning the scales.
         refine: Most steps of refinement.
+        sequential: Whether the plan is rounded again, block by block.
+        formats: The candidates, if not those by default; they have a profile of their own.
     """
 
     name: str
     rounding: str = "fisher_gptq"
     tune: int = 0
     refine: int = 0
+    sequential: bool = False
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+
+    def folder(self, seed: int) -> str:
+        """The run folder of a seed."""
+        menu = "" if self.formats == DEFAULT_FORMATS else "-trellis"
+        return f"{self.rounding}{menu}-{seed}"
 
 
 VARIANTS = (
@@ -55,6 +66,8 @@ VARIANTS = (
     Variant("fisher_gptq"),
     Variant(f"fisher_gptq, {TUNED} steps of tuning", tune=TUNED),
     Variant("fisher_gptq, refined", refine=3),
+    Variant("fisher_gptq, rounded again", sequential=True),
+    Variant("fisher_gptq, trellis codes", formats=TRELLIS),
 )
 
 
@@ -150,6 +163,7 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, where: Where) 
     profile = ProfileSettings(
         where.model,
         rounding=variant.rounding,
+        formats=variant.formats,
         calibration=str(text / "valid.txt"),
         include=(LAYERS,),
         seed=seed,
@@ -163,10 +177,11 @@ def search(variant: Variant, budget: str, seed: int, tokens: int, where: Where) 
         eval_tokens=tokens,
         refine=variant.refine,
         tune=variant.tune,
+        sequential=variant.sequential,
         bootstrap=0,
     )
     cpu, clock = time.process_time(), time.perf_counter()
-    plan = run_search(profile, goal, where.work / f"{variant.rounding}-{seed}", Reporter())
+    plan = run_search(profile, goal, where.work / variant.folder(seed), Reporter())
     measured = plan.measured
     assert measured is not None
     best = min((b for b in plan.baselines if b.format), key=lambda b: abs(b.bytes - plan.bytes))
