@@ -295,9 +295,11 @@ def _left_in_files(name: str, device: torch.device, memory: int | None) -> Loade
     folder = Path(name)
     if not folder.is_dir():
         return None
+    needed = False
     try:
         if fits(folder, memory):
             return None
+        needed = True
         if device.type != "cpu":
             raise ValueError("weights are read from files on a CPU only (--device cpu)")
         with quiet(bars=False):
@@ -307,7 +309,8 @@ def _left_in_files(name: str, device: torch.device, memory: int | None) -> Loade
             tokenizer = AutoTokenizer.from_pretrained(name)
         origin = origin_of(folder.resolve(), module)
     except (OSError, ValueError, KeyError) as error:
-        if (folder / "config.json").is_file():
+        # Without --memory, what has no safetensors files is no matter of memory.
+        if (memory is not None or needed) and (folder / "config.json").is_file():
             warnings.warn(f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3)
         return None
     dtype = _dtype_of(AutoConfig.from_pretrained(name))
