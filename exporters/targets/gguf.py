@@ -192,11 +192,11 @@ def _folded_vectors(
     Raises:
         ValueError: If the file has no tensor for a norm.
     """
+    from ...models.gguf_names import gguf_tensors
     from ..layouts import gguf as files
 
-    names = files.tensor_names(
-        *files.architecture_of(source.model), [fold.source for fold in folds.folds]
-    )
+    architecture = files.architecture_of(source.model)
+    names = gguf_tensors(*architecture, [fold.source for fold in folds.folds])
     found = {}
     for fold in folds.folds:
         module: Any = source.model.module.get_submodule(fold.source)
