@@ -74,6 +74,9 @@ def main() -> None:
         TEXT: evaluation_samples(model, str(text / "test.txt"), options.tokens, LENGTH),
         CODE: evaluation_samples(model, "code", options.tokens // 4, LENGTH),
     }
+    layer = work / "layer.json"
+    if (program := pythons.get("gptqmodel")) and not layer.is_file():
+        write_json(layer, compared(model, program, TOOLS, work))
     evaluator: Evaluator | None = None
     for case in chosen:
         row = work / "rows" / f"{case.key}.json"
@@ -89,9 +92,6 @@ def main() -> None:
             found |= measured(case, evaluator, model, work)
         write_json(row, found)
         write(options)
-    layer = work / "layer.json"
-    if (program := pythons.get("gptqmodel")) and not layer.is_file():
-        write_json(layer, compared(model, program, TOOLS, work))
     for run in options.run:
         row = work / "rows" / f"bitplan-{run.name}.json"
         if not row.is_file():
