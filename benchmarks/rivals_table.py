@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bitplan.benchmarks.rivals_cases import SHOWN, Case
 from bitplan.reports.canvas import GREEN, INK, PLAIN, RED, drawing
@@ -248,6 +248,7 @@ def draw(found: Sequence[Found], points: Sequence[Point], path: Path) -> None:
                 label=SHOWN[tool],
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("bits per weight, scales and zero points included")

@@ -53,7 +53,7 @@ def kept(kl: float, bpw: float) -> dict[str, Any]:
 
 
 def test_every_case_has_a_tool_an_environment_and_a_key_of_its_own() -> None:
-    assert {case.tool for case in CASES} == SHOWN.keys() == {*PYTHONS, LLAMA}
+    assert {case.tool for case in CASES} == SHOWN.keys() == PYTHONS.keys()
     assert len({case.key for case in CASES}) == len(CASES)
 
 
