@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +44,7 @@ TEXT, CODE = "WikiText-2 test", "code"
 LENGTH = 128
 CALIBRATION = 96 + 128  # sequences: what a search of bitplan prices with and rounds by
 MATRIX, NEW_MATRIX = "imatrix.gguf", "imatrix-new.gguf"
-TOOLS = Path(__file__).parent / "rivals_tools.py"
+TOOLS = Path(__file__).resolve().parent / "rivals_tools.py"
 
 
 def main() -> None:
@@ -60,13 +60,16 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="only write down what there is")
     parser.add_argument("--out", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    work: Path = options.work.resolve()
     chosen = [case for case in CASES if not options.only or case.among(options.only)]
     if options.kept:
         write(options)
         return
-    pythons = {name: Path(path) for name, path in (w.split("=", 1) for w in options.python)}
+    named = (word.split("=", 1) for word in options.python)
+    programs = {name: Path(path).absolute() for name, path in named}
+    if options.llama_bin:
+        programs[LLAMA] = options.llama_bin.absolute()
     model, reporter = load_model("smollm2", "cpu"), Reporter()
     text = options.data / "wikitext-2"
     prepare(model, text / "valid.txt", work)
@@ -74,12 +77,15 @@ def main() -> None:
         TEXT: evaluation_samples(model, str(text / "test.txt"), options.tokens, LENGTH),
         CODE: evaluation_samples(model, "code", options.tokens // 4, LENGTH),
     }
+    layer = work / "layer.json"
+    if (program := programs.get("gptqmodel")) and not layer.is_file():
+        write_json(layer, compared(model, program, TOOLS, work))
     evaluator: Evaluator | None = None
     for case in chosen:
         row = work / "rows" / f"{case.key}.json"
         if row.is_file():
             continue
-        where = options.llama_bin if case.tool == LLAMA else pythons.get(PYTHONS[case.tool])
+        where = programs.get(PYTHONS[case.tool])
         if where is None:
             continue
         print(f"{case.key} ...", flush=True)
@@ -89,9 +95,6 @@ def main() -> None:
             found |= measured(case, evaluator, model, work)
         write_json(row, found)
         write(options)
-    layer = work / "layer.json"
-    if (program := pythons.get("gptqmodel")) and not layer.is_file():
-        write_json(layer, compared(model, program, TOOLS, work))
     for run in options.run:
         row = work / "rows" / f"bitplan-{run.name}.json"
         if not row.is_file():
@@ -153,19 +156,22 @@ def quantized(case: Case, program: Path, work: Path) -> dict[str, Any]:
     if not made.is_file():
         log = work / "logs" / f"{case.key}.log"
         log.parent.mkdir(exist_ok=True)
-        clock = time.perf_counter()
         for words in commands(case, program, work, out):
             with log.open("a") as file:
                 done = subprocess.run(
-                    list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, check=False
+                    list(map(str, words)),
+                    cwd=log.parent,  # some leave logs of their own where they run
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    check=False,
                 )
             if done.returncode:
                 return {"note": f"not run: {last_line(log.read_text(errors='replace'))}"}
             if (new := work / NEW_MATRIX).is_file():  # whole: it is also saved on the way
                 new.rename(work / MATRIX)
         if case.tool == LLAMA:
-            seconds = time.perf_counter() - clock
-            write_json(made, {"tool": "llama.cpp", "seconds": seconds})
+            said = re.search(r"version: (\S+)", log.read_text(errors="replace"))
+            write_json(made, {"tool": f"{LLAMA} {said[1]}" if said else LLAMA})
     found: dict[str, Any] = json.loads(made.read_text())
     return found
 

@@ -14,6 +14,7 @@ PYTHONS = {
     "autoscheme": "autoround",
     "hqq": "hqq",
     "modelopt": "modelopt",
+    LLAMA: LLAMA,  # a folder: --llama-bin
 }
 SHOWN = {
     "gptqmodel": "GPTQModel",

@@ -88,7 +88,7 @@ def _rows(
             asked = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
             where = (work / "original", work / "calibration", out)
             words = [program, tools, "layer", *where, json.dumps(asked | settings)]
-            subprocess.run(list(map(str, words)), check=True, capture_output=True)
+            subprocess.run(list(map(str, words)), check=True, capture_output=True, cwd=work)
             theirs = proxy_loss(load_file(out / DEQUANTIZED)["layer"] - weight, hessian)
             yield {
                 "matrix": MODULE,

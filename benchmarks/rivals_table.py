@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bitplan.benchmarks.rivals_cases import SHOWN, Case
 from bitplan.reports.canvas import GREEN, INK, PLAIN, RED, drawing
@@ -46,7 +46,6 @@ class Found:
         bpw: Those in bits per weight.
         text: Scores on the first text, as plain data; None if it did not run.
         code: Scores on the second.
-        seconds: What it took to quantize.
         note: Why there are no scores.
     """
 
@@ -56,7 +55,6 @@ class Found:
     bpw: float | None = None
     text: Mapping[str, Any] | None = None
     code: Mapping[str, Any] | None = None
-    seconds: float | None = None
     note: str = ""
 
     @classmethod
@@ -65,7 +63,7 @@ class Found:
         if kept is None or "scores" not in kept:
             return cls(case, note=(kept or {}).get("note", "not run here"))
         text, code = kept["scores"].values()
-        return cls(case, kept["tool"], kept["bytes"], kept["bpw"], text, code, kept.get("seconds"))
+        return cls(case, kept["tool"], kept["bytes"], kept["bpw"], text, code)
 
 
 def ours(results: Path) -> list[Point]:
@@ -103,6 +101,13 @@ def at(points: Sequence[Point], bpw: float) -> tuple[float, float] | None:
     kl = float(np.exp(np.interp(bpw, bits, np.log([point.kl for point in points]))))
     relative = float(np.interp(bpw, bits, [point.stderr / point.kl for point in points]))
     return kl, kl * relative
+
+
+def on_code(points: Sequence[Point], bpw: float) -> float | None:
+    """bitplan's KL on code at so many bits, as :func:`at`; None where a budget has no figure."""
+    code = [Point(p.bpw, p.kl_on_code, 0.0, None) for p in points if p.kl_on_code is not None]
+    there = at(code, bpw) if len(code) == len(points) else None
+    return there and there[0]
 
 
 def verdict(kl: float, stderr: float, there: tuple[float, float] | None) -> str:
@@ -143,7 +148,7 @@ def table(found: Sequence[Found], points: Sequence[Point]) -> list[dict[str, Any
                 "perplexity": one.text["ppl"],
                 "KL on code": one.code["mean"],
                 "± on code": one.code["stderr"],
-                "seconds": one.seconds,
+                "bitplan's on code": on_code(points, one.bpw),
             }
         )
     rows += [
@@ -167,7 +172,7 @@ KEYS = (
     "perplexity",
     "KL on code",
     "± on code",
-    "seconds",
+    "bitplan's on code",
 )
 
 
@@ -243,6 +248,7 @@ def draw(found: Sequence[Found], points: Sequence[Point], path: Path) -> None:
                 label=SHOWN[tool],
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("bits per weight, scales and zero points included")
