@@ -42,6 +42,12 @@ class Evidences(Protocol):
         ...
 
 
+class _Grids(OrderedDict[tuple[str, str], Fitted | None]):
+    """Grids at hand, the last used ones last, and their bytes: overlays share both."""
+
+    nbytes = 0
+
+
 class Renderings:
     """The renderings of named matrices: prices, measurements and files all take them from here.
 
@@ -79,8 +85,7 @@ class Renderings:
         self._only_grids = grid is not None
         self.grid_bytes: int | None = None
         self.device: torch.device | None = None
-        self._grids: OrderedDict[tuple[str, str], Fitted | None] = OrderedDict()
-        self._grids_size = 0
+        self._grids = _Grids()
         self._lock = RLock()
         self._shelf = Shelf(folder, memory)
         self._hashes: dict[str, str] = {}
@@ -253,10 +258,10 @@ class Renderings:
         with self._lock:
             if key not in self._grids:
                 self._grids[key] = grid
-                self._grids_size += _nbytes(grid)
+                self._grids.nbytes += _nbytes(grid)
             limit = self.grid_bytes
-            while limit is not None and self._grids_size > limit and len(self._grids) > 1:
-                self._grids_size -= _nbytes(self._grids.popitem(last=False)[1])
+            while limit is not None and self._grids.nbytes > limit and len(self._grids) > 1:
+                self._grids.nbytes -= _nbytes(self._grids.popitem(last=False)[1])
         return grid
 
     def _gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int STATE_BITS = 12, STATES = 1 << STATE_BITS, LANES = 16;
 constexpr float NEVER = 1e30f;
+constexpr float LEAST = 0.03f;  // as in trellis.py
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
@@ -135,7 +136,10 @@ void tile(const Problem& p, int64_t first, int64_t count) {
     counts[r] = p.counts[first + r] * s * s;
     mean += counts[r] / count;
   }
-  for (float& c : counts) c = mean > 0 ? float(c / mean) : 0;
+  for (int64_t r = 0; r < count; r++) {
+    const float share = mean > 0 ? float(counts[r] / mean) : 0;
+    counts[r] = p.scale[first + r] == 0 ? 0 : share > LEAST ? share : LEAST;
+  }
   auto error = [&](int64_t r, int64_t k) -> float& {
     return errors[(r / BLOCK * cols + k) * BLOCK + r % BLOCK];
   };

@@ -30,6 +30,7 @@ from .packed import pack_bits, unpack_bits
 
 STATE_BITS = 12  # whole codes of 2, 3 and 4 bits
 TILE = 1024  # rows of a walk: each begins in the same state
+LEAST = 0.03  # of the mean, what a row counts: walks pass by what counts for nothing
 COLUMNS = 8  # walks at a time without compiled loops
 
 
@@ -307,7 +308,8 @@ def _choose(
         error = goal - levels(pack_bits(codes, bits), None, bits, cols) * scale
     inverse = torch.where(scale == 0, 0, 1 / scale)
     weights = counts[:, None] * scale.square()
-    weights = weights / weights.mean().clamp(min=1e-30)
+    weights = (weights / weights.mean().clamp(min=1e-30)).clamp_(min=LEAST)
+    weights[scale == 0] = 0
     step = COLUMNS if feedback is None else 1
     for k in range(0, cols, step):
         some = slice(k, min(k + step, cols))

@@ -187,3 +187,13 @@ class Curved:
 
     def gather(self, names: Sequence[str]) -> Iterator[Mapping[str, Evidence]]:
         yield dict.fromkeys(names, Evidence(fisher=torch.eye(64)))
+
+
+def test_overlays_share_the_limit_on_grids() -> None:
+    one = Renderings(WEIGHTS.__getitem__)
+    one.grid_bytes = 1  # the last one alone
+    for name in WEIGHTS:
+        one.overlay().rows(name, FORMATS[0])
+    assert len(one._grids) == 1
+    one.rows("a", FORMATS[0])
+    assert len(one._grids) == 1

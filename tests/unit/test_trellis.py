@@ -135,6 +135,23 @@ def test_rows_that_count_more_lose_less() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("fixture", ["torch_alone", "tmp_path"])
+def test_rows_that_count_for_nothing_are_not_lost(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(fixture)
+    weight, counts = normal(64, 16), torch.ones(64)
+    weight[7] *= 1e-3
+    weight[9], counts[5] = 0, 0
+    for some in (counts, torch.zeros(64)):
+        coded = trellis.encode(weight, 4, torch.eye(16), some, 1e-3)
+        found = trellis.decode(coded, 4, 16)
+        error = (found - weight).square().sum(1) / weight.square().sum(1)
+        assert error[[5, 7]].max() < 0.5
+        assert error.nanmedian() < 0.02
+        assert not found[9].any()
+
+
 def test_many_rows_are_several_walks_and_any_rows_can_be_read() -> None:
     weight, fmt = normal(trellis.TILE + 70, 3), Format.parse("tcq3")
     packed = rtn(weight, fmt, Evidence())
