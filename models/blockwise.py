@@ -189,7 +189,9 @@ class BlockwisePass(WholePass[G_co]):
                     return probes[probe][0](output, inputs)
                 if (probe, piece) not in gradients:  # the output does not depend on the state
                     return torch.zeros_like(output)
-                return gradients.get((probe, piece))[0]
+                above = gradients.get((probe, piece))[0]
+                gradients.drop((probe, piece))  # lest a block that hands none down hands down this
+                return above
 
             return upstream
 
@@ -237,7 +239,7 @@ class BlockwisePass(WholePass[G_co]):
         except Exception:  # whatever a model's code does with an input that was not processed
             found[1].clear()
         scale = max((size for _, size in found[0]), default=0.0)
-        same = [name for name, _ in found[0]] == [name for name, _ in found[1]] and all(
+        same = [name for name, _ in found[0]] == [name for name, _ in found[1]] != [] and all(
             abs(a - b) <= _TOLERANCE * max(a, 1e-3 * scale)
             for (_, a), (_, b) in zip(*found, strict=False)
         )
