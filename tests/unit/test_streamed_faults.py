@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
+import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,18 +14,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitplan.models import together
+from bitplan.models import load, mapped, streamed, together
 from bitplan.models.blockwise import BlockwisePass
 from bitplan.models.borders import Borders
 from bitplan.models.find import find_units
+from bitplan.models.identity import state_sha256
+from bitplan.models.load import load_model
+from bitplan.models.mapped import MappedFile, Spill, is_mapped
 from bitplan.models.measure import measure, plan_runner
 from bitplan.models.rendering import Renderer
 from bitplan.models.samples import Samples, samples_from_batches
+from bitplan.models.streamed import is_streamed, read_again
 from bitplan.models.together import measure_together
 from bitplan.models.workload import LoadedModel, Workload
 from bitplan.quantizers.format import Format
 from bitplan.sensitivity.factors import Gradient
 from bitplan.sensitivity.reading import UsesReader
+from tests.folders import save_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, wide_folder: Path) -> Path:
+    return save_model("gpt2", wide_folder, tmp_path / "gpt2")
+
+
+def in_files(folder: Path) -> nn.Module:
+    module = load_model(str(folder), "cpu", 1).module
+    assert is_streamed(module)
+    return module
 
 
 class Reading(nn.Module):
@@ -122,3 +151,118 @@ def test_a_model_that_fails_is_not_taken_to_run_block_by_block(
 
     monkeypatch.setattr(passes._reader, "stream", fail)
     assert not passes.is_blockwise
+
+
+def test_the_kept_hash_is_that_of_what_is_in_memory_too(folder: Path, cache: Path) -> None:
+    module = in_files(folder)
+    module.get_submodule("transformer.ln_f").get_parameter("weight").data.mul_(2)
+    changed = state_sha256(module)
+    pristine = state_sha256(in_files(folder))
+    assert changed != pristine
+    assert pristine == state_sha256(load_model(str(folder), "cpu", 1 << 50).module)
+    assert len(list((cache / "bitplan" / "hashes").iterdir())) == 2
+
+
+def test_other_bytes_of_the_same_time_have_another_hash(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    before, about = state_sha256(in_files(folder)), path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert state_sha256(in_files(folder)) != before
+
+
+def test_weights_are_looked_at_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = in_files(folder)
+    sizes: list[int] = []
+    original = Tensor.sum
+
+    def count(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        sizes.append(tensor.numel())
+        return original(tensor, *args, **options)
+
+    monkeypatch.setattr(load, "_PART", 100)
+    monkeypatch.setattr(Tensor, "sum", count)
+    load._check_finite(module)
+    assert max(sizes) == 100 and sum(sizes) == sum(p.numel() for p in module.parameters())
+    norm = module.get_submodule("transformer.ln_f").get_parameter("weight")
+    norm.data[-1] = torch.nan
+    with pytest.raises(ValueError, match=r"'transformer.ln_f.weight' has 1 NaN"):
+        load._check_finite(module)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
+def test_whatever_transformers_raises_the_model_is_loaded_whole(
+    error: type[Exception], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> nn.Module:
+        raise error("it fails")
+
+    monkeypatch.setattr(load, "streamed_model", fail)
+    with pytest.warns(UserWarning, match=f"loaded whole, .*: {error.__name__}: it fails"):
+        assert not is_streamed(load_model(str(folder), "cpu", 1).module)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"shape": [3], "data_offsets": [0, 8]}, "cannot be bytes 0 to 8"),
+        ({"shape": [2], "data_offsets": [-4, 4]}, "cannot be bytes -4 to 4"),
+        ({"shape": [-1, -2], "data_offsets": [0, 8]}, "cannot be bytes"),
+        ({"shape": [2], "data_offsets": [8, 0]}, "cannot be bytes"),
+        ({"shape": [2], "data_offsets": [8, 16]}, "truncated"),
+        ({"shape": [2], "data_offsets": 8}, "TypeError"),
+        ({"data_offsets": [0, 8]}, "KeyError"),
+        (3, "TypeError"),
+    ],
+)
+def test_damaged_headers_are_refused(about: Any, said: str, tmp_path: Path) -> None:
+    entry = {"dtype": "F32"} | about if isinstance(about, dict) else about
+    header = json.dumps({"w": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match=said):
+        MappedFile(path)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 30, 3])
+def test_a_header_of_no_such_size_is_refused(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b"[1]" + bytes(8))
+    with pytest.raises(ValueError, match="cannot be mapped"):
+        MappedFile(path)
+
+
+def test_a_file_of_empty_tensors_is_mapped(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    spill.put("nothing", torch.empty(0, 3))
+    assert spill.tensors()["nothing"].shape == (0, 3)
+
+
+def test_norms_of_a_float32_checkpoint_are_in_memory(folder: Path) -> None:
+    load_model(str(folder), "cpu", 1 << 50).module.save_pretrained(folder)  # type: ignore[operator]
+    module = in_files(folder)
+    norm = module.get_submodule("transformer.ln_f").get_parameter("weight")
+    matrix = module.get_submodule("transformer.wte")._parameters["weight"]
+    assert matrix is not None and matrix.dtype == torch.float32
+    assert is_mapped(matrix) and not is_mapped(norm)
+    norm.data.zero_()
+    mapped.release(norm)
+    assert not norm.any()
+
+
+def test_nothing_keeps_the_files_of_a_model_that_is_gone(folder: Path) -> None:
+    gc.collect()  # models of other tests
+    before = set(mapped._maps)
+    module = in_files(folder)
+    assert set(mapped._maps) > before
+    with torch.enable_grad():
+        module(torch.arange(8)[None])
+        with read_again(module):
+            module(torch.arange(8)[None])
+    module(torch.arange(8)[None])
+    assert streamed._now.last is None
+    del module
+    gc.collect()
+    assert set(mapped._maps) == before
