@@ -89,7 +89,7 @@ def _held(
 def _computed(
     settings: ProfileSettings, search: SearchSettings, weights: int, streamed: bool
 ) -> Iterator[str]:
-    """Passes over the weights, and operations; some tokens are tried out besides."""
+    """Passes over the weights, and operations."""
 
     def line(what: str, tokens: int, cost: int, reads: str) -> str:
         read = f", the weights read {reads}" if streamed else ""
@@ -111,3 +111,5 @@ def _computed(
         case _:
             yield line(profile, tokens, both + again, "2 times")
     yield line("validation, each plan", search.eval_tokens, FORWARD, "once")
+    if streamed:
+        yield "besides, the weights are read some times more, for checks and trials on a few tokens"

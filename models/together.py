@@ -7,16 +7,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._base.memory import give_back
-from .blockwise import Progress, block_there, segment
+from .blockwise import Progress, block_there, blocks_agree, segment, trials_of
 from .borders import Borders, joined_state
 from .measure import Chooser, Measurement, Tally, labels_in, measure, plan_runner
-from .prefix import Prefix, blocks_of, trial_inputs
+from .prefix import Prefix, blocks_of
 from .rendering import Assignment, Renderer
 from .samples import Samples
-from .workload import Batch, LoadedModel, samples_in, take
+from .workload import Batch, LoadedModel, samples_in
 
 FIRST = 16  # sequences after which candidates may be left out
 
@@ -116,49 +115,12 @@ def _prefix(model: LoadedModel, plans: Plans, samples: Samples) -> Prefix:
     """The blocks, none if the model cannot be run from between them."""
     renderer = next(iter(plans.values()))[0]
     prefix = Prefix(blocks_of(model.module, renderer.units).values())
-    trials = _trials(model, samples)
+    trials = trials_of(model, samples)
     with torch.no_grad():
         prefix.trace(model.logits, trials[0])
-        if prefix.blocks and not _agree(model, prefix, trials):
+        if prefix.blocks and not blocks_agree(model, prefix, trials):
             prefix.blocks = []
     return prefix
-
-
-def _trials(model: LoadedModel, samples: Samples) -> list[Batch]:
-    """A little of the first and of the last sample, not the same."""
-    first, last = samples.batches[0], samples.batches[-1]
-    count = samples_in(last)
-    pair = [first, take(last, count - 1, count)]
-    one, other = (trial_inputs(batch, model.is_language_model) for batch in pair)
-    if isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other):
-        other = other[:, :1].expand_as(other).clone()
-    return [one, other]
-
-
-def _agree(model: LoadedModel, prefix: Prefix, trials: Sequence[Batch]) -> bool:
-    """Whether inputs taken through every block in turn get the logits of the whole model.
-
-    They do not where a block leaves something in the model that a later one reads.
-    """
-    expected = [model.logits(trial) for trial in trials]
-    borders, last = Borders(), len(prefix.blocks) + 1
-    try:
-        for number in range(1, last + 1):
-            with block_there(model, prefix, number):
-                for i, trial in enumerate(trials):
-                    state = joined_state(*borders.get(i)) if number > 1 else None
-                    found = segment(model, prefix, number, trial, state)
-                    if number < last:
-                        borders.put(i, found)
-                    elif not torch.allclose(
-                        found, expected[i], rtol=0, atol=1e-6 * float(expected[i].abs().max())
-                    ):
-                        return False
-    except MemoryError:
-        raise
-    except Exception:  # whatever a model's code does with an input that was not processed
-        return False
-    return True
 
 
 def _rounds(batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:

@@ -67,7 +67,8 @@ class Reading(nn.Module):
         if self.number == 4:
             parent[0].left = values["left"] = changed.mean(1, keepdim=True)
         if self.number == 5 and self.how != "nothing":
-            left = parent[0].left if self.how == "attribute" else values["left"]
+            left = values["left"] if self.how == "values" else parent[0].left
+            left = left.detach() if self.how == "constant" else left
             changed = changed + left.tanh()
         return changed
 
@@ -80,7 +81,7 @@ class Model(nn.Module):
         self.left: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden, values = self.embed(ids), {}
+        hidden, values = self.embed(ids), dict[str, Tensor]()
         for layer in self.layers:
             hidden = layer(hidden, [self], values)
         logits: Tensor = self.head(hidden)
@@ -102,7 +103,7 @@ def blockwise(model: LoadedModel, samples: Samples, renderer: Renderer) -> Block
 
 
 @pytest.mark.parametrize("batches", [3, 1])
-@pytest.mark.parametrize("how", ["nothing", "attribute", "values"])
+@pytest.mark.parametrize("how", ["nothing", "attribute", "constant", "values"])
 def test_what_a_block_reads_of_an_earlier_one_is_noticed(how: str, batches: int) -> None:
     model, samples, renderer = toy(how, batches)
     plan = dict.fromkeys(renderer.names, Format.parse("int2-g32"))
@@ -111,6 +112,29 @@ def test_what_a_block_reads_of_an_earlier_one_is_noticed(how: str, batches: int)
     assert np.allclose(found["plan"].kl, expected["plan"].kl, rtol=1e-5)
     prefix = together._prefix(model, {"plan": (renderer, plan)}, samples)
     assert len(prefix.blocks) == (7 if how == "nothing" else 0)
+
+
+@pytest.mark.parametrize("how", ["attribute", "constant", "values"])
+def test_a_model_that_cannot_be_run_by_blocks_is_gone_through_as_a_whole(how: str) -> None:
+    model, samples, renderer = toy(how, 3)
+    setattr(model.module, streamed._STREAMED, True)
+    passes = blockwise(model, samples, renderer)
+    with pytest.warns(UserWarning, match="is gone through as a whole, and its files are read once"):
+        assert not passes.is_blockwise
+    inputs: dict[str, list[Tensor]] = {"layers.6.linear": []}
+    found = passes.forward(lambda seen: inputs.setdefault(seen.name, []).append(seen.x))
+    assert found.tolist() == [6, 6, 6]
+    hidden = []
+    handle = model.module.get_submodule("layers.6.linear").register_forward_hook(
+        lambda _, args, __: hidden.append(args[0])
+    )
+    for batch in samples.batches:
+        model.logits(batch)
+    handle.remove()
+    assert torch.equal(
+        torch.cat([x.flatten(0, -2) for x in hidden]),
+        torch.cat([x.reshape(-1, 16) for x in inputs["layers.6.linear"]]),
+    )
 
 
 def test_a_state_is_put_in_place_of_all_of_another() -> None:
@@ -128,7 +152,9 @@ def test_below_a_block_that_does_not_read_its_input_gradients_are_zero() -> None
     model, samples, renderer = toy("nothing", 2)
     passes = blockwise(model, samples, renderer)
     assert passes.is_blockwise
-    model.module.get_submodule("layers.3").cut = True  # not when it was tried out
+    block = model.module.get_submodule("layers.3")
+    assert isinstance(block, Reading)
+    block.cut = True  # not when it was tried out
     sizes: dict[str, float] = {}
 
     def visit(name: str, gradient: Gradient, _: range) -> None:
