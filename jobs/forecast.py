@@ -15,10 +15,12 @@ from ..models.workload import LoadedModel
 from ..quantizers.format import resolve_formats
 from ..quantizers.methods import METHODS
 from ..search.budget import format_bytes
+from ..sensitivity.metrics import METRICS
 from .prepare import check
 from .settings import ProfileSettings, SearchSettings
 
 FORWARD, BACKWARD = 2, 4  # operations per weight and token
+_BY_BATCH = "for every batch"
 
 
 def forecast(settings: ProfileSettings, search: SearchSettings) -> Iterator[str]:
@@ -89,16 +91,25 @@ def _computed(
 ) -> Iterator[str]:
     """Passes over the weights, and operations."""
 
-    def line(what: str, tokens: int, cost: int, reads: int) -> str:
-        times = "once" if reads == 1 else f"{reads} times"
-        read = f", the weights read {times}" if streamed else ""
+    def line(what: str, tokens: int, cost: int, reads: str) -> str:
+        read = f", the weights read {reads}" if streamed else ""
         return f"{what}: {tokens:,} tokens, {cost * weights * tokens / 1e12:,.1f} TFLOP{read}"
 
     both, again = FORWARD + BACKWARD, FORWARD if streamed else 0
-    if METHODS.trait(settings.rounding, "needs"):
+    if needs := METHODS.trait(settings.rounding, "needs"):
         tokens = settings.rounding_sequences * settings.length
-        yield line(f"statistics for {settings.rounding}", tokens, both + again, 2)
-    yield line(
-        f"profile ({settings.metric})", settings.sequences * settings.length, both + again, 2
-    )
-    yield line("validation, each plan", search.eval_tokens, FORWARD, 1)
+        how = (both + again, "2 times") if "fisher" in needs else (FORWARD, _BY_BATCH)
+        yield line(f"statistics for {settings.rounding}", tokens, *how)
+    profile, tokens = f"profile ({settings.metric})", settings.sequences * settings.length
+    match METRICS.trait(settings.metric, "reads", "gradients"):
+        case "weights":
+            yield f"{profile}: no text" + (", the weights read once" if streamed else "")
+        case "inputs":
+            yield line(profile, tokens, FORWARD, "2 times")
+        case "products":
+            yield line(profile, tokens, 2 * both, _BY_BATCH)
+        case _:
+            yield line(profile, tokens, both + again, "2 times")
+    yield line("validation, each plan", search.eval_tokens, FORWARD, "once")
+    if streamed:
+        yield "besides, the weights are read some times more, for checks and trials on a few tokens"

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._base.memory import give_back
 from .borders import LIMIT, Borders, joined_state, split_state
 from .passes import Advance, G_co, GradientVisitor, InputVisitor, Upstream
-from .prefix import Prefix, State
+from .prefix import Prefix, State, trial_inputs
 from .rendering import Renderer
 from .samples import Samples
 from .sites import places
@@ -41,7 +41,8 @@ class BlockwisePass(WholePass[G_co]):
     The logits of a long text, and what is made of them, are there for a few samples at a time.
 
     Masks, positions and the like are the model's own: it runs its own code, with all blocks but
-    one left out.  Whether that gives the gradients of the whole model is tried out on a few tokens.
+    one left out.  Whether that gives the gradients of the whole model is tried out on a few tokens,
+    and whether two inputs, one block of either in turn, get its logits.
     A model of which it does not is gone through as a whole, batch by batch.
 
     Args:
@@ -189,7 +190,9 @@ class BlockwisePass(WholePass[G_co]):
                     return probes[probe][0](output, inputs)
                 if (probe, piece) not in gradients:  # the output does not depend on the state
                     return torch.zeros_like(output)
-                return gradients.get((probe, piece))[0]
+                above = gradients.get((probe, piece))[0]
+                gradients.drop((probe, piece))  # lest a block that hands none down hands down this
+                return above
 
             return upstream
 
@@ -232,12 +235,14 @@ class BlockwisePass(WholePass[G_co]):
                 visit: Any = lambda name, gradient, _: blockwise(name, gradient)  # noqa: E731
                 positions, done = np.zeros(len(samples), np.int64), Progress(lambda _: None, 1)
                 self._sweep(prefix, [(piece, samples)], [(upstream, visit)], positions, done)
+            if not blocks_agree(self._model, prefix, trials_of(self._model, self._samples)):
+                found[1].clear()
         except MemoryError:
             raise
         except Exception:  # whatever a model's code does with an input that was not processed
             found[1].clear()
         scale = max((size for _, size in found[0]), default=0.0)
-        same = [name for name, _ in found[0]] == [name for name, _ in found[1]] and all(
+        same = [name for name, _ in found[0]] == [name for name, _ in found[1]] != [] and all(
             abs(a - b) <= _TOLERANCE * max(a, 1e-3 * scale)
             for (_, a), (_, b) in zip(*found, strict=False)
         )
@@ -261,6 +266,43 @@ def segment(model: LoadedModel, prefix: Prefix, number: int, batch: Batch, state
     if number <= len(prefix.blocks):
         return prefix.until(model.logits, batch, states, below, number)
     return prefix.run(model.logits, batch, states, below)[0]
+
+
+def trials_of(model: LoadedModel, samples: Samples) -> list[Batch]:
+    """A little of the first and of the last sample, not the same."""
+    first, last = samples.batches[0], samples.batches[-1]
+    count = samples_in(last)
+    pair = [first, take(last, count - 1, count)]
+    one, other = (trial_inputs(batch, model.is_language_model) for batch in pair)
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other):
+        other = other[:, :1].expand_as(other).clone() if other.dim() > 1 else other
+    return [one, other]
+
+
+def blocks_agree(model: LoadedModel, prefix: Prefix, trials: Sequence[Batch]) -> bool:
+    """Whether inputs taken through every block in turn get the logits of the whole model.
+
+    They do not where a block leaves something in the model that a later one reads.
+    """
+    expected = [model.logits(trial) for trial in trials]
+    borders, last = Borders(), len(prefix.blocks) + 1
+    try:
+        for number in range(1, last + 1):
+            with block_there(model, prefix, number):
+                for i, trial in enumerate(trials):
+                    state = joined_state(*borders.get(i)) if number > 1 else None
+                    found = segment(model, prefix, number, trial, state)
+                    if number < last:
+                        borders.put(i, found)
+                    elif not torch.allclose(
+                        found, expected[i], rtol=0, atol=1e-6 * float(expected[i].abs().max())
+                    ):
+                        return False
+    except MemoryError:
+        raise
+    except Exception:  # whatever a model's code does with an input that was not processed
+        return False
+    return True
 
 
 @contextmanager

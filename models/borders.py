@@ -28,14 +28,17 @@ class Borders:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit, self._bytes = limit, 0
         self._memory: dict[Hashable, Tensor] = {}
-        self._slots: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
+        self._slots: dict[Hashable, tuple[int, torch.Size, torch.dtype, torch.device]] = {}
         self._rest: dict[Hashable, tuple[Any, ...]] = {}
+        self._gone: set[Hashable] = set()
         self._file: Any = None
         self._end = 0
 
     def put(self, key: Hashable, state: Any) -> None:
         """Keep a state, in place of what was there."""
         hidden, rest = split_state(state)
+        self._rest.pop(key, None)
+        self._gone.discard(key)
         if rest is not None:
             self._rest[key] = rest
         self._bytes -= self._memory.pop(key, hidden[:0]).nbytes
@@ -45,10 +48,11 @@ class Borders:
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115
-        begin, shape, dtype = self._slots.get(key, (self._end, hidden.shape, hidden.dtype))
+        kind = hidden.shape, hidden.dtype, hidden.device
+        begin, shape, dtype, _ = self._slots.get(key, (self._end, *kind))
         if (shape, dtype) != (hidden.shape, hidden.dtype) or begin == self._end:
             begin, self._end = self._end, self._end + hidden.nbytes
-        self._slots[key] = begin, hidden.shape, hidden.dtype
+        self._slots[key] = begin, *kind
         self._file.seek(begin)
         self._file.write(bytes_of(hidden))
 
@@ -58,16 +62,22 @@ class Borders:
         return hidden, self._rest.get(key)
 
     def _read(self, key: Hashable) -> Tensor:
-        begin, shape, dtype = self._slots[key]
+        begin, shape, dtype, device = self._slots[key]
         found = torch.empty(shape, dtype=dtype)
         self._file.seek(begin)
         if self._file.readinto(bytes_of(found)) != found.nbytes:
             raise OSError("The temporary file of states between blocks was cut short.")
-        return found
+        return found.to(device)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a state; its place in the file is that of the next one of the key."""
+        self._bytes -= self._memory.pop(key, torch.empty(0)).nbytes
+        self._rest.pop(key, None)
+        self._gone.add(key)
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether there is a state of a key."""
-        return key in self._memory or key in self._slots
+        return key not in self._gone and (key in self._memory or key in self._slots)
 
 
 def split_state(state: Any) -> tuple[Tensor, tuple[Any, ...] | None]:

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .families import loader_of
 from .mapped import MappedFile, Spill, mapped_files, release
 from .streamed import stream_weights
+from .trust import is_trusted, own_code
 from .workload import tie
 
 FILES = "_bitplan_files"  # of a module: a hash of the files its weights are in
+REVISION = 2  # of that hash and of what is kept by it
 
 
 def streamed_model(folder: Path) -> nn.Module:
@@ -35,12 +38,16 @@ def streamed_model(folder: Path) -> nn.Module:
         The frozen model.
 
     Raises:
-        ValueError: If its weights cannot be read like this: no safetensors, quantized weights, or
-            a conversion that is not known; says which.
+        ValueError: If its weights cannot be read like this: no safetensors, quantized weights,
+            code of its own that is trusted, or a conversion that is not known; says which.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder))
+    if is_trusted() and own_code(folder):
+        raise ValueError("it has modelling code of its own")
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if loader_of(config) is not AutoModelForCausalLM:
+        raise ValueError("it is no model of text alone")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("its weights are quantized")
     files = list(mapped_files(folder))
@@ -78,12 +85,16 @@ def streamed_model(folder: Path) -> nn.Module:
 
 
 def _files_key(files: Sequence[MappedFile], config: Any) -> str:
-    """What the weights depend on, as a hash: files by size, time and header; the configuration."""
+    """What the weights depend on, as a hash: files by their headers and what the system says.
+
+    The configuration is part of it, as transformers makes the model of it.
+    """
     digest = hashlib.sha256(config.to_json_string().encode())
-    digest.update(version("transformers").encode())
+    digest.update(f"{REVISION} {version('transformers')}\n".encode())
     for file in files:
         about = file.path.stat()
-        digest.update(f"{file.path.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
+        times = f"{about.st_mtime_ns} {about.st_ctime_ns}"  # the second cannot be set
+        digest.update(f"{file.path.resolve()} {about.st_ino} {about.st_size} {times}\n".encode())
         digest.update(file.header)
     return digest.hexdigest()
 

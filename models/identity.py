@@ -12,7 +12,7 @@ from torch import nn
 from .._base.files import atomic_path
 from .._base.tensors import bytes_of
 from .checkpoint import FILES
-from .mapped import release, spill_folder
+from .mapped import is_mapped, release, spill_folder
 from .trust import code_sha256
 from .workload import LoadedModel
 
@@ -24,11 +24,10 @@ def state_sha256(module: nn.Module) -> str:
 
     Floating point values are hashed as float32, so a bfloat16 checkpoint has the same hash in
     whichever precision it was loaded.  The hash of weights that stay in their files is kept in the
-    user's cache, by the size, time and header of the files.
+    user's cache, by the size, times and header of the files and by all tensors that are in memory.
     """
-    key = getattr(module, FILES, None)
-    folder = spill_folder() if key else None
-    kept = folder / "hashes" / str(key) if folder else None
+    folder = spill_folder() if hasattr(module, FILES) else None
+    kept = folder / "hashes" / _key(module) if folder else None
     if kept is not None and kept.is_file() and len(found := kept.read_text("ascii")) == _DIGITS:
         return found
     digest = hashlib.sha256()
@@ -44,6 +43,17 @@ def state_sha256(module: nn.Module) -> str:
     if kept is not None:
         with suppress(OSError), atomic_path(kept) as temporary:
             temporary.write_text(digest.hexdigest(), "ascii")
+    return digest.hexdigest()
+
+
+def _key(module: nn.Module) -> str:
+    """What the weights depend on: their files, and the tensors that are in memory."""
+    digest = hashlib.sha256(str(getattr(module, FILES)).encode())
+    for name, tensor in module.state_dict().items():
+        mapped = is_mapped(tensor)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {mapped}\n".encode())
+        if not mapped:
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

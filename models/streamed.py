@@ -3,7 +3,9 @@
 The parameters are memory maps in the checkpoint's dtype.  Whoever reads one, its module or another,
 gets it in float32, made for that read and forgotten after it; a backward pass makes it again.  What
 lies under :func:`held` is made once and kept until the end, such as a block that many batches run
-through.
+through.  Weights that the checkpoint has in float32 are the maps themselves.
+
+The parameters are for reading: what is written to one is lost when its pages are let go of.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .sites import Place, places
 from .substitute import Read, substitute
 
 _STREAMED = "_bitplan_streamed"
+_ORIGIN = "_bitplan_origin"  # of a copy: the parameter
 
 
 @dataclass(slots=True)
@@ -36,19 +39,20 @@ class _Now:
         holding: Addresses of the parameters to be held.
         held: Address of a parameter -> it in float32.
         packing: Depth of :func:`packing`.
+        reading: Depth of :func:`read_again` outside of it.
         last: The last copy that was made for a graph, which is alive until it has been saved there.
     """
 
     holding: frozenset[int] = frozenset()
     held: dict[int, Tensor] = field(default_factory=dict)
     packing: int = 0
+    reading: int = 0
     last: Tensor | None = None
 
 
 _now = _Now()
 _lock = RLock()
 _made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # address of a copy -> it
-_origins: dict[int, Tensor] = {}  # address of a copy -> the parameter
 
 
 def stream_weights(module: nn.Module) -> None:
@@ -63,7 +67,10 @@ def stream_weights(module: nn.Module) -> None:
     streamed = {id(place.parameter) for place in found}
     for parameter in module.parameters():
         if id(parameter) not in streamed:
-            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter
+            data = parameter.data
+            changed = data.float() if data.is_floating_point() else data
+            parameter.data = changed.clone() if is_mapped(changed) else changed
+            release(data)
     for place in found:
         place.parameter.grad_dtype = torch.float32
         substitute(place, _reader(place))
@@ -88,11 +95,9 @@ def float32_of(parameter: Tensor) -> Tensor:
     copy = parameter.float()
     release(parameter)
     with _lock:
-        made = copy.untyped_storage().data_ptr()
-        _made[made], _origins[made] = copy, parameter
-        for gone in [key for key in _origins if key not in _made]:
-            del _origins[gone]
-        if torch.is_grad_enabled():
+        setattr(copy, _ORIGIN, parameter)
+        _made[copy.untyped_storage().data_ptr()] = copy
+        if torch.is_grad_enabled() and (_now.packing or _now.reading):
             _now.last = copy
         if address in _now.holding:
             _now.held[address] = copy
@@ -122,10 +127,12 @@ def read_again(module: nn.Module) -> Iterator[None]:
     if _now.packing or not is_streamed(module):
         yield
         return
+    _now.reading += 1
     try:
         with saved_tensors_hooks(pack, unpack):
             yield
     finally:
+        _now.reading -= 1
         _now.last = None
 
 
@@ -156,11 +163,11 @@ def pack(tensor: Tensor) -> Tensor | _Saved:
         return tensor
     address = tensor.untyped_storage().data_ptr()
     with _lock:
-        if address not in _made:
-            return tensor
-        return _Saved(
-            _origins[address], tensor.size(), tensor.stride(), int(tensor.storage_offset())
-        )
+        copy = _made.get(address)
+    if copy is None:
+        return tensor
+    origin: Tensor = getattr(copy, _ORIGIN)
+    return _Saved(origin, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def unpack(saved: Tensor | _Saved) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .._base.memory import give_back
-from .blockwise import Progress, block_there, segment
+from .blockwise import Progress, block_there, blocks_agree, segment, trials_of
 from .borders import Borders, joined_state
 from .measure import Chooser, Measurement, Tally, labels_in, measure, plan_runner
-from .prefix import Prefix, blocks_of, trial_inputs
+from .prefix import Prefix, blocks_of
 from .rendering import Assignment, Renderer
 from .samples import Samples
 from .workload import Batch, LoadedModel, samples_in
@@ -31,7 +31,8 @@ def measure_together(
 ) -> tuple[dict[str, Measurement], float | None]:
     """:func:`.measure.measure` block by block, with hidden states of the original and every plan.
 
-    A block's original weights are made once, and what a plan renders of it once for all batches.
+    A block's original weights are made once, and what a plan renders of it once for all batches;
+    but of what comes after the blocks, such as the head, a plan renders once per batch.
     Candidates are left out after the first batches only.  A model that cannot be run from between
     its blocks is measured batch by batch.
 
@@ -114,12 +115,11 @@ def _prefix(model: LoadedModel, plans: Plans, samples: Samples) -> Prefix:
     """The blocks, none if the model cannot be run from between them."""
     renderer = next(iter(plans.values()))[0]
     prefix = Prefix(blocks_of(model.module, renderer.units).values())
-    trial = trial_inputs(samples.batches[0], model.is_language_model)
+    trials = trials_of(model, samples)
     with torch.no_grad():
-        prefix.trace(model.logits, trial)
-        count = len(prefix.blocks)
-        if count:
-            prefix.can_skip(model.logits, trial, sorted({1, (count + 1) // 2, count}))
+        prefix.trace(model.logits, trials[0])
+        if prefix.blocks and not blocks_agree(model, prefix, trials):
+            prefix.blocks = []
     return prefix
 
 

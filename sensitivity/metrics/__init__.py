@@ -1,4 +1,12 @@
-"""Sensitivity metrics: what a rendering error costs, one file per published score."""
+"""Sensitivity metrics: what a rendering error costs, one file per published score.
+
+A metric says of itself, as a trait of its registration:
+
+``reads``
+    What it takes of the model: ``"weights"`` alone, ``"inputs"`` of layers in a forward pass,
+    ``"gradients"`` in a backward pass, too (the default), or ``"products"`` of the Hessian and
+    vectors, batch by batch.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from . import METRICS, Scores, Task
 _PROBE_SAMPLES = 2  # samples per probe: double backward keeps the whole graph of each
 
 
-@METRICS.register("hessian_trace")
+@METRICS.register("hessian_trace", reads="products")
 def hessian_trace(task: Task) -> Scores:
     r"""Squared error times the mean curvature of its matrix, by Hutchinson's probe (HAWQ-V2).
 

@@ -15,7 +15,7 @@ from . import METRICS, Scores, Task
 from ._input_moments import Key, input_moments, moment_scores
 
 
-@METRICS.register("imatrix")
+@METRICS.register("imatrix", reads="inputs")
 def imatrix(task: Task) -> Scores:
     """Squared error weighted by the mean square of each input: llama.cpp's importance matrix.
 

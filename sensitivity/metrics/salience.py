@@ -15,7 +15,7 @@ from . import METRICS, Scores, Task
 from ._input_moments import Key, input_moments, moment_scores
 
 
-@METRICS.register("salience")
+@METRICS.register("salience", reads="inputs")
 def salience(task: Task) -> Scores:
     """Squared error of the layer's output on calibration inputs (GPTQ's objective).
 

@@ -8,7 +8,7 @@ from ..errors import squared_errors
 from . import METRICS, Scores, Task
 
 
-@METRICS.register("weight_mse")
+@METRICS.register("weight_mse", reads="weights")
 def weight_mse(task: Task) -> Scores:
     """Squared error of the weights: every weight matters alike. Needs no data.
 

@@ -19,6 +19,7 @@ from bitplan.models.find import find_units
 from bitplan.models.identity import definition_sha256
 from bitplan.models.load import check_model, load_model
 from bitplan.models.samples import calibration_samples, evaluation_samples
+from bitplan.models.streamed import is_streamed
 from bitplan.models.trust import trusting
 from bitplan.models.vocabulary import check_tokens
 from bitplan.testing.plans import hand_made
@@ -109,6 +110,21 @@ def test_own_code_runs_only_where_it_is_trusted_and_goes_along(base: str, tmp_pa
     (folder / "modeling_own.py").write_text(MODEL.format(base=base) + "# changed\n")
     with trusting():
         assert definition_sha256(load_model(str(folder), "cpu")) != before
+
+
+def test_own_code_runs_where_the_weights_would_not_fit(tmp_path: Path) -> None:
+    folder = with_own_code(tmp_path / "m", "Llama")
+    other = tiny.save(tmp_path / "known", "Phi3")  # transformers has a class of that type, too
+    for name in ("configuration_own.py", "modeling_own.py"):
+        (other / name).write_text((folder / name).read_text().replace("Llama", "Phi3"))
+    tiny.configure(other, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    assert is_streamed(load_model(str(other), "cpu", 1).module), "not trusted: the class it has"
+    for own in (folder, other):
+        with (
+            trusting(),
+            pytest.warns(UserWarning, match="whole, .*: it has modelling code of its own"),
+        ):
+            assert not is_streamed(load_model(str(own), "cpu", 1).module)
 
 
 def test_code_that_transformers_has_itself_needs_no_trust(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from bitplan.jobs.search import run_profile, run_search
 from bitplan.jobs.settings import ProfileSettings, SearchSettings, memory_bytes
 from bitplan.models import blockwise, mapped
 from bitplan.models.borders import Borders
-from bitplan.models.checkpoint import streamed_bytes
+from bitplan.models.checkpoint import streamed_bytes, streamed_model
 from bitplan.models.find import find_units
 from bitplan.models.identity import definition_sha256, state_sha256
 from bitplan.models.load import load_model
@@ -119,7 +121,9 @@ def test_pages_are_let_go_of_and_read_again(folders: dict[str, Path]) -> None:
     parameter = streamed.module.get_submodule("model.embed_tokens")._parameters["weight"]
     assert parameter is not None
     before = parameter.detach().clone()
+    assert parameter.dtype == torch.bfloat16 and before.any()
     assert mapped._map_of(parameter) is not None and mapped._map_of(before) is None
+    parameter.detach().zero_()  # to this process's pages, which go
     mapped.release(parameter)
     assert torch.equal(parameter, before)
 
@@ -227,8 +231,8 @@ def test_what_cannot_stay_in_its_files_is_loaded_whole_and_says_why(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "unknown"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="is loaded whole, .*: its weights are quantized"):
-        assert not is_streamed(load_model(str(folder), "cpu", NONE).module)
+    with pytest.raises(ValueError, match="its weights are quantized"):
+        streamed_model(folder)
     config.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").rename(folder / "other.safetensors")
@@ -352,5 +356,17 @@ def test_a_dry_run_says_what_a_search_would_take(
     assert "weights stay in their files" in text and format_bytes(4 * block) in text
     assert f"hidden states between blocks: {format_bytes(4 * 64 * 96 * 128 * 3)}" in text
     assert "profile (fisher): 12,288 tokens" in text and "read 2 times" in text
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"rounding": "gptq"}, r"statistics for gptq: [0-9,]+ tokens, .*read for every batch"),
+        ({"rounding": "fisher_gptq"}, r"statistics for fisher_gptq: .* tokens, .*read 2 times"),
+        ({"metric": "weight_mse"}, r"profile \(weight_mse\): no text, the weights read once"),
+        ({"metric": "imatrix"}, r"profile \(imatrix\): 12,288 tokens, .*read 2 times"),
+        ({"metric": "hessian_trace"}, r"\(hessian_trace\): 12,288 tokens, .*read for every batch"),
+    )
+    for changes, said in cases:
+        other = replace(settings, **changes)
+        lines = "\n".join(forecast(other, SearchSettings(budget="4bpw")))
+        assert re.search(said, lines), said
     whole = "\n".join(forecast(replace(settings, memory="1TiB"), SearchSettings(budget="4bpw")))
-    assert "weights are loaded whole" in whole and "read 2 times" not in whole
+    assert "weights are loaded whole" in whole and "read" not in whole
+    assert "read some times more, for checks and trials" in text
