@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .coverage import Left
-from .fp8 import SCALE, decode_fp8, scales_of, weights_of
+from .fp8 import ACTIVATIONS, SCALE, decode_fp8, scales_of, weights_of
+
+_MXFP4_PARTS = ("_blocks", "_scales")  # what they add to the name of the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Origin:
             renamed, several if it was fused, none if it is a part of one there.
         carried: Tensors that the model does not have.
         fp8: Weight in memory -> names of the 8-bit floats and of the scales it was decoded from.
+        blocks: Packed four-bit floats and their scales, which the model has decoded.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Origin:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     carried: tuple[Carried, ...] = ()
     fp8: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    blocks: frozenset[str] = frozenset()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the checkpoint as they are stored, one at a time."""
@@ -91,10 +95,25 @@ def origin_of(folder: Path, module: nn.Module) -> Origin:
         (own, *more) = names.get(key, (key,)) or ("", "")
         if not more and f"{own}{SCALE}" in files:
             fp8[key] = (own, f"{own}{SCALE}")
-    scales = scales_of(files)
-    unknown = [name for name in files if name not in known and name not in scales]
+    decoded = known - files.keys()
+    blocks = {name + part for name in decoded for part in _MXFP4_PARTS}.intersection(files)
+    unknown = _unknown(files, known | blocks)
     carried = tuple(Carried(name, *_size(files[name], name)) for name in unknown)
-    return Origin(folder, files, names, carried, fp8)
+    return Origin(folder, files, names, carried, fp8, frozenset(blocks))
+
+
+def _unknown(files: Collection[str], known: Collection[str]) -> list[str]:
+    """Tensors that the model does not have; scales go where their weights go."""
+    scales = scales_of(files)
+    lost = {name for name in files if name not in known and name not in scales}
+    modules = {name.rpartition(".")[0] for name in lost}
+    return [
+        name
+        for name in files
+        if name in lost
+        or (name.endswith(SCALE) and name.removesuffix(SCALE) in lost)
+        or (name in scales and name.endswith(ACTIVATIONS) and name.rpartition(".")[0] in modules)
+    ]
 
 
 def own_names(

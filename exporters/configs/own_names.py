@@ -106,7 +106,7 @@ def check_inventory(source: Source, written: Mapping[str, object]) -> None:
     shared |= {
         f"{spelling}.weight" for alias in source.aliases for spelling in names.spellings(alias)
     }
-    scales = scales_of(origin.files)
+    scales = scales_of(origin.files) | origin.blocks  # of what is written decoded
     for name in origin.files:
         parent = name.rpartition(".")[0] + "."
         if name not in written and parent not in prefixes and name not in shared | scales:

@@ -1,0 +1,70 @@
+"""Tensors that the architecture does not know, in checkpoints of 8- and 4-bit floats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitplan._base.tensors import bytes_of
+from bitplan.exporters.export import export
+from bitplan.jobs.materialize import load_packed, quantize
+from bitplan.models.fp8 import decode_fp8
+from bitplan.models.load import load_model
+from bitplan.testing.plans import hand_made
+from bitplan.tests.faults import tiny
+from bitplan.tests.faults.test_checkpoints import add_layer_after_the_last, attention
+
+BLOCK = (48, 40)
+
+
+def test_8_bit_floats_that_are_carried_along_keep_their_scales(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", "Qwen3")
+
+    def edit(state: dict[str, Tensor]) -> None:
+        add_layer_after_the_last(state)
+        tiny.to_fp8(BLOCK)(state)
+        state["model.layers.2.mlp.up_proj.input_scale"] = torch.ones(())
+
+    tiny.change(folder, edit)
+    tiny.configure(folder, quantization_config=tiny.fp8_config(BLOCK))
+    before = tiny.tensors(folder)
+    model = load_model(str(folder), "cpu")
+    assert model.origin is not None
+    unknown = {name for name in before if ".layers.2." in name}
+    assert {one.name for one in model.origin.carried} == unknown
+    plan = hand_made(model, attention(model))
+    quantize(plan, tmp_path / "packed", model)
+    after = tiny.tensors(tmp_path / "packed")
+    assert all(bytes_of(after[name]) == bytes_of(before[name]) for name in unknown)
+    export(plan, "vllm", tmp_path / "exported", model=model)
+    export(tmp_path / "packed", "compressed-tensors", tmp_path / "again")
+    for written in ("exported", "again"):
+        after = tiny.tensors(tmp_path / written)
+        for name in [n for n in unknown if n.endswith("_proj.weight")]:
+            expected = decode_fp8(before[name], before[f"{name}_scale_inv"], BLOCK)
+            assert torch.equal(after[name], expected), (written, name)
+        assert not [n for n in after if n.endswith("_scale_inv")]
+
+
+def test_4_bit_floats_that_were_decoded_are_not_carried_along(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", "GptOss", num_local_experts=4, head_dim=16)
+
+    def edit(state: dict[str, Tensor]) -> None:
+        for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, cols, rows = state.pop(name).shape
+            shape = (experts, rows, cols // 32)
+            state[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            state[f"{name}_scales"] = torch.full(shape, 120, dtype=torch.uint8)
+
+    tiny.change(folder, edit)
+    tiny.configure(folder, quantization_config={"quant_method": "mxfp4"})
+    model = load_model(str(folder), "cpu")
+    assert model.origin is not None and not model.origin.carried
+    quantize(hand_made(model, attention(model)), tmp_path / "packed", model)
+    assert not [n for n in tiny.names(tmp_path / "packed") if n.endswith(("_blocks", "_scales"))]
+    assert load_packed(tmp_path / "packed").module is not None
+    plan = hand_made(model, attention(model))
+    export(plan, "compressed-tensors", tmp_path / "exported", model=model)
+    assert not [n for n in tiny.names(tmp_path / "exported") if n.endswith("_blocks")]
