@@ -150,7 +150,8 @@ def _decoded(path: Path, data: bytes, final: bool = True) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no text in {encoding.upper().removesuffix('-SIG')}: byte "
-            f"{error.object[error.start]:#04x} at position {error.start:,}. Convert it first (iconv -f ENCODING -t UTF-8)."
+            f"{error.object[error.start]:#04x} at position {error.start:,}. "
+            "Convert it first (iconv -f ENCODING -t UTF-8)."
         ) from error
     binary = next((i for i, c in enumerate(text[:_HEAD]) if ord(c) in _CONTROL), None)
     if binary is not None or "\0" in text:
