@@ -171,7 +171,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor -> file, of the files that the checkpoint in a folder consists of.
 
     Raises:
-        ValueError: If one is damaged.
+        ValueError: If one is damaged, or the index names one in another folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -179,6 +179,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(_tensor_names(folder / name), folder / name)
         if index.is_file():
             content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+            for file in set(content["weight_map"].values()):
+                if Path(file).name != file:
+                    raise ValueError(
+                        f"{index} names the file {file!r}, and a checkpoint's files lie beside "
+                        "its index. Copy the model again."
+                    )
             return {key: folder / file for key, file in content["weight_map"].items()}
     return {}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from bitplan.exporters.export import export
 from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.models.fp8 import decode_fp8
 from bitplan.models.load import load_model
+from bitplan.models.origin import tensor_files
+from bitplan.models.side_files import side_files
 from bitplan.testing.plans import hand_made
 from bitplan.tests.faults import tiny
 from bitplan.tests.faults.test_checkpoints import add_layer_after_the_last, attention
@@ -46,6 +50,22 @@ def test_8_bit_floats_that_are_carried_along_keep_their_scales(tmp_path: Path) -
             expected = decode_fp8(before[name], before[f"{name}_scale_inv"], BLOCK)
             assert torch.equal(after[name], expected), (written, name)
         assert not [n for n in after if n.endswith("_scale_inv")]
+
+
+def test_what_lies_elsewhere_is_not_carried_along(tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    folder = cache / "snapshots" / "1"
+    for file, text in (("blobs/f0", "licence"), ("secret", "key"), ("snapshots/1/own", "own")):
+        (cache / file).parent.mkdir(parents=True, exist_ok=True)
+        (cache / file).write_text(text)
+    (folder / "LICENSE").symlink_to("../../blobs/f0")
+    (folder / "notes.txt").symlink_to(cache / "secret")
+    (folder / "again").symlink_to("own")
+    assert [str(path) for path in side_files(folder)] == ["LICENSE", "again", "own"]
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "../other/model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names the file '../other/model-2.safetensors'"):
+        tensor_files(folder)
 
 
 def test_4_bit_floats_that_were_decoded_are_not_carried_along(tmp_path: Path) -> None:
