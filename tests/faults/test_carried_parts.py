@@ -64,7 +64,7 @@ def test_what_lies_elsewhere_is_not_carried_along(tmp_path: Path) -> None:
     assert [str(path) for path in side_files(folder)] == ["LICENSE", "again", "own"]
     index = {"weight_map": {"a": "model-1.safetensors", "b": "../other/model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="names the file '../other/model-2.safetensors'"):
+    with pytest.raises(ValueError, match=r"names the file '\.\./other/model-2\.safetensors'"):
         tensor_files(folder)
 
 
