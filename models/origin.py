@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,8 @@ def origin_of(folder: Path, module: nn.Module) -> Origin:
     decoded = known - files.keys()
     blocks = {name + part for name in decoded for part in _MXFP4_PARTS}.intersection(files)
     unknown = _unknown(files, known | blocks)
-    carried = tuple(Carried(name, *_size(files[name], name)) for name in unknown)
+    opened: dict[Path, Mapping[str, Tensor]] = {}
+    carried = tuple(Carried(name, *_size(files[name], name, opened)) for name in unknown)
     return Origin(folder, files, names, carried, fp8, frozenset(blocks))
 
 
@@ -221,7 +223,8 @@ def read_tensor(file: Path, name: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
-    tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
+    mapped = zipfile.is_zipfile(file)  # those from before PyTorch 1.6 are not
+    tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)[name]
     return tensor.clone()
 
 
@@ -235,13 +238,17 @@ def _tensor_names(file: Path) -> list[str]:
         raise ValueError(f"{file} is damaged or truncated ({error}). Copy it again.") from error
 
 
-def _size(file: Path, name: str) -> tuple[tuple[int, ...], int]:
+def _size(
+    file: Path, name: str, opened: dict[Path, Mapping[str, Tensor]]
+) -> tuple[tuple[int, ...], int]:
     """Shape and bytes of a tensor, from the header where there is one."""
     if file.suffix != ".safetensors":
-        tensor = read_tensor(file, name)
+        if file not in opened:
+            opened[file] = torch.load(file, map_location="meta", weights_only=True)
+        tensor = opened[file][name]
         return tuple(tensor.shape), tensor.nbytes
-    with safe_open(file, framework="pt") as opened:
-        found = opened.get_slice(name)
+    with safe_open(file, framework="pt") as header:
+        found = header.get_slice(name)
         shape, kind = tuple(found.get_shape()), str(found.get_dtype())
     digits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL has none
     return shape, math.prod(shape) * int(digits[0] if digits else 8) // 8

@@ -14,7 +14,7 @@ from bitplan.exporters.export import export
 from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.models.fp8 import decode_fp8
 from bitplan.models.load import load_model
-from bitplan.models.origin import tensor_files
+from bitplan.models.origin import origin_of, tensor_files
 from bitplan.models.side_files import side_files
 from bitplan.testing.plans import hand_made
 from bitplan.tests.faults import tiny
@@ -50,6 +50,27 @@ def test_8_bit_floats_that_are_carried_along_keep_their_scales(tmp_path: Path) -
             expected = decode_fp8(before[name], before[f"{name}_scale_inv"], BLOCK)
             assert torch.equal(after[name], expected), (written, name)
         assert not [n for n in after if n.endswith("_scale_inv")]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_pytorch_s_own_carry_along_too(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save(tmp_path / "model")
+    state = tiny.tensors(folder)
+    add_layer_after_the_last(state)
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    model = load_model(str(folder), "cpu")
+    assert model.origin is not None
+    carried = dict(model.origin.others())
+    assert carried.keys() == {name for name in state if ".layers.2." in name}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in carried.items())
+    assert all(one.nbytes == state[one.name].nbytes for one in model.origin.carried)
+    loads, real = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a) or real(*a, **k))
+    origin_of(folder, model.module)
+    assert len(loads) == 2  # for its names, and for all sizes
 
 
 def test_what_lies_elsewhere_is_not_carried_along(tmp_path: Path) -> None:
