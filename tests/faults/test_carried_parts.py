@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bitplan._base.tensors import bytes_of
+from bitplan.exporters.configs.own_names import check_inventory
 from bitplan.exporters.export import export
+from bitplan.exporters.source import open_source
 from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.models.fp8 import decode_fp8
 from bitplan.models.load import load_model
@@ -87,6 +89,19 @@ def test_what_lies_elsewhere_is_not_carried_along(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names the file '\.\./other/model-2\.safetensors'"):
         tensor_files(folder)
+
+
+def test_the_bias_of_a_planned_matrix_is_part_of_the_inventory(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", "Qwen2")
+    model = load_model(str(folder), "cpu")
+    plan = hand_made(model, attention(model))
+    export(plan, "vllm", tmp_path / "out", model=model)
+    written = dict.fromkeys(tiny.names(tmp_path / "out"), 0)
+    source = open_source(plan, model=model)
+    check_inventory(source, written)
+    del written["model.layers.0.self_attn.q_proj.bias"]
+    with pytest.raises(ValueError, match=r"q_proj\.bias' of .* is not among"):
+        check_inventory(source, written)
 
 
 def test_4_bit_floats_that_were_decoded_are_not_carried_along(tmp_path: Path) -> None:
