@@ -50,9 +50,10 @@ def search(
     from ..reports.terminal import print_summary
 
     if resume is not None:
-        options.check_alone(context_, "resume", "quiet")
+        options.check_alone(context_, "resume", "quiet", "trust_remote_code")
         run, record = resume, JobRecord.load(resume)
         settings, wanted = read_settings(record.settings)
+        settings = replace(settings, trust_remote_code=profile["trust_remote_code"])
         wanted = replace(wanted, command=record.command.text)
     else:
         goals = (asked[name] for name in ("budget", "vram", "max_kl", "max_ppl"))

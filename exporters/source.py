@@ -19,7 +19,7 @@ from ..models.find import as_stored, find_matrices, unplanned_tensors
 from ..models.load import check_model, load_model, load_structure
 from ..models.measure import Run, plan_runner
 from ..models.rendering import Renderer
-from ..models.rest import carried, from_stored_form
+from ..models.rest import carried, carried_of, from_stored_form
 from ..models.units import UnitInfo, matrix_name
 from ..models.workload import LoadedModel
 from ..quantizers.checkpoint import read_checkpoint
@@ -168,7 +168,7 @@ def _from_plan(
         for name, tensor in unplanned.items():
             yield name, as_stored(tensor, dtype).contiguous()
         if model.origin is not None:
-            yield from model.origin.others()
+            yield from carried_of(model.origin)
 
     def packed(name: str) -> PackedTensor:
         return renderer.store.packed(name, formats[name])
@@ -185,7 +185,7 @@ def _from_folder(folder: Path, like: Path | None, reporter: Reporter) -> Source:
     reporter.say(f"Loading {folder}")
     model = load_packed(folder)
     packed, stored, header = read_checkpoint(folder)
-    others = from_stored_form(header, stored) | carried(header, stored)
+    others = from_stored_form(header, stored) | dict(carried(header, stored))
     names: dict[str, list[str]] = {matrix_name(name): [] for name in packed}
     for alias, owner in header["aliases"].items():
         names[owner].append(alias)

@@ -10,6 +10,7 @@ from ..models.checkpoint import streamed_bytes
 from ..models.find import coverage, find_units
 from ..models.load import WORKING, fits, load_structure
 from ..models.prefix import blocks_of
+from ..models.trust import allowed
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.format import resolve_formats
@@ -29,8 +30,9 @@ def forecast(settings: ProfileSettings, search: SearchSettings) -> Iterator[str]
     Raises:
         ValueError: If a name is unknown, as the search itself would say.
     """
-    check(settings, search)
-    model = load_structure(settings.model)
+    with allowed(settings.trust_remote_code):
+        check(settings, search)
+        model = load_structure(settings.model)
     units = find_units(
         model.module, settings.include, settings.exclude, settings.groups, settings.per_expert
     )

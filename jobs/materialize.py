@@ -26,7 +26,7 @@ from ..models.rest import from_stored_form, packed_origin, to_stored_form
 from ..models.samples import Samples
 from ..models.side_files import copy_side_files, own_config, write_config
 from ..models.sites import places
-from ..models.trust import check_code, is_trusted
+from ..models.trust import check_code, is_trusted, untrusted
 from ..models.units import UnitInfo
 from ..models.workload import Batch, LoadedModel, Workload
 from ..quantizers.checkpoint import FILE_NAME, read_checkpoint, stored_rows, write_checkpoint
@@ -372,6 +372,8 @@ def _fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _skeleton(folder: Path, plan: Plan, with_tokenizer: bool) -> tuple[nn.Module, Workload]:
     """The architecture without weights, and the workload that feeds it."""
     function = function_reference(plan.model.id)
+    if function and not is_trusted() and function[0].resolve().is_relative_to(folder.resolve()):
+        raise ValueError(untrusted(str(folder), (function[0].name,)))
     if function or not (folder / "config.json").is_file():
         if not function:
             raise ValueError(

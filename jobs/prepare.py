@@ -25,7 +25,6 @@ from ..models.samples import Samples, calibration_samples, evaluation_samples
 from ..models.streamed import is_streamed
 from ..models.text_files import split_field
 from ..models.texts import check_text
-from ..models.trust import trust
 from ..models.units import UnitInfo
 from ..models.workload import LoadedModel
 from ..quantizers.candidates import expanded
@@ -220,7 +219,6 @@ def check(settings: ProfileSettings, search: SearchSettings | None = None) -> No
     METHODS.get(settings.rounding)
     check_fold(settings.fold)
     resolve_formats(expanded(settings.formats), "float32")
-    trust(settings.trust_remote_code)
     check_model(settings.model, settings.device)
     check_text(settings.calibration, "calibration")
     _ = settings.memory_bytes

@@ -74,8 +74,9 @@ def rerounded_renderer(renderer: Renderer, plan: Plan, beside: RunFolder | None)
             "them: give the path of its plan.json in the folder of its run."
         )
     path = beside.rounded_list(plan.sequential.sha256)
-    copy_it = f"Use the plan in the folder of its run, or copy the folder {path.parent.name}/ from"
-    copy_it += f" there beside {beside.plan.name}."
+    copy_it = "Use the plan in the folder of its run, where the same search makes again what is "
+    copy_it += f"missing, or copy the folder {path.parent.name}/ from there beside "
+    copy_it += f"{beside.plan.name}."
     if not path.is_file():
         raise ValueError(
             "The plan's weights were rounded again, block by block, and "

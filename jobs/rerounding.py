@@ -72,10 +72,14 @@ class Course:
             return Rerounded()
 
     def finished(self) -> Rerounded | None:
-        """One that came to its end, and whose list of weights is there."""
-        found = self.found()
-        kept = found.sha256 is not None and self.run.rounded_list(found.sha256).is_file()
-        return found if kept and found.difference is not None else None
+        """One that came to its end, and whose weights are there, all and whole, with their list."""
+        found, kept = self.found(), Kept(self.run)
+        if found.sha256 is None or found.difference is None:
+            return None
+        if not self.run.rounded_list(found.sha256).is_file():
+            return None
+        there = (kept.get(digest, torch.device("cpu")) for digest in found.codes.values())
+        return found if all(packed is not None for packed in there) else None
 
 
 def reround(course: Course, again: Sequential, measure: Measure) -> Rerounded:

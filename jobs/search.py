@@ -11,6 +11,7 @@ from typing import Any
 
 from .._base.files import check_place
 from .._base.progress import Reporter
+from ..models.trust import allowed
 from ..search.plan import Plan
 from ..search.solvers import abilities
 from ..sensitivity.table import SensitivityTable
@@ -41,11 +42,12 @@ def run_profile(settings: ProfileSettings, run: Path, reporter: Reporter) -> Sen
         ValueError: If a name is unknown, another process works in the folder, or it holds a
             profile made with other settings.
     """
-    check(settings)
     argv = ["bitplan", "profile", settings.model]
-    with _job(run, argv, {"profile": asdict(settings)}, reporter) as job, job.stage("profile"):
-        folder = RunFolder(run)
-        return profiled(prepare(settings, reporter, folder), folder, reporter)
+    with allowed(settings.trust_remote_code):
+        check(settings)
+        with _job(run, argv, _recorded(settings), reporter) as job, job.stage("profile"):
+            folder = RunFolder(run)
+            return profiled(prepare(settings, reporter, folder), folder, reporter)
 
 
 def run_search(
@@ -64,16 +66,22 @@ def run_search(
         ValueError: On bad input; nothing is left half-written.
     """
     argv = shlex.split(search.command) if search.command else ["bitplan", "search", settings.model]
-    recorded = {"profile": asdict(settings), "search": asdict(replace(search, command=None))}
-    check(settings, search)
-    search.limits()  # a limit that cannot be is found out before the folder is made
-    with _job(run, argv, recorded, reporter) as job:
-        context = _begun(settings, search, RunFolder(run), job, reporter)
-        for stage in STAGES:
-            if stage.applies(context):
-                with job.stage(stage.name):
-                    stage.run(context)
-        return context.plan
+    recorded = _recorded(settings) | {"search": asdict(replace(search, command=None))}
+    with allowed(settings.trust_remote_code):
+        check(settings, search)
+        search.limits()  # a limit that cannot be is found out before the folder is made
+        with _job(run, argv, recorded, reporter) as job:
+            context = _begun(settings, search, RunFolder(run), job, reporter)
+            for stage in STAGES:
+                if stage.applies(context):
+                    with job.stage(stage.name):
+                        stage.run(context)
+            return context.plan
+
+
+def _recorded(settings: ProfileSettings) -> dict[str, Any]:
+    """What a run folder keeps; not the trust in a model's code, which holds for one command."""
+    return {"profile": asdict(replace(settings, trust_remote_code=False))}
 
 
 def _begun(

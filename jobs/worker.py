@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .._base.progress import Reporter
+from ..models.trust import is_trusted
 from ..search.blackbox.study import read_job, work
 from .folder import RunFolder
 from .prepare import prepare
@@ -31,7 +32,7 @@ def run_worker(storage: str, study: str | None, device: str, reporter: Reporter)
     """
     job = read_job(storage, study)
     settings, search = read_settings(job)
-    settings = replace(settings, device=device)
+    settings = replace(settings, device=device, trust_remote_code=is_trusted())
     loaded = prepare(settings, reporter)
     folded = loaded.provenance.fold is not None
     here, there = loaded.provenance.model.sha256, job["model"]["sha256"]

@@ -63,15 +63,15 @@ def cache_layers(model: LoadedModel) -> tuple[LayerCache, ...]:
         if not more.tokens and not more.state:
             continue
         grown, left = divmod(more.tokens - few.tokens, _TOKENS[1] - _TOKENS[0])
-        if left or grown < 0 or (grown == 0 and more.tokens and more.window is None):
+        if more.window is not None and 2 <= more.window <= _TOKENS[1]:  # shorter than the trial
+            grown, left = few.tokens // min(_TOKENS[0], more.window - 1), 0
+        if left or grown < 0 or (grown == 0 and more.tokens):
             raise ValueError(
                 f"Layer {index} of {model.id} keeps {few.tokens:,} numbers of {_TOKENS[0]} tokens "
                 f"and {more.tokens:,} of {_TOKENS[1]}: no cache whose size is known for other "
                 "lengths. Use --budget in place of --vram."
             )
-        if grown == 0 and more.tokens:  # the window is shorter than the trial
-            grown = more.tokens // max(1, (more.window or 2) - 1)
-        per_token = _ITEM * (grown if latent is None else latent)
+        per_token = _ITEM * (latent if latent is not None and grown else grown)
         found.append(LayerCache(f"layer {index}", per_token, more.window, _STATE_ITEM * more.state))
     if not found:
         raise ValueError(f"{model.id} keeps no KV cache. Use --budget in place of --vram.")

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .trust import is_trusted
+
 
 def loader_of(config: Any) -> Any:
     """The automatic class that makes a model of this configuration: text, or images and text."""
@@ -27,7 +29,7 @@ def family_of(config: Any) -> Any:
         ValueError: If transformers has none.
     """
     own = getattr(config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" in own:
+    if "AutoModelForCausalLM" in own and is_trusted():
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(own["AutoModelForCausalLM"], config._name_or_path)

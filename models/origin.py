@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .coverage import Left
-from .fp8 import SCALE, decode_fp8, scales_of, weights_of
+from .fp8 import ACTIVATIONS, SCALE, decode_fp8, scales_of, weights_of
+
+_MXFP4_PARTS = ("_blocks", "_scales")  # what they add to the name of the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Origin:
             renamed, several if it was fused, none if it is a part of one there.
         carried: Tensors that the model does not have.
         fp8: Weight in memory -> names of the 8-bit floats and of the scales it was decoded from.
+        blocks: Packed four-bit floats and their scales, which the model has decoded.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class Origin:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     carried: tuple[Carried, ...] = ()
     fp8: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    blocks: frozenset[str] = frozenset()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the checkpoint as they are stored, one at a time."""
@@ -91,10 +96,26 @@ def origin_of(folder: Path, module: nn.Module) -> Origin:
         (own, *more) = names.get(key, (key,)) or ("", "")
         if not more and f"{own}{SCALE}" in files:
             fp8[key] = (own, f"{own}{SCALE}")
+    decoded = known - files.keys()
+    blocks = {name + part for name in decoded for part in _MXFP4_PARTS}.intersection(files)
+    unknown = _unknown(files, known | blocks)
+    opened: dict[Path, Mapping[str, Tensor]] = {}
+    carried = tuple(Carried(name, *_size(files[name], name, opened)) for name in unknown)
+    return Origin(folder, files, names, carried, fp8, frozenset(blocks))
+
+
+def _unknown(files: Collection[str], known: Collection[str]) -> list[str]:
+    """Tensors that the model does not have; scales go where their weights go."""
     scales = scales_of(files)
-    unknown = [name for name in files if name not in known and name not in scales]
-    carried = tuple(Carried(name, *_size(files[name], name)) for name in unknown)
-    return Origin(folder, files, names, carried, fp8)
+    lost = {name for name in files if name not in known and name not in scales}
+    modules = {name.rpartition(".")[0] for name in lost}
+    return [
+        name
+        for name in files
+        if name in lost
+        or (name.endswith(SCALE) and name.removesuffix(SCALE) in lost)
+        or (name in scales and name.endswith(ACTIVATIONS) and name.rpartition(".")[0] in modules)
+    ]
 
 
 def own_names(
@@ -152,7 +173,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor -> file, of the files that the checkpoint in a folder consists of.
 
     Raises:
-        ValueError: If one is damaged.
+        ValueError: If one is damaged, or the index names one in another folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -160,6 +181,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(_tensor_names(folder / name), folder / name)
         if index.is_file():
             content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+            for file in set(content["weight_map"].values()):
+                if Path(file).name != file:
+                    raise ValueError(
+                        f"{index} names the file {file!r}, and a checkpoint's files lie beside "
+                        "its index. Copy the model again."
+                    )
             return {key: folder / file for key, file in content["weight_map"].items()}
     return {}
 
@@ -196,7 +223,8 @@ def read_tensor(file: Path, name: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
-    tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
+    mapped = zipfile.is_zipfile(file)  # those from before PyTorch 1.6 are not
+    tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)[name]
     return tensor.clone()
 
 
@@ -210,13 +238,17 @@ def _tensor_names(file: Path) -> list[str]:
         raise ValueError(f"{file} is damaged or truncated ({error}). Copy it again.") from error
 
 
-def _size(file: Path, name: str) -> tuple[tuple[int, ...], int]:
+def _size(
+    file: Path, name: str, opened: dict[Path, Mapping[str, Tensor]]
+) -> tuple[tuple[int, ...], int]:
     """Shape and bytes of a tensor, from the header where there is one."""
     if file.suffix != ".safetensors":
-        tensor = read_tensor(file, name)
+        if file not in opened:
+            opened[file] = torch.load(file, map_location="meta", weights_only=True)
+        tensor = opened[file][name]
         return tuple(tensor.shape), tensor.nbytes
-    with safe_open(file, framework="pt") as opened:
-        found = opened.get_slice(name)
+    with safe_open(file, framework="pt") as header:
+        found = header.get_slice(name)
         shape, kind = tuple(found.get_shape()), str(found.get_dtype())
     digits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL has none
     return shape, math.prod(shape) * int(digits[0] if digits else 8) // 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fp8 import block_of, decode_fp8
+from .fp8 import SCALE, block_of, decode_fp8, weights_of
 from .origin import Carried, Origin, read_tensor
 from .stored_form import quantization_of
 
@@ -55,6 +55,8 @@ def to_stored_form(origin: Origin | None, others: Mapping[str, Tensor]) -> Rest:
     if origin.carried:
         tensors |= dict(origin.others())
         header["carried"] = [[one.name, list(one.shape), one.nbytes] for one in origin.carried]
+        if any(block):
+            header["carried_block"] = [*block]
     return Rest(tensors, header)
 
 
@@ -68,9 +70,31 @@ def from_stored_form(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return found
 
 
-def carried(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the model does not have."""
-    return {name: tensors[name] for name, *_ in header.get("carried", ())}
+def carried(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the model does not have, for other tools: 8-bit floats decoded."""
+    names = [str(name) for name, *_ in header.get("carried", ())]
+    rows, cols = header.get("carried_block", (0, 0))
+    return _decoded(names, tensors.__getitem__, (rows, cols))
+
+
+def carried_of(origin: Origin) -> Iterator[tuple[str, Tensor]]:
+    """The same of a checkpoint, one at a time."""
+    block = block_of(quantization_of(origin.folder) or {})
+    names = [one.name for one in origin.carried]
+    return _decoded(names, lambda name: read_tensor(origin.files[name], name), block)
+
+
+def _decoded(
+    names: Collection[str], read: Callable[[str], Tensor], block: tuple[int, int]
+) -> Iterator[tuple[str, Tensor]]:
+    stored = set(names)
+    for name in weights_of(names):
+        tensor = read(name)
+        if f"{name}{SCALE}" in stored:
+            tensor = decode_fp8(tensor, read(f"{name}{SCALE}"), block)
+        yield name, tensor
 
 
 def packed_origin(folder: Path, file: Path, header: Mapping[str, Any]) -> Origin:

@@ -22,7 +22,8 @@ _OURS = ("plan.json", "README.md")  # bitplan's own; the card of the written mod
 def side_files(folder: Path) -> Iterator[Path]:
     """Every file of a checkpoint's folder but weights, their indices and hidden files.
 
-    Tokenizer, chat template, processors, generation configuration, licence, code: whatever it is.
+    Tokenizer, chat template, processors, generation configuration, licence, code: whatever it is,
+    but for links to what lies elsewhere.
 
     Args:
         folder: The folder.
@@ -30,6 +31,8 @@ def side_files(folder: Path) -> Iterator[Path]:
     Yields:
         Paths relative to it, config.json not among them.
     """
+    whole = folder.resolve()
+    inside = (whole, whole.parent.parent / "blobs")  # the Hub's cache has links to these
     others = {sub.name for sub in folder.iterdir() if sub.is_dir() and _is_work(sub)}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder)
@@ -38,6 +41,8 @@ def side_files(folder: Path) -> Iterator[Path]:
         name = path.name
         hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
         if hidden or not file.is_file() or file.suffix in _WEIGHTS or ".index.json" in name:
+            continue
+        if not any(file.resolve().is_relative_to(place) for place in inside):
             continue
         if str(path) == CONFIG or name in _ABOUT_WEIGHTS or str(path) in _OURS:
             continue

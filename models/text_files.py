@@ -10,9 +10,11 @@ import importlib.util
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .dialogues import messages_as_text
 
@@ -25,11 +27,12 @@ _MARKS = (  # byte order marks, longer ones first
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_COMPRESSED: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
-    (b"\x1f\x8b", gzip.decompress),
-    (b"BZh", bz2.decompress),
-    (b"\xfd7zXZ\x00", lzma.decompress),
+_COMPRESSED: tuple[tuple[bytes, Callable[[Path], IO[bytes]]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
 )
+LIMIT = 2**30  # bytes that a compressed file may hold
 _KNOWN = {  # what else begins so, and what to do with it
     b"(\xb5/\xfd": "is compressed with zstd. Decompress it first (zstd -d)",
     b"PK\x03\x04": "is a zip archive. Unpack it first",
@@ -80,10 +83,12 @@ def check_text_file(source: str) -> None:
     path, _ = split_field(source)
     with path.open("rb") as file:
         head = file.read(_HEAD)
+    if (decompress := _decompressor(head)) is not None:
+        head = _decompressed(path, decompress, _HEAD)
     _refuse_binary(path, head)
     if head.startswith(_PARQUET):
         _need_pyarrow(path)
-    elif not any(head.startswith(magic) for magic, _ in _COMPRESSED):
+    else:
         _decoded(path, head, final=False)
 
 
@@ -103,14 +108,13 @@ def read_text_file(source: str, tokenizer: Any = None) -> str:
     """
     path, field = split_field(source)
     data, name = path.read_bytes(), path.name.lower()
-    for magic, decompress in _COMPRESSED:
-        if data.startswith(magic):
-            try:
-                data = decompress(data)
-            except (OSError, EOFError, lzma.LZMAError) as error:
-                raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
-            name = name.rpartition(".")[0] if name.endswith((".gz", ".bz2", ".xz")) else name
-            break
+    if (decompress := _decompressor(data)) is not None:
+        data = _decompressed(path, decompress, LIMIT + 1)
+        if len(data) > LIMIT:
+            raise ValueError(
+                f"{path} holds more than {LIMIT:,} bytes of text. Give a smaller part."
+            )
+        name = name.rpartition(".")[0] if name.endswith((".gz", ".bz2", ".xz")) else name
     _refuse_binary(path, data)
     if data.startswith(_PARQUET):
         return _joined(path, _parquet(path, data), field, tokenizer)
@@ -125,6 +129,19 @@ def read_text_file(source: str, tokenizer: Any = None) -> str:
     return _joined(path, records, field, tokenizer)
 
 
+def _decompressor(data: bytes) -> Callable[[Path], IO[bytes]] | None:
+    return next((opened for magic, opened in _COMPRESSED if data.startswith(magic)), None)
+
+
+def _decompressed(path: Path, decompress: Callable[[Path], IO[bytes]], count: int) -> bytes:
+    """The first bytes of what a compressed file holds."""
+    try:
+        with decompress(path) as file:
+            return file.read(count)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+
+
 def _decoded(path: Path, data: bytes, final: bool = True) -> str:
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -132,8 +149,9 @@ def _decoded(path: Path, data: bytes, final: bool = True) -> str:
         text = decoder.decode(data, final)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is no text in UTF-8: byte {error.object[error.start]:#04x} at position "
-            f"{error.start:,}. Convert it first (iconv -f ENCODING -t UTF-8)."
+            f"{path} is no text in {encoding.upper().removesuffix('-SIG')}: byte "
+            f"{error.object[error.start]:#04x} at position {error.start:,}. "
+            "Convert it first (iconv -f ENCODING -t UTF-8)."
         ) from error
     binary = next((i for i, c in enumerate(text[:_HEAD]) if ord(c) in _CONTROL), None)
     if binary is not None or "\0" in text:
@@ -220,7 +238,14 @@ def _parquet(path: Path, data: bytes) -> list[Record]:
 
 
 def _joined(path: Path, records: Sequence[Record], field: str | None, tokenizer: Any) -> str:
-    """The text of all records."""
+    """The text of all records; halves of letters, which JSON can hold, are replaced."""
+    text = _together(path, records, field, tokenizer)
+    if re.search("[\ud800-\udfff]", text) is None:
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _together(path: Path, records: Sequence[Record], field: str | None, tokenizer: Any) -> str:
     if not records:
         raise ValueError(f"{path} has no records. Give a file with text.")
     fields = _fields(path, records, field)
@@ -275,7 +300,7 @@ def _messages(path: Path, field: str, value: Any) -> list[dict[str, str]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     found = []
-    for entry in value if isinstance(value, Iterable) else ():
+    for entry in value if isinstance(value, list) else (None,):
         if isinstance(entry, dict):
             role = entry.get("role") or entry.get("from")
             content = entry.get("content", entry.get("value"))

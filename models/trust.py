@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -35,6 +35,11 @@ def trusting(wanted: bool = True) -> Iterator[None]:
 def trust(wanted: bool) -> None:
     """The same from here on: what the option of a command does."""
     _state["trusted"] = _state["trusted"] or wanted
+
+
+def allowed(asked: bool) -> AbstractContextManager[None]:
+    """Trusting for a block, where a setting asks for it or it was said before."""
+    return trusting(asked or is_trusted())
 
 
 def is_trusted() -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from .._base.files import write_json
 from .._base.records import Record
 from .budget import format_bytes
 from .problem import Caches, Problem
@@ -98,6 +99,8 @@ class KVTable:
             stderr=self.stderr.tolist(),
             scores=None if self.scores is None else self.scores.tolist(),
             indices=list(self.indices),
+            windows=list(self.windows),
+            constants=list(self.constants),
         ).write(path)
 
     @classmethod
@@ -117,6 +120,8 @@ class KVTable:
                 stderr=np.array(file.stderr, dtype=np.float64),
                 scores=None if file.scores is None else np.array(file.scores, dtype=np.float32),
                 indices=tuple(file.indices),
+                windows=tuple(file.windows),
+                constants=tuple(file.constants),
             )
         except ValueError as error:
             raise ValueError(f"{path} is not a valid KV table: {error} {_File.MEND}") from error
@@ -136,6 +141,16 @@ class _File(Record):
     stderr: list[list[float]]
     scores: list[list[list[float]]] | None
     indices: list[int] = Field(default_factory=list)
+    windows: list[int] = Field(default_factory=list)
+    constants: list[int] = Field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write it without what plain caches do not have."""
+        content = self.model_dump(by_alias=True)
+        for name in ("windows", "constants"):
+            if not content[name]:
+                del content[name]
+        write_json(path, content)
 
 
 def with_kv(problem: Problem, kv: KVTable, context: int, batch: int) -> Problem:

@@ -101,15 +101,15 @@ def check_inventory(source: Source, written: Mapping[str, object]) -> None:
         return
     names = OwnNames(source.model)
     planned = {matrix_name(name) for name in source.formats}
-    prefixes = {f"{spelling}." for name in planned for spelling in names.spellings(name)}
+    packed = {f"{spelling}.weight" for name in planned for spelling in names.spellings(name)}
     shared = {own for key in source.tied for own in origin.names.get(key, (key,))}
     shared |= {
         f"{spelling}.weight" for alias in source.aliases for spelling in names.spellings(alias)
     }
-    scales = scales_of(origin.files)
+    scales = scales_of(origin.files) | origin.blocks  # of what is written decoded
+    elsewhere = packed | shared | scales
     for name in origin.files:
-        parent = name.rpartition(".")[0] + "."
-        if name not in written and parent not in prefixes and name not in shared | scales:
+        if name not in written and name not in elsewhere:
             raise ValueError(
                 f"{name!r} of {origin.folder} is not among the {len(written):,} tensors that were "
                 "written. Nothing was kept; please report this."

@@ -12,6 +12,7 @@ from torch import nn
 from .folder import TensorFiles
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+ORDER = "weight_g_idx"  # the group of every column, where columns were reordered
 # Of the cache and of activations: they say nothing of weights.
 _ELSEWHERE = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
 _INPUTS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -71,7 +72,7 @@ def packed_modules(path: Path, config: Mapping[str, Any], files: TensorFiles) ->
         parts.setdefault(module, set()).add(part)
     for module, found in parts.items():
         ours = found - {*_ELSEWHERE, *_INPUTS, "bias"}
-        if "weight_packed" in ours and ours <= set(PARTS):
+        if "weight_packed" in ours and ours <= {*PARTS, ORDER}:
             yield module
             continue
         other = sorted(part for part in ours if part.startswith("weight_"))

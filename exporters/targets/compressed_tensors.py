@@ -21,7 +21,7 @@ from ..configs.folder import (
 )
 from ..configs.gptq import most_used
 from ..configs.own_names import OwnNames
-from ..configs.schemes import PARTS, class_names, group_of, packed_modules
+from ..configs.schemes import ORDER, PARTS, class_names, group_of, packed_modules
 from ..layouts.packing import from_compressed_tensors, to_compressed_tensors
 from ..source import Source
 from . import EXPORTERS, Exporter, Stored
@@ -77,6 +77,11 @@ class CompressedTensors(Exporter):
             nbytes = sum(tensor.nbytes for tensor in files.parts(module, PARTS).values())
 
             def weight(module: str = module, fmt: Format = fmt) -> Tensor:
+                if f"{module}.{ORDER}" in files:
+                    raise ValueError(
+                        f"{path}: {module!r} is stored with reordered columns ({ORDER}), for which "
+                        "bitplan has no format: its bits can be imported, not its weights."
+                    )
                 tensors = files.parts(module, PARTS)
                 tensors["weight_scale"] = tensors["weight_scale"].half()
                 return from_compressed_tensors(tensors, fmt).dequantize()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bitplan.models import text_files
 from bitplan.models.mixture import parse_shares
 from bitplan.models.text_files import check_text_file, read_text_file, split_field
 from bitplan.models.texts import check_text, read_text
@@ -184,3 +185,44 @@ def test_parquet_is_read_or_asks_for_its_package(tmp_path: Path) -> None:
         read_text_file(str(file))
     parquet.write_table(pyarrow.table({"id": [1, 2], "text": TEXTS}), file)
     assert read_text_file(str(file)) == JOINED
+
+
+def test_half_a_letter_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n{"text": "c"}\n')
+    assert read_text_file(str(file)) == "a \ufffd b \U0001f600\n\nc"
+
+
+@pytest.mark.parametrize("value", ["5", "NaN", "true", '{"a": "b"}'])
+def test_one_value_that_is_no_text_makes_no_chat_of_the_others(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(lines({"text": TEXTS[0]}) + f'{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match="'text' holds neither text nor messages"):
+        read_text_file(str(file))
+
+
+def test_the_encoding_that_fails_is_the_one_that_was_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("text".encode("utf-16-le").join([b"\xff\xfe", b"\x00\xd8a\x00"]))
+    with pytest.raises(ValueError, match="no text in UTF-16: byte"):
+        read_text_file(str(file))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_files_are_looked_at_and_have_a_bound(
+    pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.gz"
+    file.write_bytes(pack(b"text\x00\x01" * 100))
+    with pytest.raises(ValueError, match="no text: it has control character"):
+        check_text(str(file), "calibration")
+    file.write_bytes(pack(b"word " * 100_000))
+    check_text(str(file), "calibration")
+    monkeypatch.setattr(text_files, "LIMIT", 499_999)
+    with pytest.raises(ValueError, match="holds more than 499,999 bytes"):
+        read_text_file(str(file))
+    monkeypatch.setattr(text_files, "LIMIT", 500_000)
+    assert len(read_text_file(str(file))) == 500_000
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is damaged"):
+        read_text_file(str(file))

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bitplan.exporters.export import export
 from bitplan.exporters.importing import import_plan
+from bitplan.exporters.targets import find
 from bitplan.exporters.verify import compare
 from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.jobs.prepare import goal_of
@@ -288,6 +289,39 @@ def test_caches_of_all_kinds_are_counted_as_they_are(kind: str) -> None:
     assert goal.cache.sizes(2048, 3)[:, 0].tolist() == [3 * size for size in by_hand]
     with quantized_kv_cache(model, dict.fromkeys(range(len(expected)), 16)):
         assert module(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [2, 4, 5, 6, 7])
+def test_windows_as_short_as_the_trials_are_counted(window: int) -> None:
+    config = transformers.MistralConfig(**tiny.SIZES | {"sliding_window": window})
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = LoadedModel("m", module, "float32", Workload(module, tokenizer=object()))
+    assert [layer.nbytes(2048) for layer in cache_layers(model)] == [128 * window] * 2
+
+
+def test_recurrent_layers_beside_latent_ones_grow_no_more_than_others() -> None:
+    changes, _ = CACHES["Qwen3Next"]
+    latent = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    config = transformers.Qwen3NextConfig(**tiny.SIZES | changes | latent)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = LoadedModel("m", module, "float32", Workload(module, tokenizer=object()))
+    assert [layer.per_token for layer in cache_layers(model)] == [0, 64]
+
+
+def test_reordered_columns_are_imported_as_bits_alone(tmp_path: Path) -> None:
+    model = load_model(str(tiny.save(tmp_path / "m")), "cpu")
+    name = "model.layers.0.mlp.up_proj"
+    out = tmp_path / "out"
+    export(hand_made(model, {name: "int4-g32"}), "compressed-tensors", out, model=model)
+
+    def reorder(state: dict[str, Tensor]) -> None:
+        state[f"{name}.weight_g_idx"] = torch.arange(64, dtype=torch.int32) // 32
+
+    tiny.change(out, reorder)
+    assert import_plan(out, model).assignments[name] == "int4-g32"
+    (stored,) = find("compressed-tensors")[1].read(out, model)
+    with pytest.raises(ValueError, match=r"reordered columns \(weight_g_idx\)"):
+        stored.weight()
 
 
 def test_a_plain_cache_is_planned_as_before(tmp_path: Path) -> None:

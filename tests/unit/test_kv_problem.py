@@ -197,6 +197,16 @@ def test_round_trip(tmp_path: Path, scores: Any) -> None:
             assert (after == before).all()
 
 
+def test_windows_and_constants_are_kept(tmp_path: Path) -> None:
+    kv = make_kv(windows=(0, 64), constants=(7, 0))
+    kv.save(tmp_path / "kv.json")
+    found = KVTable.load(tmp_path / "kv.json")
+    assert (found.windows, found.constants) == (kv.windows, kv.constants)
+    assert (found.sizes(2048, 2) == kv.sizes(2048, 2)).all()
+    make_kv().save(tmp_path / "plain.json")
+    assert "windows" not in (tmp_path / "plain.json").read_text()
+
+
 def test_files_that_are_no_kv_table(tmp_path: Path) -> None:
     path = tmp_path / "kv.json"
     with pytest.raises(ValueError, match="No KV table at"):

@@ -237,6 +237,22 @@ def test_a_killed_run_comes_to_the_same_weights(
     assert again.codes_sha256 == plan.codes_sha256
 
 
+def test_weights_that_are_gone_are_made_again(
+    searched: tuple[Path, Plan], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plan = searched
+    accept(monkeypatch)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    files = sorted(copy.glob("rounded/*/*.safetensors"))
+    files[0].unlink()
+    files[-1].write_bytes(b"damaged")
+    again = run_search(settings(tiny_folder), asked(), copy, Said())
+    assert again.sequential == plan.sequential
+    assert sorted(copy.glob("rounded/*/*.safetensors")) == files
+    quantize(copy / "plan.json", tmp_path / "packed")
+
+
 def test_what_does_not_help_ships_nothing(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
