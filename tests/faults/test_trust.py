@@ -127,7 +127,7 @@ def test_packing_without_trust_says_so(tmp_path: Path) -> None:
         model = load_model(str(with_own_code(tmp_path / "m", "Llama")), "cpu")
     names = [u.name for u in find_units(model.module) if "layers" in u.name]
     plan = hand_made(model, dict.fromkeys(names, "int4-g32"))
-    with pytest.raises(ValueError, match=r"^.* has modelling code of its own"):
+    with pytest.raises(ValueError, match=r"^\S+ has modelling code of its own"):
         quantize(plan, tmp_path / "packed", model)
 
 
