@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .dialogues import messages_as_text
 
@@ -27,10 +27,10 @@ _MARKS = (  # byte order marks, longer ones first
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_COMPRESSED: tuple[tuple[bytes, Callable[[Path], IO[bytes]]], ...] = (
-    (b"\x1f\x8b", gzip.open),
-    (b"BZh", bz2.open),
-    (b"\xfd7zXZ\x00", lzma.open),
+_COMPRESSED: tuple[tuple[bytes, Callable[[Path], io.BufferedIOBase]], ...] = (
+    (b"\x1f\x8b", gzip.GzipFile),
+    (b"BZh", bz2.BZ2File),
+    (b"\xfd7zXZ\x00", lzma.LZMAFile),
 )
 LIMIT = 2**30  # bytes that a compressed file may hold
 _KNOWN = {  # what else begins so, and what to do with it
@@ -129,11 +129,11 @@ def read_text_file(source: str, tokenizer: Any = None) -> str:
     return _joined(path, records, field, tokenizer)
 
 
-def _decompressor(data: bytes) -> Callable[[Path], IO[bytes]] | None:
+def _decompressor(data: bytes) -> Callable[[Path], io.BufferedIOBase] | None:
     return next((opened for magic, opened in _COMPRESSED if data.startswith(magic)), None)
 
 
-def _decompressed(path: Path, decompress: Callable[[Path], IO[bytes]], count: int) -> bytes:
+def _decompressed(path: Path, decompress: Callable[[Path], io.BufferedIOBase], count: int) -> bytes:
     """The first bytes of what a compressed file holds."""
     try:
         with decompress(path) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 OPTION = "--trust-remote-code"
+_PACKAGE = "transformers_modules"  # where transformers puts code of checkpoints
 _state = {"trusted": False}  # of the process, since models are loaded in threads, too
 
 
@@ -62,8 +64,14 @@ def own_code(folder: Path) -> tuple[str, ...]:
     entries = [
         e for value in named.values() for e in (value if isinstance(value, list) else [value])
     ]
-    files = {str(e).rpartition("--")[2].partition(".")[0] + ".py" for e in entries if e}
-    return tuple(sorted(files))
+    return tuple(sorted({_file_of(str(entry)) for entry in entries if entry}))
+
+
+def _file_of(entry: str) -> str:
+    """The file that an entry of auto_map names, and the repository if it is another one."""
+    repository, _, name = entry.rpartition("--")
+    file = name.partition(".")[0] + ".py"
+    return f"{file} of {repository}" if repository else file
 
 
 def check_code(folder: Path) -> None:
@@ -87,13 +95,19 @@ def untrusted(name: str, files: tuple[str, ...] = ()) -> str:
 
 
 def code_sha256(folder: Path, module: nn.Module) -> str | None:
-    """SHA-256 of the Python files in a folder whose own code a model runs; None for any other."""
-    if not type(module).__module__.startswith("transformers_modules"):
+    """SHA-256 of the Python files in a folder whose own code a model runs; None for any other.
+
+    Files of another repository count where they define the model's configuration or modules.
+    """
+    if not type(module).__module__.startswith(_PACKAGE):
         return None
+    kinds = {type(part) for part in module.modules()} | {type(getattr(module, "config", None))}
+    names = {kind.__module__ for kind in kinds if kind.__module__.startswith(_PACKAGE)}
+    files = [*folder.glob("*.py"), *(Path(str(sys.modules[name].__file__)) for name in names)]
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        digest.update(f"{file.name}\n".encode())
-        digest.update(file.read_bytes())
+    for name, content in sorted({(file.name, file.read_bytes()) for file in files}):
+        digest.update(f"{name}\n".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 

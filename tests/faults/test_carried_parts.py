@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,8 +70,14 @@ def test_files_of_pytorch_s_own_carry_along_too(
     assert carried.keys() == {name for name in state if ".layers.2." in name}
     assert all(torch.equal(tensor, state[name]) for name, tensor in carried.items())
     assert all(one.nbytes == state[one.name].nbytes for one in model.origin.carried)
-    loads, real = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a) or real(*a, **k))
+    loads: list[Path] = []
+    real = torch.load
+
+    def load(file: Path, **options: Any) -> Any:
+        loads.append(file)
+        return real(file, **options)
+
+    monkeypatch.setattr(torch, "load", load)
     origin_of(folder, model.module)
     assert len(loads) == 2  # for its names, and for all sizes
 

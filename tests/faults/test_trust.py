@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from bitplan.jobs.materialize import load_packed, quantize
 from bitplan.jobs.search import run_profile
 from bitplan.jobs.settings import ProfileSettings, SearchSettings
 from bitplan.models.find import find_units
-from bitplan.models.load import load_model
-from bitplan.models.trust import is_trusted
+from bitplan.models.load import check_model, load_model
+from bitplan.models.trust import code_sha256, is_trusted, trusting
 from bitplan.testing.plans import hand_made
 from bitplan.tests.faults import tiny
 from bitplan.tests.faults.test_models_of_all_kinds import TEXT, with_own_code
@@ -99,6 +100,35 @@ def test_a_packed_folder_runs_no_file_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"own \(evil.py\).*--trust-remote-code"):
         load_packed(packed)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_another_repository_is_named_and_counts(tmp_path: Path) -> None:
+    folder, found = with_own_code(tmp_path / "m", "Llama"), set()
+    for name in ("first", "second"):
+        other = tmp_path / name
+        other.mkdir()
+        shutil.copy(folder / "configuration_own.py", other)
+        (other / "modeling_own.py").write_text(
+            (folder / "modeling_own.py").read_text() + f"# {name}"
+        )
+        own = {"AutoConfig": f"{other}--configuration_own.OwnConfig"}
+        own["AutoModelForCausalLM"] = f"{other}--modeling_own.OwnForCausalLM"
+        tiny.configure(folder, auto_map=own)
+        said = rf"\(configuration_own.py of {other}, modeling_own.py of {other}\)"
+        with pytest.raises(ValueError, match=said):
+            check_model(str(folder))
+        with trusting():
+            found.add(code_sha256(folder, load_model(str(folder), "cpu").module))
+    assert len(found) == 2 and None not in found
+
+
+def test_packing_without_trust_says_so(tmp_path: Path) -> None:
+    with trusting():
+        model = load_model(str(with_own_code(tmp_path / "m", "Llama")), "cpu")
+    names = [u.name for u in find_units(model.module) if "layers" in u.name]
+    plan = hand_made(model, dict.fromkeys(names, "int4-g32"))
+    with pytest.raises(ValueError, match=r"^\S+ has modelling code of its own"):
+        quantize(plan, tmp_path / "packed", model)
 
 
 def test_code_that_transformers_has_itself_is_not_taken_from_a_folder(tmp_path: Path) -> None:

@@ -293,7 +293,8 @@ def test_caches_of_all_kinds_are_counted_as_they_are(kind: str) -> None:
 
 @pytest.mark.parametrize("window", [2, 4, 5, 6, 7])
 def test_windows_as_short_as_the_trials_are_counted(window: int) -> None:
-    config = transformers.MistralConfig(**tiny.SIZES | {"sliding_window": window})
+    changes: dict[str, Any] = tiny.SIZES | {"sliding_window": window}
+    config = transformers.MistralConfig(**changes)
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
     model = LoadedModel("m", module, "float32", Workload(module, tokenizer=object()))
     assert [layer.nbytes(2048) for layer in cache_layers(model)] == [128 * window] * 2
