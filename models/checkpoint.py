@@ -53,7 +53,9 @@ def streamed_model(folder: Path) -> nn.Module:
     files = list(mapped_files(folder))
     tensors = {name: file.tensor(name) for file in files for name in file.entries}
     with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        skeleton: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     tensors = _fused(skeleton, tensors)
     known, placeholders = {}, {}
     for name, tensor in tensors.items():
