@@ -114,9 +114,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        check_model(
-            name, "cpu", weights=False
-        )  # what can be no name of a model is not asked of the Hub
+        check_model(name, "cpu", weights=False)  # no name of a model: the Hub is not asked
         gguf = smollm2_path() if name == DEFAULT_MODEL else Path(name)
         if gguf.suffix == ".gguf":
             gguf = gguf_parts(gguf)[0]

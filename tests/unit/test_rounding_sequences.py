@@ -202,7 +202,7 @@ def test_a_tokenizer_that_needs_another_package_is_none(
 ) -> None:
     from transformers import AutoTokenizer
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ImportError("sentencepiece")
 
     assert load_tokenizer(str(tiny_folder)) is not None
