@@ -36,7 +36,7 @@ def weights(draw: st.DrawFn) -> Tensor:
     weight = weight + draw(st.sampled_from([0, 0, 3, -3]))
     weight[0, 0] *= draw(st.sampled_from([1, 30]))
     weight[-1] *= draw(st.sampled_from([0, 1]))
-    return weight * draw(st.sampled_from([1e-9, 1e-4, 0.02, 1, 100]))
+    return weight * draw(st.sampled_from([1e-9, 1e-4, 0.02, 1, 20]))  # all formats hold these
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32))
