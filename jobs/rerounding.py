@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import ClassVar, Literal
 
 import torch
@@ -14,11 +12,11 @@ from .._base.records import Record
 from ..models.measure import standard_error
 from ..models.samples import Samples
 from ..quantizers.packed import PackedTensor
-from ..search.plan import Plan, plan_key
+from ..search.plan import Plan
 from ..sensitivity.sequential import REVISION, Codes, Sequential
 from .folder import RunFolder
 from .rerounded import Kept
-from .tuning import Measure
+from .tuning import Measure, course_key
 
 
 class Rerounded(Record):
@@ -128,8 +126,4 @@ def key_of(plan: Plan, origin: str, samples: Samples, guard: Samples, *numbers: 
         guard: Sequences that it is measured on.
         *numbers: Whatever else: seed, classes kept.
     """
-    parts = [plan_key(plan), origin, version("bitplan"), str(REVISION)]
-    for some in (samples, guard):
-        parts += [some.sha256, str(some.count)]
-    parts += map(str, numbers)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return course_key(plan, origin, REVISION, samples, guard, *numbers)

@@ -240,8 +240,24 @@ def key_of(plan: Plan, definition: str, samples: Samples, guard: Samples, *numbe
         guard: Sequences that it is measured on.
         *numbers: Whatever else: steps, seed, classes kept.
     """
-    parts = [plan_key(plan), definition, version("bitplan"), str(REVISION)]
+    numbers = (*numbers, CHECKS, LEAST_BETWEEN, PATIENCE)
+    return course_key(plan, definition, REVISION, samples, guard, *numbers)
+
+
+def course_key(
+    plan: Plan, origin: str, revision: int, samples: Samples, guard: Samples, *numbers: int
+) -> str:
+    """What a change to a plan's weights depends on, as a hash.
+
+    Args:
+        plan: The plan before it.
+        origin: What its codes depend on besides.
+        revision: Of what is done to it.
+        samples: Sequences that the change is made from.
+        guard: Sequences that it is measured on.
+        *numbers: Whatever else.
+    """
+    parts = [plan_key(plan), origin, version("bitplan"), str(revision)]
     for some in (samples, guard):
         parts += [some.sha256, str(some.count)]
-    parts += map(str, (*numbers, CHECKS, LEAST_BETWEEN, PATIENCE))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([*parts, *map(str, numbers)]).encode()).hexdigest()[:12]

@@ -18,20 +18,11 @@ import torch
 from torch import Tensor
 
 from .._base.tensors import bytes_of
+from ..quantizers.tensor_file import NAMES
 
+_MODELS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 # The dtypes of safetensors that a model may have.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {NAMES[name]: getattr(torch, name) for name in (*_MODELS, "bool")}
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address; tensors hold them
 

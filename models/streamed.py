@@ -39,14 +39,14 @@ class _Now:
         holding: Addresses of the parameters to be held.
         held: Address of a parameter -> it in float32.
         packing: Depth of :func:`packing`.
-        reading: Depth of :func:`read_again` outside of it.
+        saving: Depth of that and of :func:`read_again`.
         last: The last copy that was made for a graph, which is alive until it has been saved there.
     """
 
     holding: frozenset[int] = frozenset()
     held: dict[int, Tensor] = field(default_factory=dict)
     packing: int = 0
-    reading: int = 0
+    saving: int = 0
     last: Tensor | None = None
 
 
@@ -97,7 +97,7 @@ def float32_of(parameter: Tensor) -> Tensor:
     with _lock:
         setattr(copy, _ORIGIN, parameter)
         _made[copy.untyped_storage().data_ptr()] = copy
-        if torch.is_grad_enabled() and (_now.packing or _now.reading):
+        if torch.is_grad_enabled() and _now.saving:
             _now.last = copy
         if address in _now.holding:
             _now.held[address] = copy
@@ -127,13 +127,8 @@ def read_again(module: nn.Module) -> Iterator[None]:
     if _now.packing or not is_streamed(module):
         yield
         return
-    _now.reading += 1
-    try:
-        with saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        _now.reading -= 1
-        _now.last = None
+    with _saving(pack, unpack):
+        yield
 
 
 @contextmanager
@@ -141,10 +136,21 @@ def packing(pack_by: Callable[[Tensor], Any], unpack_by: Callable[[Any], Tensor]
     """``saved_tensors_hooks`` which :func:`read_again` leaves in force."""
     _now.packing += 1
     try:
-        with saved_tensors_hooks(pack_by, unpack_by):
+        with _saving(pack_by, unpack_by):
             yield
     finally:
         _now.packing -= 1
+
+
+@contextmanager
+def _saving(pack_by: Callable[[Tensor], Any], unpack_by: Callable[[Any], Tensor]) -> Iterator[None]:
+    """``saved_tensors_hooks`` under which the last weight made is known, and no longer."""
+    _now.saving += 1
+    try:
+        with saved_tensors_hooks(pack_by, unpack_by):
+            yield
+    finally:
+        _now.saving -= 1
         _now.last = None
 
 

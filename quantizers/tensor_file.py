@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._base.tensors import bytes_of
 
-_NAMES = {
+NAMES = {  # of dtypes in safetensors files, by those of torch
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -55,7 +55,7 @@ class TensorFile:
         self, path: Path, sizes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Metadata
     ) -> None:
         for name, (dtype, _) in sizes.items():
-            if dtype not in _NAMES:
+            if dtype not in NAMES:
                 raise ValueError(f"Tensor {name!r} is {dtype}, which safetensors cannot hold.")
         # The largest entries first, so that all of them are aligned.
         names = sorted(sizes, key=lambda name: (-_itemsize(sizes[name][0]), name))
@@ -106,7 +106,7 @@ class TensorFile:
         entries: dict[str, Any] = {"__metadata__": dict(self._metadata(checksums))}
         for name, offsets in self._offsets.items():
             dtype, shape = self._sizes[name]
-            about = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets)}
+            about = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets)}
             entries[name] = about
         return json.dumps(entries, separators=(",", ":")).encode()
 
